@@ -1,0 +1,107 @@
+"""The policy on written-out numbers: no model, no tensors."""
+
+import math
+
+import pytest
+
+from teacache_generate import FITS, ROWS, Schedule, TeaCacheConfig
+
+# The coefficients as they are published, highest power first: (plain, with retention steps).
+PUBLISHED = {
+    "t2v-1.3B": (
+        "2.39676752e+03, -1.31110545e+03, 2.01331979e+02, -8.29855975e+00, 1.37887774e-01",
+        "-5.21862437e+04, 9.23041404e+03, -5.28275948e+02, 1.36987616e+01, -4.99875664e-02",
+    ),
+    "t2v-14B": (
+        "-5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404",
+        "-3.03318725e+05, 4.90537029e+04, -2.65530556e+03, 5.87365115e+01, -3.15583525e-01",
+    ),
+    "i2v-14B-480P": (
+        "-3.02331670e+02, 2.23948934e+02, -5.25463970e+01, 5.87348440e+00, -2.01973289e-01",
+        "2.57151496e+05, -3.54229917e+04, 1.40286849e+03, -1.35890334e+01, 1.32517977e-01",
+    ),
+    "i2v-14B-720P": (
+        "-114.36346466, 65.26524496, -18.82220707, 4.91518089, -0.23412683",
+        "8.10705460e+03, 2.13393892e+03, -3.72934672e+02, 1.66203073e+01, -4.17769401e-02",
+    ),
+}
+DEFAULTS = {  # plain, with retention steps
+    "t2v-1.3B": (0.08, 0.1),
+    "t2v-14B": (0.2, 0.2),
+    "i2v-14B-480P": (0.26, 0.3),
+    "i2v-14B-720P": (0.3, 0.3),
+}
+LINE = [0.0, 0.0, 0.0, 1.0, 0.0]  # the increment is the distance
+
+
+def decisions(distances, steps=None, **settings) -> list[bool]:
+    """The decisions for a first step and one more for every distance."""
+    config = TeaCacheConfig(steps or len(distances) + 1, **{"coefficients": LINE, **settings})
+    schedule = Schedule(config)
+    return [schedule.decide(0.0, d) for d in (None, *distances)]
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("use_ret_steps", [False, True])
+def test_coefficients_and_default_thresholds_are_the_published_ones(row, use_ret_steps):
+    thresh, coefficients = FITS[use_ret_steps][row]
+    assert coefficients == [float(c) for c in PUBLISHED[row][use_ret_steps].split(",")]
+    assert thresh == DEFAULTS[row][use_ret_steps]
+
+
+def test_a_step_is_computed_when_the_accumulated_distance_reaches_the_threshold():
+    # 0.25, 0.5 reaches; 0.25, 0.5 reaches; then the last step
+    assert decisions([0.25] * 5, thresh=0.5) == [True, False, True, False, True, True]
+
+
+def test_plain_mode_always_computes_the_first_and_the_last_step():
+    assert decisions([0.0] * 9, thresh=1.0) == [True] + [False] * 8 + [True]
+
+
+def test_retention_mode_always_computes_the_first_five_steps_and_not_the_last():
+    assert decisions([0.0] * 9, thresh=1.0, use_ret_steps=True) == [True] * 5 + [False] * 5
+
+
+def test_nothing_is_accumulated_on_an_always_computed_step():
+    # 0.9 comes before the fifth step each time; what counts begins after it
+    got = decisions([0.9, 0.9, 0.9, 0.9, 0.5, 0.5, 0.5], thresh=1.0, use_ret_steps=True)
+    assert got == [True] * 5 + [False, True, False]
+
+
+def test_a_negative_increment_lowers_what_is_accumulated_and_is_reported():
+    config = TeaCacheConfig(6, 0.5, LINE)
+    schedule = Schedule(config)
+    got = [schedule.decide(0.0, d) for d in (None, 0.25, -0.25, 0.25, 0.25, 0.25)]
+    assert got == [True, False, False, False, True, True]
+    assert [step.accumulated for step in schedule.steps] == [0.0, 0.25, 0.0, 0.25, 0.5, 0.0]
+    assert schedule.lowered == [2]
+    assert schedule.computed == [0, 4, 5]
+
+
+def test_the_polynomial_takes_its_highest_power_first():
+    config = TeaCacheConfig(3, 100.0, [1.0, 2.0, 3.0, 4.0, 5.0])
+    schedule = Schedule(config)
+    schedule.decide(1000.0, None)
+    schedule.decide(990.0, 2.0)
+    assert schedule.steps[1].increment == 1 * 16 + 2 * 8 + 3 * 4 + 4 * 2 + 5
+    assert schedule.steps[1].timestep == 990.0
+
+
+def test_threshold_zero_computes_every_step_even_where_increments_are_negative():
+    assert decisions([-1.0] * 7, thresh=0.0) == [True] * 8
+    assert decisions([-1.0] * 7, thresh=0.0, use_ret_steps=True) == [True] * 8
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_a_distance_that_is_no_number_computes_the_step(odd):
+    assert decisions([odd, 0.0, 0.0], thresh=0.5) == [True, True, False, True]
+
+
+@pytest.mark.parametrize("use_ret_steps", [False, True])
+def test_one_step_is_computed(use_ret_steps):
+    assert decisions([], thresh=9.0, use_ret_steps=use_ret_steps) == [True]
+
+
+def test_another_row_is_refused():
+    with pytest.raises(KeyError):
+        TeaCacheConfig.from_row("t2v-5B", steps=50)
