@@ -633,8 +633,9 @@ class Job:
             try:
                 with redirect_stdout(said):  # cache_video prints its error, cache_image does not
                     result = function(*args, **kwargs)
+                if result is None and not said.getvalue():
+                    open(kwargs["save_file"], "ab").close()  # most often, this raises the reason
                 if result is None:
-                    open(kwargs["save_file"], "ab").close()  # often this raises the reason
                     raise OSError(said.getvalue().strip() or "its writer gives no reason")
                 if phase != "decode" and not os.path.getsize(result):
                     raise OSError(f"{result} is empty")
@@ -656,16 +657,21 @@ class Job:
         except (OSError, RuntimeError):
             path = Path(tempfile.gettempdir()) / name
             torch.save(tensors, path)
-        video, writer = f"torch.load({str(path)!r}, map_location={device!r})", phase
+        file, quoted = str(path.with_suffix(".mp4")), json.dumps  # in "": the shell has the ''
+        video = f"torch.load({quoted(str(path))}, map_location={quoted(device)})"
+        call = f"cache_video({video}, {quoted(file)}, fps={self.wan_config['sample_fps']})"
         if phase == "decode":
-            vae = Path(self.args.ckpt_dir).absolute() / self.wan_config["vae_checkpoint"]
-            video = f"WanVAE(vae_pth={str(vae)!r}, device={device!r}).decode({video})[0][None]"
-            writer = "cache_video"
-        file = f"{str(path)[:-3]}.png" if writer == "cache_image" else f"{str(path)[:-3]}.mp4"
-        fps = "" if writer == "cache_image" else f", fps={self.wan_config['sample_fps']}"
+            vae = str(Path(self.args.ckpt_dir).absolute() / self.wan_config["vae_checkpoint"])
+            made = (
+                f"WanVAE(vae_pth={quoted(vae)}, device={quoted(device)}).decode({video})[0][None]"
+            )
+            call = call.replace(video, made)
+        elif phase == "cache_image":
+            file = str(path.with_suffix(".png"))
+            call = f"cache_image({video}, {quoted(file)})"
         code = (
             "import torch; from wan.modules.vae import WanVAE; "
-            f"from wan.utils.utils import {writer}; {writer}({video}, {file!r}{fps})"
+            f"from wan.utils.utils import cache_image, cache_video; {call}"
         )
         log.error(
             f"TeaCache: {phase} failed: {error!r}. What it was given is in {path}; this makes "

@@ -199,7 +199,7 @@ def make_model(kind: str, config: Any, seed: int) -> nn.Module:
     by distances of which the published polynomials, one for 1.3B and one for 14B, skip about half.
     """
     models = importlib.import_module("wan.modules")
-    e_std, e0_bias_std = (0.02, 0.0) if config.dim < 2000 else (0.25, 2.0)
+    e_std, e0_bias_std = (0.05, 1.0) if config.dim < 2000 else (0.25, 4.0)
     size = dict(dim=DIM, ffn_dim=2 * DIM, num_heads=4, num_layers=3, text_dim=64)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -169,7 +169,8 @@ def test_the_video_is_that_of_the_method_written_plainly(
     expected = pipeline.generate(*inputs, **settings)
     assert [step.computed for step in cache.schedule.steps] == reference.computed
     assert 10 < sum(reference.computed) < 45
-    assert torch.equal(ours, expected)
+    # At guidance scale 1 stock computes u + (c - u), which is c but for the rounding.
+    assert (ours - expected).abs().max() <= (1e-5 if guide_scale == 1 else 0)
     assert not torch.equal(ours, stock)
 
 
@@ -179,7 +180,7 @@ def test_the_video_is_that_of_the_method_written_plainly(
     ids=" ".join,
 )
 def test_two_processes_give_the_video_of_one(ckpt, tmp_path, flags):
-    common = ["--wan_repo", NANO, "--ckpt_dir", ckpt, *ROW, *PROMPT, "--sample_steps", "20"]
+    common = ["--wan_repo", NANO, "--ckpt_dir", ckpt, *ROW, *PROMPT, "--sample_steps", "8"]
     alone, both = tmp_path / "alone.mp4", tmp_path / "both.mp4"
     reports = [tmp_path / "alone.json", tmp_path / "both.json"]
     one = python(SCRIPT, *common, "--save_file", alone, "--teacache_report", reports[0])
@@ -189,9 +190,9 @@ def test_two_processes_give_the_video_of_one(ckpt, tmp_path, flags):
     assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
     steps = [json.loads(report.read_text())["computed"] for report in reports]
     assert steps[0] == steps[1]
-    assert len(steps[0]) < 20
+    assert len(steps[0]) < 8
     assert two.stdout.count("TeaCache: computed") == 1
-    assert np.abs(frames(alone) - frames(both)).mean() < 0.5  # of 255, after the video codec
+    assert np.abs(frames(alone) - frames(both)).mean() < 0.2  # of 255; skipping makes 1.8
 
 
 # ------------------------------------------------------------------------------ which row
@@ -265,7 +266,6 @@ REFUSED = {
     "read-only": (["--save_file", "/proc/x.mp4"], "--save_file /proc/x.mp4: cannot be written"),
     "no ending": (["--save_file", "x"], "cannot be written"),
     "text ending": (["--save_file", "x.txt"], "x.txt: cannot be written"),
-    "one picture": (["--save_file", "x.png"], "x.png: cannot be written"),
     "webm": (["--save_file", "x.webm"], "x.webm: cannot be written"),
     "report folder": (["--teacache_report", "/none/r"], "--teacache_report /none/r: cannot be"),
 }
@@ -313,7 +313,10 @@ def shard(folder: Path) -> None:
     [
         (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
         (lambda folder: (folder / WEIGHTS).unlink(), f"{WEIGHTS} is missing"),
-        (lambda folder: (folder / "Wan2.1_VAE.pth").unlink(), "Wan2.1_VAE.pth is missing"),
+        (
+            lambda folder: (folder / "Wan2.1_VAE_nano.pth").unlink(),
+            "Wan2.1_VAE_nano.pth is missing",
+        ),
         (shard, "part-2.safetensors is missing"),
         (lambda folder: (folder / "config.json").write_text("{"), "damaged"),
         (lambda folder: (folder / "config.json").write_text("[]"), "damaged"),
@@ -409,10 +412,10 @@ def follow(command: str) -> Path:
     assert argv[0] == "python"
     done = python(*argv[1:], cwd=folder)
     assert done.returncode == 0, done.stderr
-    return Path(re.search(r"'([^']*\.mp4)'", argv[2]).group(1))
+    return Path(re.search(r'"([^"]*\.mp4)"', argv[2]).group(1))
 
 
-def test_frames_are_kept_when_the_video_cannot_be_written(capsys, wan, ckpt, tmp_path, monkeypatch):
+def test_frames_are_kept_when_the_video_cannot_be_written(caplog, wan, ckpt, tmp_path, monkeypatch):
     """Its folder goes away during the run, so the frames go elsewhere, and the reason is said."""
     folder = tmp_path / "out"
     folder.mkdir()
@@ -429,13 +432,12 @@ def test_frames_are_kept_when_the_video_cannot_be_written(capsys, wan, ckpt, tmp
     argv = ["--ckpt_dir", ckpt, *ROW, *PROMPT, "--sample_steps", "3"]
     with pytest.raises(OSError, match="cache_video failed"):
         main(["--wan_repo", str(NANO), *map(str, argv), "--save_file", str(folder / "x.mp4")])
-    said = capsys.readouterr().out
-    kept, command = rescued(said)
+    kept, command = rescued(caplog.text)
     assert torch.equal(torch.load(kept)[0], made[0])
     assert frames(follow(command)).shape == (17, 64, 64, 3)
 
 
-def test_an_empty_video_counts_as_not_written(capsys, wan, ckpt, tmp_path, monkeypatch):
+def test_an_empty_video_counts_as_not_written(caplog, wan, ckpt, tmp_path, monkeypatch):
     generate, _ = wan
     write = generate.cache_video
 
@@ -449,12 +451,12 @@ def test_an_empty_video_counts_as_not_written(capsys, wan, ckpt, tmp_path, monke
     argv = ["--ckpt_dir", ckpt, *ROW, *PROMPT, "--sample_steps", "2"]
     with pytest.raises(OSError, match="is empty"):
         main(["--wan_repo", str(NANO), *map(str, argv), "--save_file", str(tmp_path / "x.mp4")])
-    kept, _ = rescued(capsys.readouterr().out)
+    kept, _ = rescued(caplog.text)
     assert kept.parent == tmp_path
     assert torch.load(kept).shape == (1, 3, 17, 64, 64)
 
 
-def test_latents_are_kept_when_decoding_fails(capsys, wan, ckpt, tmp_path, monkeypatch):
+def test_latents_are_kept_when_decoding_fails(caplog, wan, ckpt, tmp_path, monkeypatch):
     from wan.modules.vae import WanVAE
 
     def decode(self, latents):
@@ -465,7 +467,7 @@ def test_latents_are_kept_when_decoding_fails(capsys, wan, ckpt, tmp_path, monke
     argv = ["--ckpt_dir", ckpt, *ROW, *PROMPT, "--sample_steps", "3", "--teacache_report", report]
     with pytest.raises(torch.OutOfMemoryError):
         main(["--wan_repo", str(NANO), *map(str, argv), "--save_file", str(tmp_path / "x.mp4")])
-    kept, command = rescued(capsys.readouterr().out)
+    kept, command = rescued(caplog.text)
     assert kept.parent == tmp_path
     assert [u.shape for u in torch.load(kept)] == [(16, 5, 8, 8)]
     assert frames(follow(command)).shape == (17, 64, 64, 3)

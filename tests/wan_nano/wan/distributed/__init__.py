@@ -1,0 +1,1 @@
+"""Several processes: FSDP, and sequence parallelism without xfuser."""
