@@ -19,26 +19,30 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import importlib
 import inspect
 import io
+import itertools
 import json
 import logging
+import math
 import os
 import re
 import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import imageio
 import numpy as np
+import safetensors
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -48,26 +52,48 @@ log = logging.getLogger("teacache")
 # ---------------------------------------------------------------------------------------- policy
 
 
-# FITS[use_ret_steps][row]: a default threshold, and a polynomial of degree 4, highest power first.
-# The coefficients, and the thresholds as a range, are published by the authors of TeaCache.
-FITS: dict[bool, dict[str, tuple[float, list[float]]]] = {
+@dataclass(frozen=True)
+class Fit:
+    """A polynomial of degree 4, highest power first, with thresholds that were tried with it.
+
+    The last threshold is the default. fitted_range: distances that it was fitted on, if known.
+    """
+
+    thresholds: Sequence[float]
+    coefficients: Sequence[float]
+    fitted_range: Sequence[float] | None = None
+
+
+# FITS[use_ret_steps][row], all as published by the authors of TeaCache for Wan2.1.
+FITS: dict[bool, dict[str, Fit]] = {
     False: {
-        "t2v-1.3B": (
-            0.08,
-            [2.39676752e03, -1.31110545e03, 2.01331979e02, -8.29855975, 0.137887774],
+        "t2v-1.3B": Fit(
+            (0.05, 0.07, 0.08), (2396.76752, -1311.10545, 201.331979, -8.29855975, 0.137887774)
         ),
-        "t2v-14B": (
-            0.2,
-            [-5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404],
+        "t2v-14B": Fit(
+            (0.14, 0.15, 0.2),
+            (-5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404),
         ),
-        "i2v-14B-480P": (0.26, [-302.331670, 223.948934, -52.5463970, 5.87348440, -0.201973289]),
-        "i2v-14B-720P": (0.3, [-114.36346466, 65.26524496, -18.82220707, 4.91518089, -0.23412683]),
+        "i2v-14B-480P": Fit(
+            (0.13, 0.19, 0.26), (-302.331670, 223.948934, -52.5463970, 5.87348440, -0.201973289)
+        ),
+        "i2v-14B-720P": Fit(
+            (0.18, 0.2, 0.3), (-114.36346466, 65.26524496, -18.82220707, 4.91518089, -0.23412683)
+        ),
     },
     True: {
-        "t2v-1.3B": (0.1, [-52186.2437, 9230.41404, -528.275948, 13.6987616, -0.0499875664]),
-        "t2v-14B": (0.2, [-303318.725, 49053.7029, -2655.30556, 58.7365115, -0.315583525]),
-        "i2v-14B-480P": (0.3, [257151.496, -35422.9917, 1402.86849, -13.5890334, 0.132517977]),
-        "i2v-14B-720P": (0.3, [8107.05460, 2133.93892, -372.934672, 16.6203073, -0.0417769401]),
+        "t2v-1.3B": Fit(
+            (0.05, 0.1), (-52186.2437, 9230.41404, -528.275948, 13.6987616, -0.0499875664)
+        ),
+        "t2v-14B": Fit(
+            (0.1, 0.2), (-303318.725, 49053.7029, -2655.30556, 58.7365115, -0.315583525)
+        ),
+        "i2v-14B-480P": Fit(
+            (0.2, 0.3), (257151.496, -35422.9917, 1402.86849, -13.5890334, 0.132517977)
+        ),
+        "i2v-14B-720P": Fit(
+            (0.2, 0.3), (8107.05460, 2133.93892, -372.934672, 16.6203073, -0.0417769401)
+        ),
     },
 }
 ROWS = tuple(FITS[False])
@@ -84,21 +110,23 @@ class TeaCacheConfig:
     use_ret_steps: compare e0 [1, 6, dim] and always compute the first 5 steps; else compare
         e [1, dim] and always compute the first and the last step.
     guide_scale: the pipeline's; Wan2.1 multiplies the unconditional output by 0 where it is 1.
+    fitted_range: a step whose distance is outside is computed.
     """
 
     steps: int
     thresh: float
-    coefficients: list[float]
+    coefficients: Sequence[float]
     use_ret_steps: bool = False
     guide_scale: float = 5.0
+    fitted_range: Sequence[float] | None = None
 
     @classmethod
-    def from_row(
-        cls, row: str, steps: int, thresh: float | None = None, use_ret_steps: bool = False
+    def from_fit(
+        cls, fit: Fit, steps: int, thresh: float | None = None, use_ret_steps: bool = False
     ) -> TeaCacheConfig:
-        """The published settings for one of ``ROWS``; KeyError for another."""
-        default, coefficients = FITS[use_ret_steps][row]
-        return cls(steps, default if thresh is None else thresh, coefficients, use_ret_steps)
+        """The settings for a fit, such as ``FITS[False]["t2v-1.3B"]``."""
+        thresh = fit.thresholds[-1] if thresh is None else thresh
+        return cls(steps, thresh, fit.coefficients, use_ret_steps, fitted_range=fit.fitted_range)
 
     @property
     def one_branch(self) -> bool:
@@ -136,7 +164,8 @@ class Schedule:
             increment = float(np.polyval(self.config.coefficients, distance))
             before = self.steps[-1]
             accumulated = increment + (0.0 if before.computed else before.accumulated)
-            computed = not accumulated < self.config.thresh  # not-a-number computes the step
+            reached = not accumulated < self.config.thresh  # true of not-a-number too
+            computed = reached or self._is_outside(distance)
         self.steps.append(Step(timestep, distance, increment, accumulated, computed))
         return computed
 
@@ -147,8 +176,101 @@ class Schedule:
 
     @property
     def lowered(self) -> list[int]:
-        """The steps with a negative increment: far outside what the polynomial was fitted on."""
+        """The steps with a negative increment: the polynomial is not made for their distances."""
         return [i for i, step in enumerate(self.steps) if (step.increment or 0) < 0]
+
+    @property
+    def outside(self) -> list[int]:
+        """The steps that were computed because the fit does not know their distance."""
+        free = [i for i, step in enumerate(self.steps) if step.increment is not None]
+        return [i for i in free if self._is_outside(self.steps[i].distance)]
+
+    def _is_outside(self, distance: float) -> bool:
+        low, high = self.config.fitted_range or (-math.inf, math.inf)
+        return not low <= distance <= high
+
+    def warnings(self) -> list[str]:
+        """What is odd about these decisions, a line each."""
+        found = []
+        if self.lowered:
+            found.append(
+                f"negative increments at steps {numbers(self.lowered)}: the coefficients "
+                "are not made for these distances, and too many steps may be skipped"
+            )
+        if self.outside:
+            found.append(
+                f"steps {numbers(self.outside)} are computed, since their distances are "
+                f"outside {list(self.config.fitted_range)}, where the fit was made"
+            )
+        return found
+
+    @property
+    def longest_skip(self) -> int:
+        """The largest number of steps skipped in a row."""
+        return max(map(len, self.marks().split("#")))
+
+    def marks(self) -> str:
+        """The schedule as a line, # computed and . skipped."""
+        return "".join("#" if step.computed else "." for step in self.steps)
+
+
+def numbers(steps: Sequence[int]) -> str:
+    return " ".join(map(str, steps))
+
+
+def plan(
+    config: TeaCacheConfig, timesteps: Sequence[float], distances: Sequence[float]
+) -> Schedule:
+    """All decisions at once: distances are those of the second step and on."""
+    schedule = Schedule(config)
+    for timestep, distance in zip(timesteps, [None, *distances], strict=True):
+        schedule.decide(timestep, distance)
+    return schedule
+
+
+def plan_speedup(
+    config: TeaCacheConfig, timesteps: Sequence[float], distances: Sequence[float], speedup: float
+) -> Schedule:
+    """The plan of the smallest threshold that computes at most steps / speedup steps.
+
+    A decision changes only where the threshold passes a sum of increments in a row, so it is enough
+    to look right above each of these. Not so near that a GPU's rounding would matter: 0.01 % above.
+    ValueError: no threshold does; its arguments are the plan that computes the fewest.
+    """
+    increments = np.polyval(config.coefficients, distances)
+    sums = {float(u) for i in range(len(increments)) for u in np.cumsum(increments[i:]) if u > 0}
+    edges = [0.0, *sorted(sums)]
+    above = [min(1.0001 * low, (low + high) / 2) for low, high in itertools.pairwise(edges)]
+    above[:1] = [0.0, edges[1] / 2] if above else [0.0]
+    fewest = None
+    for thresh in [*above, 1.0001 * edges[-1]]:
+        schedule = plan(replace(config, thresh=thresh), timesteps, distances)
+        if len(schedule.computed) * speedup <= config.steps:
+            return schedule
+        if fewest is None or len(schedule.computed) < len(fewest.computed):
+            fewest = schedule
+    raise ValueError(fewest)
+
+
+def fit(points: Sequence[Sequence[float]], use_ret_steps: bool) -> tuple[Fit, float]:
+    """Least squares of degree 4 over all of ``Recorder.points``, and its R squared.
+
+    Its threshold is the smallest that computes half of the steps, or as few as can be. The range is
+    0.1 % wider than the points, for the rounding of another machine.
+    """
+    x = np.array([point[3 if use_ret_steps else 2] for point in points])
+    y = np.array([point[4] for point in points])
+    coefficients = np.polyfit(x, y, 4)
+    unexplained = np.square(y - np.polyval(coefficients, x)).sum()
+    r_squared = float(1 - unexplained / np.square(y - y.mean()).sum())
+    made = Fit((0.0,), coefficients.tolist(), (0.999 * x.min(), 1.001 * x.max()))
+    of_one_run = {int(point[0]): float(u) for point, u in zip(points, x, strict=True)}
+    config = TeaCacheConfig.from_fit(made, len(of_one_run) + 1, use_ret_steps=use_ret_steps)
+    try:
+        schedule = plan_speedup(config, range(config.steps), list(of_one_run.values()), 2.0)
+    except ValueError as error:
+        schedule = error.args[0]
+    return replace(made, thresholds=(schedule.config.thresh,)), r_squared
 
 
 # ----------------------------------------------------------------------------------------- cache
@@ -218,10 +340,10 @@ class TeaCache:
         if self.branch == 1:
             return
         signal = output if self.config.use_ret_steps else inputs[0]
-        numbers = [self.timestep.flatten()[0].double()]
+        scalars = [self.timestep.flatten()[0].double()]
         if self.signal is not None:
-            numbers.append(relative_l1(signal, self.signal).double())
-        timestep, *distance = torch.stack(numbers).tolist()
+            scalars.append(relative_l1(signal, self.signal).double())
+        timestep, *distance = torch.stack(scalars).tolist()
         self.signal = signal
         self.computing = self.schedule.decide(timestep, distance[0] if distance else None)
         self.marks.append(time.perf_counter())
@@ -263,16 +385,55 @@ class TeaCache:
         stock = np.median(seconds[computed]) * len(seconds) * (1 + self.config.one_branch)
         return (
             f"TeaCache: computed {len(computed)} of {len(seconds)} steps "
-            f"({' '.join(map(str, computed))}), sampling {self.seconds:.1f} s, "
+            f"({numbers(computed)}), sampling {self.seconds:.1f} s, "
             f"about {stock / self.seconds:.2f}x of stock (estimated from the computed steps)"
         )
 
 
+class Recorder(TeaCache):
+    """Records, at thresh 0, what a polynomial is fitted to: for calibration.
+
+    points: [step, branch, distance of e, distance of e0, relative L1 change of the residual], each
+    to the step before. The residuals of the step before are in the CPU's memory, and go through the
+    GPU's in 16 parts.
+    """
+
+    def __init__(self, model: nn.Module, config: TeaCacheConfig):
+        super().__init__(model, config)
+        self.points: list[list[float]] = []
+        self.signals: list[Tensor] = []
+        self.last: dict[int, Tensor] = {}
+
+    def decide(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        super().decide(module, inputs, output)
+        if self.branch == 0:
+            before, self.signals = self.signals, [inputs[0], output]
+            pairs = zip(self.signals, before, strict=False)
+            self.distances = [relative_l1(now, then).item() for now, then in pairs]
+
+    def blocks(self, h: Tensor, **kwargs: Any) -> Tensor:
+        out = super().blocks(h, **kwargs)
+        if self.branch not in self.last:
+            self.last[self.branch] = torch.zeros(out.shape, dtype=torch.float32)
+        parts = (u.split(-(-out.size(1) // 16), dim=1) for u in (h, out, self.last[self.branch]))
+        sums = torch.zeros(2, dtype=torch.float64, device=out.device)  # of the change, of the size
+        for h_part, out_part, last in zip(*parts, strict=True):
+            residual, before = (out_part - h_part).float(), last.to(out.device)
+            sums += torch.stack([(residual - before).abs().sum(), before.abs().sum()])
+            last.copy_(residual)
+        if self.step > 0:
+            change, size = sums.tolist()
+            self.points.append([self.step, self.branch, *self.distances, change / size])
+        return out
+
+
 @contextmanager
-def teacache(model: nn.Module, config: TeaCacheConfig) -> Iterator[TeaCache]:
+def teacache(
+    model: nn.Module, config: TeaCacheConfig, kind: type[TeaCache] = TeaCache
+) -> Iterator[TeaCache]:
     """Let one ``generate`` of a Wan2.1 pipeline skip steps.
 
-        config = TeaCacheConfig.from_row("t2v-1.3B", steps=50)
+        config = TeaCacheConfig.from_fit(FITS[False]["t2v-1.3B"], steps=50)
         with teacache(pipeline.model, config) as cache:
             video = pipeline.generate(prompt, size=(832, 480), sampling_steps=50)
         print(cache.summary())
@@ -284,7 +445,7 @@ def teacache(model: nn.Module, config: TeaCacheConfig) -> Iterator[TeaCache]:
     model = getattr(model, "module", model)  # FSDP's
     if "blocks" in vars(model):
         raise RuntimeError("this model is in use by another teacache(): leave that one first")
-    cache = TeaCache(model, config)
+    cache = kind(model, config)
 
     @functools.wraps(model.forward)
     def forward(x: list[Tensor], t: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
@@ -302,11 +463,8 @@ def teacache(model: nn.Module, config: TeaCacheConfig) -> Iterator[TeaCache]:
         cache.residuals.clear()
     if cache.calls != 2 * config.steps:
         log.warning(f"TeaCache: set up for {config.steps} steps, but saw {cache.calls / 2:g}")
-    if lowered := cache.schedule.lowered:
-        log.warning(
-            f"TeaCache: negative increments at steps {' '.join(map(str, lowered))}: outside what "
-            "the coefficients were fitted on, where too many steps may be skipped"
-        )
+    for warning in cache.schedule.warnings():
+        log.warning(f"TeaCache: {warning}")
 
 
 # ------------------------------------------------------------------------------------- attention
@@ -378,6 +536,8 @@ def install_attention(usable: list[str]) -> None:
 
 # The row of a task. That of i2v-14B depends on the resolution; VACE and FLF2V borrow theirs.
 TASK_ROWS = {"t2v-1.3B": "t2v-1.3B", "t2v-14B": "t2v-14B", "t2i-14B": "t2v-14B"}
+MODES = {"plain": False, "retention": True}  # their names in a teacache.json
+FIT_SIZES = {"thresholds": 1, "coefficients": 5, "fitted_range": 2}
 BORROWED_ROWS = {"vace-1.3B": "t2v-1.3B", "vace-14B": "t2v-14B", "flf2v-14B": "i2v-14B-720P"}
 
 
@@ -404,9 +564,42 @@ def own_parser() -> Parser:
     )
     add("--use_ret_steps", action="store_true", help="compare e0, always compute the first 5 steps")
     add("--teacache_model", choices=ROWS, help="row of coefficients; default: by task, checkpoint")
+    add("--teacache_speedup", type=float, metavar="X", help="in place of a threshold: at least X")
+    add("--teacache_plan", action="store_true", help="print what thresholds do; generate nothing")
+    add("--teacache_calibrate", action="store_true", help="fit coefficients, into teacache.json")
+    add("--teacache_prompts", metavar="FILE", help="for the calibration, one a line")
+    add("--teacache_coefficients", metavar="FILE", help="default: teacache.json in --ckpt_dir")
     add("--teacache_report", metavar="FILE", help="write what was decided and measured, as JSON")
     add("--wan_repo", metavar="DIR", help="Wan2.1; default: this script's folder, else the current")
     return parser
+
+
+def check_own(own: argparse.Namespace) -> None:
+    """Our own flags, each by itself and together."""
+    thresh, speedup = own.teacache_thresh, own.teacache_speedup
+    if thresh is not None and not 0 <= thresh < math.inf:
+        refuse(f"--teacache_thresh {thresh}: must be 0 (off) or a positive number, such as 0.08")
+    if speedup is not None and not 1 <= speedup < math.inf:
+        refuse(f"--teacache_speedup {speedup}: must be 1 or more, such as 2.0")
+    apart = [
+        ("teacache_thresh", "teacache_speedup"),
+        ("teacache_model", "teacache_coefficients"),
+        *(("teacache_calibrate", f"teacache_{u}") for u in ("thresh", "speedup", "model", "plan")),
+    ]
+    for one, other in apart:
+        if getattr(own, one) not in (None, False) and getattr(own, other) not in (None, False):
+            refuse(f"--{one}, --{other}: give one of them")
+    if own.teacache_prompts and not own.teacache_calibrate:
+        refuse(f"--teacache_prompts {own.teacache_prompts}: is for --teacache_calibrate only")
+    own.prompts = None
+    if own.teacache_prompts:
+        try:
+            lines = Path(own.teacache_prompts).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            refuse(f"--teacache_prompts {own.teacache_prompts}: cannot be read ({error})")
+        own.prompts = [line.strip() for line in lines if line.strip()]
+        if not own.prompts:
+            refuse(f"--teacache_prompts {own.teacache_prompts}: must hold a prompt a line")
 
 
 def import_wan(wan_repo: str | None, generates: bool) -> ModuleType:
@@ -470,17 +663,29 @@ def check_numbers(args: argparse.Namespace) -> None:
         )
 
 
-def check_checkpoint(args: argparse.Namespace, config: dict[str, Any]) -> None:
+def shards_of(folder: Path) -> dict[str, list[str]]:
+    """The transformer's files, and of which tensors their index says that they hold them, if any.
+
+    OSError, ValueError, KeyError, TypeError, AttributeError: the index is damaged.
+    """
+    weights = "diffusion_pytorch_model.safetensors"
+    index = folder / f"{weights}.index.json"
+    if not index.is_file():
+        return {weights: []}
+    shards: dict[str, list[str]] = {}
+    for tensor, file in sorted(json.loads(index.read_text())["weight_map"].items()):
+        shards.setdefault(file, []).append(tensor)
+    return shards
+
+
+def check_checkpoint(args: argparse.Namespace, config: dict[str, Any], all_parts: bool) -> None:
     """Every file that will be loaded is there, and the transformer is of the task's size."""
-    folder, weights = Path(args.ckpt_dir), "diffusion_pytorch_model.safetensors"
+    folder = Path(args.ckpt_dir)
     if not folder.is_dir():
         refuse(f"--ckpt_dir {folder}: must be a folder with a checkpoint of {args.task}")
     parts = [file for key, file in config.items() if key.endswith(("_checkpoint", "_tokenizer"))]
-    index, shards = folder / f"{weights}.index.json", [weights]
     try:
-        if index.is_file():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        for name in ("config.json", *shards, *parts):
+        for name in ("config.json", *shards_of(folder), *(parts if all_parts else [])):
             if not (folder / name).exists():
                 refuse(
                     f"--ckpt_dir {folder}: {name} is missing, and --task {args.task} needs it: "
@@ -540,10 +745,8 @@ def check_output(args: argparse.Namespace, wan_generate: ModuleType) -> None:
         )
 
 
-def choose_row(args: argparse.Namespace, asked: str | None) -> tuple[str, str]:
+def choose_row(args: argparse.Namespace) -> tuple[str, str]:
     """The row for a run, and why that one."""
-    if asked:
-        return asked, "as asked"
     if args.task == "i2v-14B":
         name = Path(args.ckpt_dir).absolute().name  # a parent folder may say anything
         said = {"480p", "720p"} & set(re.split("[^0-9a-z]+", name.lower()))
@@ -553,17 +756,199 @@ def choose_row(args: argparse.Namespace, asked: str | None) -> tuple[str, str]:
     if args.task in BORROWED_ROWS:
         return BORROWED_ROWS[args.task], f"borrowed: nobody has fitted {args.task}"
     if args.task not in TASK_ROWS:
-        refuse(f"--task {args.task}: no row is known for it; add --teacache_model, one of {ROWS}")
+        refuse(
+            f"--task {args.task}: no row is known for it; add --teacache_model, one of {ROWS}, or "
+            "make one by --teacache_calibrate"
+        )
     return TASK_ROWS[args.task], f"task {args.task}"
+
+
+class Choice(NamedTuple):
+    """The fit of a run: what it is called, why it is that one, and what to be warned of."""
+
+    row: str
+    why: str
+    fit: Fit
+    warning: str | None = None
+
+
+def choose_fit(own: argparse.Namespace, args: argparse.Namespace) -> Choice:
+    """The fit as asked; else the checkpoint's own one; else the row of the task."""
+    ret, file = own.use_ret_steps, Path(args.ckpt_dir) / "teacache.json"
+    if own.teacache_model:
+        return Choice(own.teacache_model, "as asked", FITS[ret][own.teacache_model])
+    if own.teacache_coefficients or file.is_file():
+        file = Path(own.teacache_coefficients or file)
+        fits, made_for = read_calibration(file)
+        now = settings_of(args)
+        other = [f"{k} {made_for.get(k)}, now {v}" for k, v in now.items() if made_for.get(k) != v]
+        warning = f"{file} was made for {'; '.join(other)}" if other else None
+        return Choice(str(file), "calibrated", fits["retention" if ret else "plain"], warning)
+    row, why = choose_row(args)
+    warning = f"{why}: compare with --teacache_thresh 0 before you trust it"
+    return Choice(row, why, FITS[ret][row], warning if why.startswith("borrowed") else None)
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """All that the distances and the residuals of a run depend on, but for the prompt."""
+    names = ("task", "size", "sample_steps", "sample_shift", "sample_solver")
+    return {**{k: getattr(args, k) for k in names}, "model": fingerprint(Path(args.ckpt_dir))}
+
+
+def fingerprint(folder: Path) -> str:
+    """Of the transformer's files: their sizes, and 4 KiB at 64 places of each."""
+    digest = hashlib.sha256()
+    for name in shards_of(folder):
+        with open(folder / name, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(str(size).encode())
+            for place in range(64):
+                file.seek(size * place // 64)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
+
+
+def read_calibration(file: Path) -> tuple[dict[str, Fit], dict[str, Any]]:
+    """The fits of a teacache.json by mode, and the settings that they were made for."""
+    try:
+        told = json.loads(file.read_text())
+        if told["version"] != 1:
+            raise ValueError(f"version {told['version']!r} is not 1")
+        fits = {mode: Fit(**{k: told["fits"][mode][k] for k in FIT_SIZES}) for mode in MODES}
+        for mode, made in fits.items():
+            for name, size in FIT_SIZES.items():
+                values = getattr(made, name)
+                if len(values) != size or not all(map(math.isfinite, values)):
+                    raise ValueError(f"{name} of {mode} must be {size} finite numbers")
+            if made.thresholds[0] < 0 or made.fitted_range[0] >= made.fitted_range[1]:
+                raise ValueError(f"threshold below 0 or empty fitted_range in {mode}")
+        return fits, dict(told["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        refuse(
+            f"--teacache_coefficients {file}: damaged or not a calibration ({error!r}): make it "
+            "again by --teacache_calibrate, or give --teacache_model"
+        )
+
+
+def timesteps_of(args: argparse.Namespace, train_timesteps: int) -> list[int]:
+    """The timesteps of a run, by Wan2.1's own schedulers."""
+    solvers = importlib.import_module("wan.utils.fm_solvers")
+    common = {"num_train_timesteps": train_timesteps, "shift": 1, "use_dynamic_shifting": False}
+    if args.sample_solver != "unipc":
+        scheduler = solvers.FlowDPMSolverMultistepScheduler(**common)
+        sigmas = solvers.get_sampling_sigmas(args.sample_steps, args.sample_shift)
+        return solvers.retrieve_timesteps(scheduler, device="cpu", sigmas=sigmas)[0].tolist()
+    unipc = importlib.import_module("wan.utils.fm_solvers_unipc")
+    scheduler = unipc.FlowUniPCMultistepScheduler(**common)
+    scheduler.set_timesteps(args.sample_steps, device="cpu", shift=args.sample_shift)
+    timesteps = scheduler.timesteps.tolist()
+    if timesteps[:1] == timesteps[1:2]:
+        refuse(
+            f"--sample_steps {args.sample_steps} --sample_shift {args.sample_shift}: the first two "
+            "timesteps are equal, with which unipc fails at the last step: fewer steps, or dpm++"
+        )
+    return timesteps
+
+
+def distances_of(folder: Path, timesteps: Sequence[float], use_ret_steps: bool) -> list[float]:
+    """The distances of a run from the weights of the time embedding alone, one less than steps."""
+    files = {name: file for file, names in shards_of(folder).items() for name in names}
+    (single,) = set(shards_of(folder)) if not files else (None,)
+
+    def tensor(name: str) -> Any:
+        """A tensor in the file, not yet read."""
+        file = safetensors.safe_open(folder / files.get(name, single or ""), "pt")
+        return file.get_slice(name)
+
+    def linear(x: Tensor, layer: str, rows: slice = slice(None)) -> Tensor:
+        weight, bias = (tensor(f"{layer}.{part}")[rows].float() for part in ("weight", "bias"))
+        return nn.functional.linear(x, weight, bias)
+
+    try:
+        freq_dim = tensor("time_embedding.0.weight").get_shape()[1]
+        sinusoid = sys.modules["wan.modules.model"].sinusoidal_embedding_1d
+        e = linear(sinusoid(freq_dim, torch.tensor(timesteps)).float(), "time_embedding.0")
+        e = linear(nn.functional.silu(e), "time_embedding.2")
+        change = size = torch.zeros(len(e) - 1)
+        dim = e.size(1)
+        for rows in [slice(i * dim, (i + 1) * dim) for i in range(6)] if use_ret_steps else [None]:
+            signal = e  # or e0 in six parts, each as large as a weight of time_embedding
+            if rows:
+                signal = linear(nn.functional.silu(e), "time_projection.1", rows)
+            change = change + signal.diff(dim=0).abs().sum(1)
+            size = size + signal[:-1].abs().sum(1)
+        return (change / size).tolist()
+    except (OSError, KeyError, safetensors.SafetensorError) as error:
+        refuse(
+            f"--ckpt_dir {folder}: its time embedding cannot be read ({error}): download it again"
+        )
+
+
+def print_plan(
+    choice: Choice, config: TeaCacheConfig, timesteps: list[int], distances: list[float]
+) -> None:
+    """What the thresholds around the current one do, for ``--teacache_plan``."""
+    mode = "with retention steps" if config.use_ret_steps else "plain"
+    print(f"TeaCache plan: row {choice.row} ({choice.why}), {mode}, {config.steps} steps")
+    if choice.warning:
+        print(f"warning: {choice.warning}")
+    print("   thresh  computed  skipped  speed-up  longest skip  schedule (# computed, . skipped)")
+    default = choice.fit.thresholds[-1]
+    ladder = {default * factor for factor in (0.25, 0.5, 0.75, 1.5, 2.0, 3.0)}
+    for thresh in sorted({config.thresh, *choice.fit.thresholds, *ladder}):
+        schedule = plan(replace(config, thresh=thresh), timesteps, distances)
+        computed = len(schedule.computed)
+        print(
+            f"{'>' if thresh == config.thresh else ' '} {thresh:7.4g}  {computed:8}  "
+            f"{config.steps - computed:7}  {config.steps / computed:7.2f}x  "
+            f"{schedule.longest_skip:12}  {schedule.marks()}"
+        )
+    for warning in plan(config, timesteps, distances).warnings():
+        print(f"warning: {warning}")
+    print("The speed-up is that of the transformer, if a skipped step took no time.")
+
+
+class Calibrated(Exception):
+    """The job is done, and there is no video to save."""
+
+
+def partial(file: Path) -> Path:
+    """Where a calibration keeps what it has until it can write ``file``."""
+    return file.with_name(f"{file.name}.partial")
+
+
+def read_partial(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What an interrupted calibration with the same settings has left, or the begin of one."""
+    if not partial(file).is_file():
+        return {"version": 1, "settings": settings, "runs": []}
+    told = json.loads(partial(file).read_text())
+    if told["settings"] != settings:
+        raise ValueError(
+            f"{partial(file)} is of {told['settings']}: delete it, or go on with these"
+        )
+    return told
+
+
+def write_json(file: Path, content: Any) -> None:
+    """All of it or nothing, and on rank 0 only."""
+    if os.getenv("RANK", "0") == "0":
+        written = file.with_name(f"{file.name}.tmp")
+        written.write_text(json.dumps(content))
+        os.replace(written, file)
 
 
 class Job:
     """One run of the command line: what was asked, what was measured, and what must not be lost."""
 
-    def __init__(self, own: argparse.Namespace, args: argparse.Namespace, wan_generate: ModuleType):
-        self.own, self.args, self.wan_generate = own, args, wan_generate
+    def __init__(
+        self,
+        own: argparse.Namespace,
+        args: argparse.Namespace,
+        wan_generate: ModuleType,
+        choice: Choice,
+    ):
+        self.own, self.args, self.wan_generate, self.choice = own, args, wan_generate, choice
         self.wan_config = wan_generate.WAN_CONFIGS[args.task]
-        self.row, self.why = choose_row(args, own.teacache_model)
         self.cache: TeaCache | None = None
         self.seconds: dict[str, float] = {}  # by phase
         self.loading = False
@@ -579,6 +964,8 @@ class Job:
                 here.generate(self.args)
             if self.cache is None:
                 raise RuntimeError("no pipeline of this Wan2.1 has run with TeaCache")
+        except Calibrated:
+            status = "calibrated"
         except BaseException as error:
             status = f"failed: {error!r}"
             if isinstance(error, (AssertionError, ImportError)) and not self.loading:
@@ -597,6 +984,8 @@ class Job:
                 super().__init__(*args, **kwargs)
 
             def generate(self, *args: Any, **kwargs: Any) -> Tensor | None:
+                if job.own.teacache_calibrate:
+                    job.calibrate(self, super().generate, *args, **kwargs)
                 config = job.configure(kwargs["sampling_steps"], kwargs["guide_scale"])
                 decode = job.keeping(self.vae.decode, str(self.device))
                 job.began = time.perf_counter()
@@ -610,18 +999,57 @@ class Job:
     def configure(self, steps: int, guide_scale: float) -> TeaCacheConfig:
         """The settings for a pipeline's ``generate``, said in one line."""
         thresh, ret = self.own.teacache_thresh, self.own.use_ret_steps
-        config = TeaCacheConfig.from_row(self.row, steps, thresh, ret)
+        config = TeaCacheConfig.from_fit(self.choice.fit, steps, thresh, ret)
         said = " (default)" if thresh is None else " (off: stock Wan2.1)" if thresh == 0 else ""
         mode = "retention steps" if ret else "plain"
         log.info(
-            f"TeaCache: row {self.row} ({self.why}), thresh {config.thresh:g}{said}, {mode}, "
-            f"{steps} steps"
+            f"TeaCache: row {self.choice.row} ({self.choice.why}), thresh {config.thresh:g}{said}, "
+            f"{mode}, {steps} steps"
         )
-        if config.thresh and self.why.startswith("borrowed"):
-            log.warning(
-                f"TeaCache: {self.why}: compare with --teacache_thresh 0 before you trust it"
-            )
+        if config.thresh and self.choice.warning:
+            log.warning(f"TeaCache: {self.choice.warning}")
         return replace(config, guide_scale=guide_scale)
+
+    def calibrate(
+        self, pipeline: Any, generate: Callable, prompt: str, *args: Any, **kwargs: Any
+    ) -> NoReturn:
+        """Run all prompts with every step computed, and write the fits; raises Calibrated.
+
+        What is recorded is kept beside the file to be, after each prompt and also after an error.
+        """
+        file = Path(self.own.teacache_coefficients or Path(self.args.ckpt_dir) / "teacache.json")
+        settings, steps = settings_of(self.args), kwargs["sampling_steps"]
+        told = read_partial(file, settings)
+        done = {run["prompt"] for run in told["runs"] if len(run["points"]) == 2 * (steps - 1)}
+        told["runs"] = [run for run in told["runs"] if run["prompt"] in done]
+        seed = kwargs.pop("seed")
+        for i, text in enumerate(self.own.prompts or [prompt]):
+            log.info(f"TeaCache: calibration on prompt {i + 1}: {text}")
+            if text in done:
+                continue
+            config = TeaCacheConfig(steps, 0.0, ())
+            try:
+                with (
+                    teacache(pipeline.model, config, Recorder) as recorder,
+                    shadow(pipeline.vae, decode=lambda latents: [torch.zeros(1)]),
+                ):
+                    generate(text, *args, seed=seed + i, **kwargs)
+            finally:
+                told["runs"].append({"prompt": text, "seed": seed + i, "points": recorder.points})
+                write_json(partial(file), told)
+        points = [point for run in told["runs"] for point in run["points"]]
+        told["fits"] = {}
+        for mode, ret in MODES.items():
+            made, r_squared = fit(points, ret)
+            told["fits"][mode] = {**asdict(made), "r_squared": r_squared}
+            log.info(f"TeaCache: {mode}: R squared {r_squared:.3f} over {len(points)} points")
+            if r_squared < 0.8:
+                log.warning(f"TeaCache: {mode}: a poor fit: the distance says little of the change")
+        write_json(file, told)
+        if os.getenv("RANK", "0") == "0":
+            partial(file).unlink()
+        log.info(f"TeaCache: wrote {file}; no video is made by a calibration")
+        raise Calibrated
 
     def keeping(self, function: Callable, device: str = "cpu") -> Callable:
         """``vae.decode`` or a writer of Wan2.1: where it fails, what it was given is kept."""
@@ -687,8 +1115,8 @@ class Job:
         report = {
             "status": status,
             "settings": {**vars(self.args), **vars(self.own)},
-            "row": self.row,
-            "row_because": self.why,
+            "row": self.choice.row,
+            "row_because": self.choice.why,
             "device": torch.cuda.get_device_name() if cuda else "cpu",
             "peak_gpu_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
             "versions": {"python": sys.version, "torch": torch.__version__},
@@ -706,18 +1134,45 @@ class Job:
 def main(argv: list[str] | None = None) -> None:
     """The command line; ``argv`` is what follows the program's name."""
     own, rest = own_parser().parse_known_args(argv)
-    thresh, asks_help = own.teacache_thresh, {"-h", "--help"} & set(rest)
-    if thresh is not None and not 0 <= thresh < float("inf"):
-        refuse(f"--teacache_thresh {thresh}: must be 0 (off) or a positive number, such as 0.08")
+    asks_help = {"-h", "--help"} & set(rest)
     if asks_help:
         print(own_parser().format_help())
-    wan_generate = import_wan(own.wan_repo, generates=not asks_help)
+    check_own(own)
+    wan_generate = import_wan(own.wan_repo, generates=not (asks_help or own.teacache_plan))
     args = parse_wan(wan_generate, rest)
+    wan_config = wan_generate.WAN_CONFIGS[args.task]
     check_numbers(args)
-    check_checkpoint(args, wan_generate.WAN_CONFIGS[args.task])
+    check_checkpoint(args, wan_config, all_parts=not own.teacache_plan)
+    timesteps = timesteps_of(args, wan_config["num_train_timesteps"])
+    choice = (
+        Choice("", "", FITS[False]["t2v-1.3B"]) if own.teacache_calibrate else choose_fit(own, args)
+    )
+    config = TeaCacheConfig.from_fit(
+        choice.fit, args.sample_steps, own.teacache_thresh, own.use_ret_steps
+    )
+    if own.teacache_plan or own.teacache_speedup:
+        distances = distances_of(Path(args.ckpt_dir), timesteps, own.use_ret_steps)
+    if own.teacache_speedup:
+        try:
+            schedule = plan_speedup(config, timesteps, distances, own.teacache_speedup)
+        except ValueError as error:
+            best = error.args[0]
+            refuse(
+                f"--teacache_speedup {own.teacache_speedup}: no threshold reaches it; the nearest "
+                f"is {config.steps / len(best.computed):.3g}, at --teacache_thresh "
+                f"{best.config.thresh:.4g}"
+            )
+        config, own.teacache_thresh = schedule.config, schedule.config.thresh
+        log.info(
+            f"TeaCache: speed-up {own.teacache_speedup:g} by thresh {config.thresh:.4g}: computes "
+            f"{len(schedule.computed)} of {config.steps} steps, {schedule.marks()}"
+        )
+    if own.teacache_plan:
+        print_plan(choice, config, timesteps, distances)
+        return
     check_inputs(args, wan_generate.EXAMPLE_PROMPT[args.task])
     check_output(args, wan_generate)
-    job = Job(own, args, wan_generate)
+    job = Job(own, args, wan_generate, choice)
     try:
         job.write_report("started")
     except OSError as error:

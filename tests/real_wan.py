@@ -219,9 +219,9 @@ def make_model(kind: str, config: Any, seed: int) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def make_checkpoint(folder: str | Path, task: str, cfg: dict[str, Any]) -> Path:
+def make_checkpoint(folder: str | Path, task: str, cfg: Any, seed: int = 0) -> Path:
     """A checkpoint folder with the files that Wan2.1's config ``cfg`` of a task names, all empty
-    but config.json and a safetensors file of one number."""
+    but config.json and the time embedding of ``make_model``."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -233,7 +233,10 @@ def make_checkpoint(folder: str | Path, task: str, cfg: dict[str, Any]) -> Path:
             (folder / cfg[part]).touch()
     config = {"dim": cfg["dim"], "model_type": task.split("-")[0].replace("t2i", "t2v")}
     (folder / "config.json").write_text(json.dumps(config))
-    save_file({"one": torch.ones(1)}, folder / "diffusion_pytorch_model.safetensors")
+    kinds = {"i2v": "WanI2V", "flf2v": "WanFLF2V", "vace": "WanVace"}
+    model = make_model(kinds.get(task.split("-")[0], "WanT2V"), cfg, seed)
+    tensors = {k: v for k, v in model.state_dict().items() if k.startswith("time_")}
+    save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
     return folder
 
 
@@ -422,7 +425,8 @@ class Harness:
         task = argv[argv.index("--task") + 1] if "--task" in argv else "t2v-14B"
         folder = out / f"checkpoint-{task}-rank{os.getenv('RANK', '0')}"
         configs = self.generate.WAN_CONFIGS
-        make_checkpoint(folder, task, configs.get(task, configs["t2v-14B"]))
+        seed = self.run.job.get("seed", 0)
+        make_checkpoint(folder, task, configs.get(task, configs["t2v-14B"]), seed)
         return [str(folder) if argument == "AUTO" else argument for argument in argv]
 
 

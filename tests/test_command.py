@@ -1,7 +1,6 @@
 """The whole command line, on the stand-in ``wan_nano``."""
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -12,81 +11,15 @@ import time
 from pathlib import Path
 from types import ModuleType
 
-import imageio
 import numpy as np
 import pytest
 import torch
+from nano import NANO, PROMPT, ROW, SCRIPT, attempt, frames, python
 from PIL import Image
 from real_wan import Reference
 
 import teacache_generate
 from teacache_generate import FITS, TeaCacheConfig, choose_row, main, teacache
-
-HERE = Path(__file__).resolve().parent
-SCRIPT, NANO = HERE.parent / "teacache_generate.py", HERE / "wan_nano"
-ROW = ["--teacache_model", "t2v-1.3B"]
-PROMPT = ["--prompt", "a red ball moves right", "--base_seed", "42"]
-
-
-def python(*argv: object, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
-    """A command as a user gives it."""
-    return subprocess.run(
-        [sys.executable, *map(str, argv)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, **env},
-        timeout=300,
-    )
-
-
-@pytest.fixture(scope="session")
-def ckpt(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("ckpt") / "t2v-nano"
-    python(NANO / "make_checkpoint.py", folder).check_returncode()
-    return folder
-
-
-@pytest.fixture(scope="session")
-def i2v_ckpt(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("ckpt") / "i2v-nano"
-    python(NANO / "make_checkpoint.py", folder, "--task", "i2v-nano").check_returncode()
-    return folder
-
-
-@pytest.fixture(scope="session")
-def picture(tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("picture") / "picture.png"
-    Image.fromarray(np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)).save(file)
-    return file
-
-
-@pytest.fixture
-def wan():
-    """The stand-in's package and its generate.py, in this process."""
-    if str(NANO) not in sys.path:
-        sys.path.insert(0, str(NANO))
-    import generate
-    import wan
-
-    return generate, wan
-
-
-def attempt(capsys, *argv: object) -> tuple[int, str]:
-    """Exit status of the script in this process, and all that it said."""
-    code = 0
-    try:
-        main(["--wan_repo", str(NANO), *map(str, argv)])
-    except SystemExit as leaving:
-        code = leaving.code
-    captured = capsys.readouterr()
-    return code, captured.out + captured.err
-
-
-def frames(video: Path) -> np.ndarray:
-    with imageio.get_reader(video) as reader:
-        return np.stack([np.asarray(frame) for frame in reader]).astype(int)
-
 
 # ------------------------------------------------------------------------------- the main job
 
@@ -154,7 +87,8 @@ def pipelines(wan, ckpt, i2v_ckpt, picture, task):
 def test_the_video_is_that_of_the_method_written_plainly(
     wan, ckpt, i2v_ckpt, picture, task, use_ret_steps, solver, guide_scale
 ):
-    thresh, coefficients = FITS[use_ret_steps]["t2v-1.3B"]
+    row = FITS[use_ret_steps]["t2v-1.3B"]
+    thresh, coefficients = row.thresholds[-1], row.coefficients
     steps = 50
     settings = dict(sampling_steps=steps, sample_solver=solver, guide_scale=guide_scale, seed=1)
     pipeline, inputs, size = pipelines(wan, ckpt, i2v_ckpt, picture, task)
@@ -198,8 +132,8 @@ def test_two_processes_give_the_video_of_one(ckpt, tmp_path, flags):
 # ------------------------------------------------------------------------------ which row
 
 
-def row(task, ckpt_dir, size, asked=None):
-    return choose_row(teacache_generate.argparse.Namespace(**locals()), asked)[0]
+def row(**flags):
+    return choose_row(teacache_generate.argparse.Namespace(**flags))[0]
 
 
 @pytest.mark.parametrize(
@@ -220,11 +154,7 @@ def row(task, ckpt_dir, size, asked=None):
     ],
 )
 def test_the_row_follows_the_task_and_the_folders_own_name(task, ckpt_dir, size, expected):
-    assert row(task, ckpt_dir, size) == expected
-
-
-def test_the_row_asked_for_comes_first():
-    assert row("t2v-14B", "x", "1280*720", asked="t2v-1.3B") == "t2v-1.3B"
+    assert row(task=task, ckpt_dir=ckpt_dir, size=size) == expected
 
 
 # ------------------------------------------------------------------------------- bad input

@@ -2,9 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 
-from teacache_generate import FITS, ROWS, Schedule, TeaCacheConfig
+from teacache_generate import FITS, ROWS, Schedule, TeaCacheConfig, fit, plan, plan_speedup
 
 # The coefficients as they are published, highest power first: (plain, with retention steps).
 PUBLISHED = {
@@ -25,11 +26,11 @@ PUBLISHED = {
         "8.10705460e+03, 2.13393892e+03, -3.72934672e+02, 1.66203073e+01, -4.17769401e-02",
     ),
 }
-DEFAULTS = {  # plain, with retention steps
-    "t2v-1.3B": (0.08, 0.1),
-    "t2v-14B": (0.2, 0.2),
-    "i2v-14B-480P": (0.26, 0.3),
-    "i2v-14B-720P": (0.3, 0.3),
+THRESHOLDS = {  # as published; the last is the default
+    "t2v-1.3B": ((0.05, 0.07, 0.08), (0.05, 0.1)),
+    "t2v-14B": ((0.14, 0.15, 0.2), (0.1, 0.2)),
+    "i2v-14B-480P": ((0.13, 0.19, 0.26), (0.2, 0.3)),
+    "i2v-14B-720P": ((0.18, 0.2, 0.3), (0.2, 0.3)),
 }
 LINE = [0.0, 0.0, 0.0, 1.0, 0.0]  # the increment is the distance
 
@@ -43,10 +44,12 @@ def decisions(distances, steps=None, **settings) -> list[bool]:
 
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("use_ret_steps", [False, True])
-def test_coefficients_and_default_thresholds_are_the_published_ones(row, use_ret_steps):
-    thresh, coefficients = FITS[use_ret_steps][row]
-    assert coefficients == [float(c) for c in PUBLISHED[row][use_ret_steps].split(",")]
-    assert thresh == DEFAULTS[row][use_ret_steps]
+def test_coefficients_and_thresholds_are_the_published_ones(row, use_ret_steps):
+    made = FITS[use_ret_steps][row]
+    assert made.coefficients == tuple(map(float, PUBLISHED[row][use_ret_steps].split(",")))
+    assert made.thresholds == THRESHOLDS[row][use_ret_steps]
+    config = TeaCacheConfig.from_fit(made, 50, use_ret_steps=use_ret_steps)
+    assert config.thresh == made.thresholds[-1]
 
 
 def test_a_step_is_computed_when_the_accumulated_distance_reaches_the_threshold():
@@ -102,6 +105,70 @@ def test_one_step_is_computed(use_ret_steps):
     assert decisions([], thresh=9.0, use_ret_steps=use_ret_steps) == [True]
 
 
-def test_another_row_is_refused():
-    with pytest.raises(KeyError):
-        TeaCacheConfig.from_row("t2v-5B", steps=50)
+def test_a_distance_outside_the_fitted_range_computes_the_step():
+    config = TeaCacheConfig(6, 100.0, LINE, fitted_range=(0.1, 0.2))
+    schedule = plan(config, range(6), [0.1, 0.05, 0.2, 0.3, 0.15])
+    assert schedule.computed == [0, 2, 4, 5]
+    assert schedule.outside == [2, 4]
+    assert any("steps 2 4 are computed" in warning for warning in schedule.warnings())
+
+
+def test_a_plan_is_the_same_decisions_at_once():
+    schedule = plan(TeaCacheConfig(6, 0.5, LINE), [6, 5, 4, 3, 2, 1], [0.25] * 5)
+    assert schedule.marks() == "#.#.##"
+    assert schedule.longest_skip == 1
+    assert [step.timestep for step in schedule.steps] == [6, 5, 4, 3, 2, 1]
+
+
+def test_the_longest_run_of_skipped_steps_is_counted():
+    assert plan(TeaCacheConfig(7, 0.5, LINE), range(7), [0.1] * 6).longest_skip == 4
+    assert plan(TeaCacheConfig(2, 0.5, LINE), range(2), [0.1]).longest_skip == 0
+
+
+@pytest.mark.parametrize(
+    ("speedup", "computed", "below"),
+    [
+        (1.0, 10, None),  # nothing to skip: off
+        (1.6, 6, 0.125),  # every second of the eight in between
+        (2.0, 4, 0.25),
+        (5.0, 2, 1.0),  # the first and the last step only
+    ],
+)
+def test_a_target_speedup_takes_the_smallest_threshold_that_reaches_it(speedup, computed, below):
+    config = TeaCacheConfig(10, 0.0, LINE)
+    schedule = plan_speedup(config, range(10), [0.125] * 9, speedup)
+    assert len(schedule.computed) == computed
+    if below is not None:  # the sum of increments just under it computes more
+        assert below < schedule.config.thresh < 1.001 * below
+        at = plan(TeaCacheConfig(10, below, LINE), range(10), [0.125] * 9)
+        assert len(at.computed) > 10 / speedup
+
+
+def test_a_speedup_that_no_threshold_reaches_gives_the_nearest():
+    config = TeaCacheConfig(10, 0.0, LINE, use_ret_steps=True)
+    with pytest.raises(ValueError) as error:
+        plan_speedup(config, range(10), [0.1] * 9, 2.5)
+    assert error.value.args[0].computed == [0, 1, 2, 3, 4]
+
+
+def test_a_fit_gives_the_polynomial_that_made_the_points():
+    coefficients = [3.0, -2.0, 1.5, 0.5, 0.1]
+    points = [
+        [step, branch, x, 2 * x, np.polyval(coefficients, x)]
+        for step, x in enumerate(np.linspace(0.1, 0.9, 40), 1)
+        for branch in (0, 1)
+    ]
+    made, r_squared = fit(points, use_ret_steps=False)
+    np.testing.assert_allclose(made.coefficients, coefficients, rtol=1e-6)
+    assert r_squared > 0.999999
+    np.testing.assert_allclose(made.fitted_range, [0.0999, 0.9009])
+    config = TeaCacheConfig.from_fit(made, 41)
+    halved = plan(config, range(41), np.linspace(0.1, 0.9, 40).tolist())
+    assert len(halved.computed) <= 20
+    assert fit(points, use_ret_steps=True)[0].fitted_range == pytest.approx([0.1998, 1.8018])
+
+
+def test_a_fit_to_noise_says_so_in_its_r_squared():
+    rng = np.random.default_rng(0)
+    points = [[i, 0, x, x, y] for i, (x, y) in enumerate(rng.random((200, 2)), 1)]
+    assert fit(points, use_ret_steps=False)[1] < 0.2

@@ -39,6 +39,7 @@ def example(name: str) -> str:
 T2V = command("t2v-1.3B", "832*480")
 I2V = ("--image", example("i2v_input.JPG"))
 RET = "--use_ret_steps"
+UNIPC_FAILS = [*T2V, "--sample_steps", "80", "--sample_shift", "16"]
 SINGLE = {  # name: (row, threshold or None for the row's, flags); the first five are README's
     "t2v-1.3B": ("t2v-1.3B", 0.08, T2V),
     "t2v-14B": ("t2v-14B", 0.2, command("t2v-14B", "1280*720")),
@@ -88,6 +89,7 @@ LATER = {  # tasks that the first release does not have
 FIRST = ("t2v-1.3B", "t2v-1.3B-ret", "i2v-480P", "t2i-14B", "dpm", "guidance-1")
 REFUSED = {  # name: (flags, what the one line says)
     "flf2v-61-frames": ([*LATER["flf2v"][2], "--frame_num", "61"], "--frame_num 61: must be 81"),
+    "unipc-that-fails": (UNIPC_FAILS, "--sample_steps 80 --sample_shift 16.0: the first two"),
     "another-size": (command("t2v-1.3B", "1280*720"), "Unsupport size 1280*720"),
     "no-such-size": (command("t2v-1.3B", "640*480"), "--size: invalid choice: '640*480'"),
     "no-such-task": (
@@ -118,20 +120,22 @@ def jobs_of(name: str, case: tuple, out: Path) -> list[dict]:
     """The run with TeaCache, the reference and, where frames are compared with it, stock."""
     row, thresh, argv = case
     use_ret_steps = RET in argv
-    default, coefficients = FITS[use_ret_steps][row]
+    made = FITS[use_ret_steps][row]
     stock = [flag for flag in argv if flag != RET]
     ours = argv if thresh is None else [*argv, "--teacache_thresh", str(thresh)]
+    planned = {"name": f"{name}.plan", "mode": "teacache", "argv": [*ours, "--teacache_plan"]}
     ending = "png" if "t2i-14B" in argv else "mp4"
 
     def job(mode: str, argv: list[str], **more) -> dict:
         video = ["--save_file", str(out / f"{name}.{mode}.{ending}")]
         return {"name": f"{name}.{mode}", "mode": mode, "argv": [*argv, *video], **more}
 
-    method = {"coefficients": coefficients, "thresh": thresh or default}
+    method = {"coefficients": made.coefficients, "thresh": thresh or made.thresholds[-1]}
     return [
         job("teacache", [*ours, "--teacache_report", str(out / f"{name}.report.json")]),
         job("reference", stock, use_ret_steps=use_ret_steps, **method),
         job("stock", stock),
+        planned,
     ]
 
 
@@ -147,6 +151,12 @@ def jobs_of_all(names: Iterable[str], out: Path) -> list[dict]:
     jobs = [job for name in names for job in jobs_of(name, cases[name], out)]
     needed = {f"{stock_of(name)}.stock" for name in names}
     return [job for job in jobs if job["mode"] != "stock" or job["name"] in needed]
+
+
+def planned(log: str, name: str) -> list[bool]:
+    """The schedule that the plan of a case marks as that of its threshold."""
+    (line,) = [u for u in printed(log, f"{name}.plan").splitlines() if u.startswith(">")]
+    return [mark == "#" for mark in line.split()[-1]]
 
 
 def run(repo: Path, jobs: list[dict], out: Path, processes: int = 1) -> str:
@@ -205,8 +215,9 @@ def first_release(tmp_path_factory) -> tuple[Path, str]:
     return out, run(repo, jobs, out)
 
 
-def check_case(out: Path, name: str) -> None:
+def check_case(left_by: tuple[Path, str], name: str) -> None:
     """TeaCache did what the reference did, to the bit, and something else than stock."""
+    out, log = left_by
     ours, reference = left(out, f"{name}.teacache"), left(out, f"{name}.reference")
     assert (ours["exit"], ours["error"]) == (0, None)
     assert [conditional for conditional, _ in ours["steps"]] == reference["computed"]
@@ -228,16 +239,17 @@ def check_case(out: Path, name: str) -> None:
     report = json.loads((out / f"{name}.report.json").read_text())
     assert report["status"] == "finished"
     assert [step["computed"] for step in report["steps"]] == reference["computed"]
+    assert planned(log, name) == reference["computed"]
 
 
 @pytest.mark.parametrize("name", [*SINGLE, *LATER])
 def test_every_task_computes_the_steps_of_the_method_and_its_frames(head, name):
-    check_case(head[0], name)
+    check_case(head, name)
 
 
 @pytest.mark.parametrize("name", FIRST)
 def test_the_first_release_does_the_same(first_release, name):
-    check_case(first_release[0], name)
+    check_case(first_release, name)
 
 
 @pytest.mark.parametrize("name", ["t2v-1.3B", "guidance-1", "vace-1.3B"])

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from easydict import EasyDict
 from torch import Tensor
 from tqdm import tqdm
@@ -21,8 +20,12 @@ from .distributed.fsdp import shard_model
 from .modules.model import WanModel
 from .modules.t5 import T5EncoderModel
 from .modules.vae import WanVAE
-
-SOLVERS = {"unipc": UniPCMultistepScheduler, "dpm++": DPMSolverMultistepScheduler}
+from .utils.fm_solvers import (
+    FlowDPMSolverMultistepScheduler,
+    get_sampling_sigmas,
+    retrieve_timesteps,
+)
+from .utils.fm_solvers_unipc import FlowUniPCMultistepScheduler
 
 
 class WanPipeline:
@@ -90,16 +93,16 @@ class WanPipeline:
         return [[u.to(self.device) for u in context] for context in contexts]
 
     def scheduler(self, solver: str, steps: int, shift: float) -> Any:
-        """A flow-matching scheduler of diffusers with its timesteps set."""
-        if solver not in SOLVERS:
-            raise NotImplementedError(f"Unsupported solver {solver}: one of {', '.join(SOLVERS)}")
-        scheduler = SOLVERS[solver](
-            num_train_timesteps=self.num_train_timesteps,
-            prediction_type="flow_prediction",
-            use_flow_sigmas=True,
-            flow_shift=shift,
-        )
-        scheduler.set_timesteps(steps, device=self.device)
+        """A flow-matching scheduler with its timesteps set."""
+        common = {"num_train_timesteps": self.num_train_timesteps, "shift": 1}
+        if solver == "unipc":
+            scheduler = FlowUniPCMultistepScheduler(**common)
+            scheduler.set_timesteps(steps, device=self.device, shift=shift)
+        elif solver == "dpm++":
+            scheduler = FlowDPMSolverMultistepScheduler(**common)
+            retrieve_timesteps(scheduler, self.device, get_sampling_sigmas(steps, shift))
+        else:
+            raise NotImplementedError(f"Unsupported solver {solver}: unipc or dpm++")
         scheduler.set_begin_index(0)  # where timesteps repeat, they do not tell where to begin
         return scheduler
 
