@@ -38,7 +38,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import imageio
 import numpy as np
@@ -231,25 +231,22 @@ def plan(
 def plan_speedup(
     config: TeaCacheConfig, timesteps: Sequence[float], distances: Sequence[float], speedup: float
 ) -> Schedule:
-    """The plan of the smallest threshold that computes at most steps / speedup steps.
+    """The plan of the smallest threshold that computes at most steps / speedup, else of the fewest.
 
     A decision changes only where the threshold passes a sum of increments in a row, so it is enough
-    to look right above each of these. Not so near that a GPU's rounding would matter: 0.01 % above.
-    ValueError: no threshold does; its arguments are the plan that computes the fewest.
+    to look right above each of these: 0.01 % above, for the rounding of another machine.
     """
     increments = np.polyval(config.coefficients, distances)
     sums = {float(u) for i in range(len(increments)) for u in np.cumsum(increments[i:]) if u > 0}
     edges = [0.0, *sorted(sums)]
     above = [min(1.0001 * low, (low + high) / 2) for low, high in itertools.pairwise(edges)]
-    above[:1] = [0.0, edges[1] / 2] if above else [0.0]
-    fewest = None
-    for thresh in [*above, 1.0001 * edges[-1]]:
+    fewest = plan(replace(config, thresh=0.0), timesteps, distances)
+    for thresh in [edges[-1] / 1e6, *above[1:], 1.0001 * edges[-1]]:
+        if len(fewest.computed) * speedup <= config.steps:
+            break
         schedule = plan(replace(config, thresh=thresh), timesteps, distances)
-        if len(schedule.computed) * speedup <= config.steps:
-            return schedule
-        if fewest is None or len(schedule.computed) < len(fewest.computed):
-            fewest = schedule
-    raise ValueError(fewest)
+        fewest = min(fewest, schedule, key=lambda u: len(u.computed))
+    return fewest
 
 
 def fit(points: Sequence[Sequence[float]], use_ret_steps: bool) -> tuple[Fit, float]:
@@ -266,10 +263,7 @@ def fit(points: Sequence[Sequence[float]], use_ret_steps: bool) -> tuple[Fit, fl
     made = Fit((0.0,), coefficients.tolist(), (0.999 * x.min(), 1.001 * x.max()))
     of_one_run = {int(point[0]): float(u) for point, u in zip(points, x, strict=True)}
     config = TeaCacheConfig.from_fit(made, len(of_one_run) + 1, use_ret_steps=use_ret_steps)
-    try:
-        schedule = plan_speedup(config, range(config.steps), list(of_one_run.values()), 2.0)
-    except ValueError as error:
-        schedule = error.args[0]
+    schedule = plan_speedup(config, range(config.steps), list(of_one_run.values()), 2.0)
     return replace(made, thresholds=(schedule.config.thresh,)), r_squared
 
 
@@ -536,9 +530,9 @@ def install_attention(usable: list[str]) -> None:
 
 # The row of a task. That of i2v-14B depends on the resolution; VACE and FLF2V borrow theirs.
 TASK_ROWS = {"t2v-1.3B": "t2v-1.3B", "t2v-14B": "t2v-14B", "t2i-14B": "t2v-14B"}
-MODES = {"plain": False, "retention": True}  # their names in a teacache.json
-FIT_SIZES = {"thresholds": 1, "coefficients": 5, "fitted_range": 2}
 BORROWED_ROWS = {"vace-1.3B": "t2v-1.3B", "vace-14B": "t2v-14B", "flf2v-14B": "i2v-14B-720P"}
+CALIBRATION = {"version": 1}  # what a teacache.json begins with
+MODES = ("plain", "retention steps")
 
 
 def refuse(message: str) -> NoReturn:
@@ -546,6 +540,15 @@ def refuse(message: str) -> NoReturn:
     if os.getenv("LOCAL_RANK", "0") == "0":
         print(f"teacache_generate.py: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+@contextmanager
+def refusing(what: str, cure: str) -> Iterator[None]:
+    """Refuse what cannot be read or written; each decoder and writer has its own exceptions."""
+    try:
+        yield
+    except Exception as error:
+        refuse(f"{what}: {error or type(error).__name__}: {cure}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -559,16 +562,14 @@ def own_parser() -> Parser:
     """The flags that generate.py does not have."""
     parser = Parser(allow_abbrev=False, add_help=False, description="TeaCache for generate.py")
     add = parser.add_argument
-    add(
-        "--teacache_thresh", type=float, metavar="X", help="higher: faster; 0: off; default: by row"
-    )
+    add("--teacache_thresh", type=float, metavar="X", help="higher is faster, 0 is off")
+    add("--teacache_speedup", type=float, metavar="X", help="in place of a threshold: at least X")
     add("--use_ret_steps", action="store_true", help="compare e0, always compute the first 5 steps")
     add("--teacache_model", choices=ROWS, help="row of coefficients; default: by task, checkpoint")
-    add("--teacache_speedup", type=float, metavar="X", help="in place of a threshold: at least X")
+    add("--teacache_coefficients", metavar="FILE", help="default: teacache.json in --ckpt_dir")
     add("--teacache_plan", action="store_true", help="print what thresholds do; generate nothing")
     add("--teacache_calibrate", action="store_true", help="fit coefficients, into teacache.json")
     add("--teacache_prompts", metavar="FILE", help="for the calibration, one a line")
-    add("--teacache_coefficients", metavar="FILE", help="default: teacache.json in --ckpt_dir")
     add("--teacache_report", metavar="FILE", help="write what was decided and measured, as JSON")
     add("--wan_repo", metavar="DIR", help="Wan2.1; default: this script's folder, else the current")
     return parser
@@ -581,25 +582,15 @@ def check_own(own: argparse.Namespace) -> None:
         refuse(f"--teacache_thresh {thresh}: must be 0 (off) or a positive number, such as 0.08")
     if speedup is not None and not 1 <= speedup < math.inf:
         refuse(f"--teacache_speedup {speedup}: must be 1 or more, such as 2.0")
-    apart = [
-        ("teacache_thresh", "teacache_speedup"),
-        ("teacache_model", "teacache_coefficients"),
-        *(("teacache_calibrate", f"teacache_{u}") for u in ("thresh", "speedup", "model", "plan")),
-    ]
-    for one, other in apart:
-        if getattr(own, one) not in (None, False) and getattr(own, other) not in (None, False):
-            refuse(f"--{one}, --{other}: give one of them")
-    if own.teacache_prompts and not own.teacache_calibrate:
+    flags = {name for name, value in vars(own).items() if value not in (None, False)}
+    apart = [("teacache_thresh", "teacache_speedup"), ("teacache_model", "teacache_coefficients")]
+    for other in ("thresh", "speedup", "model", "plan"):
+        apart.append(("teacache_calibrate", f"teacache_{other}"))
+    for pair in apart:
+        if flags.issuperset(pair):
+            refuse(f"--{pair[0]}, --{pair[1]}: give one of them")
+    if "teacache_prompts" in flags and "teacache_calibrate" not in flags:
         refuse(f"--teacache_prompts {own.teacache_prompts}: is for --teacache_calibrate only")
-    own.prompts = None
-    if own.teacache_prompts:
-        try:
-            lines = Path(own.teacache_prompts).read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError) as error:
-            refuse(f"--teacache_prompts {own.teacache_prompts}: cannot be read ({error})")
-        own.prompts = [line.strip() for line in lines if line.strip()]
-        if not own.prompts:
-            refuse(f"--teacache_prompts {own.teacache_prompts}: must hold a prompt a line")
 
 
 def import_wan(wan_repo: str | None, generates: bool) -> ModuleType:
@@ -663,19 +654,11 @@ def check_numbers(args: argparse.Namespace) -> None:
         )
 
 
-def shards_of(folder: Path) -> dict[str, list[str]]:
-    """The transformer's files, and of which tensors their index says that they hold them, if any.
-
-    OSError, ValueError, KeyError, TypeError, AttributeError: the index is damaged.
-    """
+def shards_of(folder: Path) -> dict[str, str | None]:
+    """The file of each of the transformer's tensors; {None: file} where one file has them all."""
     weights = "diffusion_pytorch_model.safetensors"
     index = folder / f"{weights}.index.json"
-    if not index.is_file():
-        return {weights: []}
-    shards: dict[str, list[str]] = {}
-    for tensor, file in sorted(json.loads(index.read_text())["weight_map"].items()):
-        shards.setdefault(file, []).append(tensor)
-    return shards
+    return json.loads(index.read_text())["weight_map"] if index.is_file() else {None: weights}
 
 
 def check_checkpoint(args: argparse.Namespace, config: dict[str, Any], all_parts: bool) -> None:
@@ -684,16 +667,15 @@ def check_checkpoint(args: argparse.Namespace, config: dict[str, Any], all_parts
     if not folder.is_dir():
         refuse(f"--ckpt_dir {folder}: must be a folder with a checkpoint of {args.task}")
     parts = [file for key, file in config.items() if key.endswith(("_checkpoint", "_tokenizer"))]
-    try:
-        for name in ("config.json", *shards_of(folder), *(parts if all_parts else [])):
+    with refusing(f"--ckpt_dir {folder}: its JSON files are damaged", "download it again"):
+        shards = sorted(set(shards_of(folder).values()))
+        for name in ("config.json", *shards, *(parts if all_parts else [])):
             if not (folder / name).exists():
                 refuse(
                     f"--ckpt_dir {folder}: {name} is missing, and --task {args.task} needs it: "
                     "complete the download, or give the task that the checkpoint is of"
                 )
-        dim = json.loads((folder / "config.json").read_text())["dim"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        refuse(f"--ckpt_dir {folder}: its JSON files are damaged ({error!r}): download it again")
+        dim = dict(json.loads((folder / "config.json").read_text())).get("dim")
     if dim != config["dim"]:
         refuse(
             f"--ckpt_dir {folder}: its transformer has dim {dim}, that of --task {args.task} "
@@ -713,13 +695,11 @@ def check_inputs(args: argparse.Namespace, examples: dict[str, str]) -> None:
         if value is None and (name in frames or args.prompt is None):
             value = examples.get(name)
         for file in value.split(",") if value else ():
-            try:
+            with refusing(f"--{name} {file}: cannot be read", "give a file that is there"):
                 if name in videos:
                     imageio.get_reader(file).get_data(0)
                 else:
                     Image.open(file).convert("RGB")
-            except Exception as error:  # each decoder has its own
-                refuse(f"--{name} {file}: cannot be read ({error}): give a file that is there")
 
 
 def check_output(args: argparse.Namespace, wan_generate: ModuleType) -> None:
@@ -727,22 +707,22 @@ def check_output(args: argparse.Namespace, wan_generate: ModuleType) -> None:
     image, said = args.task.startswith("t2i"), io.StringIO()
     target = Path(args.save_file or ("image.png" if image else "video.mp4")).absolute()
     frames = torch.linspace(-1, 1, 2).view(1, 1, 2, 1, 1).expand(1, 3, 2, 64, 64)
-    try:
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder, redirect_stdout(said):
-            probe = f"{folder}/probe{target.suffix}"
+    cure = f"give a {'.png' if image else '.mp4'} in a folder that is there"
+    with (
+        refusing(f"--save_file {target}: cannot be written", f"{cure}; pip install imageio-ffmpeg"),
+        tempfile.TemporaryDirectory(dir=target.parent) as folder,
+    ):
+        probe = f"{folder}/probe{target.suffix}"
+        with redirect_stdout(said):
             if image:
                 wan_generate.cache_image(frames[:, :, 0], probe, retry=1)
             else:
                 wan_generate.cache_video(frames, probe, fps=8, retry=1)
-            with imageio.get_reader(probe) as reader:
-                if sum(1 for _ in reader) < 2 - image:
-                    raise ValueError("no video comes of it")
-    except Exception as error:  # each writer has its own
-        refuse(
-            f"--save_file {target}: cannot be written ({said.getvalue().strip() or error}): give a "
-            f"{'.png' if image else '.mp4'} in a folder that is there; ffmpeg comes with pip "
-            "install imageio-ffmpeg"
-        )
+        if said.getvalue():
+            raise OSError(said.getvalue())
+        with imageio.get_reader(probe) as reader:
+            if sum(1 for _ in reader) < 2 - image:
+                raise OSError(f"no video with the ending '{target.suffix}'")
 
 
 def choose_row(args: argparse.Namespace) -> tuple[str, str]:
@@ -763,71 +743,37 @@ def choose_row(args: argparse.Namespace) -> tuple[str, str]:
     return TASK_ROWS[args.task], f"task {args.task}"
 
 
-class Choice(NamedTuple):
-    """The fit of a run: what it is called, why it is that one, and what to be warned of."""
-
-    row: str
-    why: str
-    fit: Fit
-    warning: str | None = None
-
-
-def choose_fit(own: argparse.Namespace, args: argparse.Namespace) -> Choice:
-    """The fit as asked; else the checkpoint's own one; else the row of the task."""
+def choose_fit(own: argparse.Namespace, args: argparse.Namespace) -> tuple[Fit, str, str]:
+    """The fit of a run, what it is, and what to warn of: as asked, the checkpoint's, or a row."""
     ret, file = own.use_ret_steps, Path(args.ckpt_dir) / "teacache.json"
     if own.teacache_model:
-        return Choice(own.teacache_model, "as asked", FITS[ret][own.teacache_model])
+        return FITS[ret][own.teacache_model], f"row {own.teacache_model} (as asked)", ""
     if own.teacache_coefficients or file.is_file():
         file = Path(own.teacache_coefficients or file)
-        fits, made_for = read_calibration(file)
+        made, made_for = read_calibration(file, MODES[own.use_ret_steps])
         now = settings_of(args)
         other = [f"{k} {made_for.get(k)}, now {v}" for k, v in now.items() if made_for.get(k) != v]
-        warning = f"{file} was made for {'; '.join(other)}" if other else None
-        return Choice(str(file), "calibrated", fits["retention" if ret else "plain"], warning)
+        return made, f"calibration {file}", f"made for {'; '.join(other)}" if other else ""
     row, why = choose_row(args)
-    warning = f"{why}: compare with --teacache_thresh 0 before you trust it"
-    return Choice(row, why, FITS[ret][row], warning if why.startswith("borrowed") else None)
+    warning = "compare with --teacache_thresh 0 before you trust it" if "borrow" in why else ""
+    return FITS[ret][row], f"row {row} ({why})", warning
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """All that the distances and the residuals of a run depend on, but for the prompt."""
-    names = ("task", "size", "sample_steps", "sample_shift", "sample_solver")
-    return {**{k: getattr(args, k) for k in names}, "model": fingerprint(Path(args.ckpt_dir))}
+    """All that the distances and residuals of a run depend on, but for the prompt.
 
-
-def fingerprint(folder: Path) -> str:
-    """Of the transformer's files: their sizes, and 4 KiB at 64 places of each."""
-    digest = hashlib.sha256()
-    for name in shards_of(folder):
+    The model is told by the sizes of its files, and 4 KiB at 64 places of each.
+    """
+    folder, digest = Path(args.ckpt_dir), hashlib.sha256()
+    for name in sorted(set(shards_of(folder).values())):
         with open(folder / name, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             digest.update(str(size).encode())
             for place in range(64):
                 file.seek(size * place // 64)
                 digest.update(file.read(4096))
-    return digest.hexdigest()[:16]
-
-
-def read_calibration(file: Path) -> tuple[dict[str, Fit], dict[str, Any]]:
-    """The fits of a teacache.json by mode, and the settings that they were made for."""
-    try:
-        told = json.loads(file.read_text())
-        if told["version"] != 1:
-            raise ValueError(f"version {told['version']!r} is not 1")
-        fits = {mode: Fit(**{k: told["fits"][mode][k] for k in FIT_SIZES}) for mode in MODES}
-        for mode, made in fits.items():
-            for name, size in FIT_SIZES.items():
-                values = getattr(made, name)
-                if len(values) != size or not all(map(math.isfinite, values)):
-                    raise ValueError(f"{name} of {mode} must be {size} finite numbers")
-            if made.thresholds[0] < 0 or made.fitted_range[0] >= made.fitted_range[1]:
-                raise ValueError(f"threshold below 0 or empty fitted_range in {mode}")
-        return fits, dict(told["settings"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        refuse(
-            f"--teacache_coefficients {file}: damaged or not a calibration ({error!r}): make it "
-            "again by --teacache_calibrate, or give --teacache_model"
-        )
+    names = ("task", "size", "sample_steps", "sample_shift", "sample_solver")
+    return {**{k: getattr(args, k) for k in names}, "model": digest.hexdigest()[:16]}
 
 
 def timesteps_of(args: argparse.Namespace, train_timesteps: int) -> list[int]:
@@ -851,51 +797,56 @@ def timesteps_of(args: argparse.Namespace, train_timesteps: int) -> list[int]:
 
 
 def distances_of(folder: Path, timesteps: Sequence[float], use_ret_steps: bool) -> list[float]:
-    """The distances of a run from the weights of the time embedding alone, one less than steps."""
-    files = {name: file for file, names in shards_of(folder).items() for name in names}
-    (single,) = set(shards_of(folder)) if not files else (None,)
-
-    def tensor(name: str) -> Any:
-        """A tensor in the file, not yet read."""
-        file = safetensors.safe_open(folder / files.get(name, single or ""), "pt")
-        return file.get_slice(name)
+    """The distances of a run, one less than steps, from the weights of the time embedding alone."""
+    shards = shards_of(folder)
 
     def linear(x: Tensor, layer: str, rows: slice = slice(None)) -> Tensor:
         weight, bias = (tensor(f"{layer}.{part}")[rows].float() for part in ("weight", "bias"))
         return nn.functional.linear(x, weight, bias)
 
-    try:
+    def tensor(name: str) -> Any:
+        file = folder / (shards.get(None) or shards[name])
+        return safetensors.safe_open(file, "pt").get_slice(name)  # reads nothing yet
+
+    with refusing(f"--ckpt_dir {folder}: its time embedding cannot be read", "download it again"):
         freq_dim = tensor("time_embedding.0.weight").get_shape()[1]
         sinusoid = sys.modules["wan.modules.model"].sinusoidal_embedding_1d
         e = linear(sinusoid(freq_dim, torch.tensor(timesteps)).float(), "time_embedding.0")
-        e = linear(nn.functional.silu(e), "time_embedding.2")
-        change = size = torch.zeros(len(e) - 1)
-        dim = e.size(1)
-        for rows in [slice(i * dim, (i + 1) * dim) for i in range(6)] if use_ret_steps else [None]:
-            signal = e  # or e0 in six parts, each as large as a weight of time_embedding
-            if rows:
-                signal = linear(nn.functional.silu(e), "time_projection.1", rows)
-            change = change + signal.diff(dim=0).abs().sum(1)
-            size = size + signal[:-1].abs().sum(1)
-        return (change / size).tolist()
-    except (OSError, KeyError, safetensors.SafetensorError) as error:
+        signals = [linear(nn.functional.silu(e), "time_embedding.2")]
+        if use_ret_steps:  # e0, one of its six parts at a time: for 14B it has 0.6 GB of weights
+            e, dim = nn.functional.silu(signals[0]), signals[0].size(1)
+            parts = (slice(i * dim, (i + 1) * dim) for i in range(6))
+            signals = (linear(e, "time_projection.1", rows) for rows in parts)
+        sums = [(u.diff(dim=0).abs().sum(1), u[:-1].abs().sum(1)) for u in signals]
+    change, size = (torch.stack(u).sum(0) for u in zip(*sums, strict=True))
+    return (change / size).tolist()
+
+
+def speedup_thresh(
+    config: TeaCacheConfig, timesteps: list[int], distances: list[float], speedup: float
+) -> float:
+    """The threshold for ``--teacache_speedup``, said with its schedule."""
+    schedule = plan_speedup(config, timesteps, distances, speedup)
+    computed, thresh = len(schedule.computed), schedule.config.thresh
+    if computed * speedup > config.steps:
         refuse(
-            f"--ckpt_dir {folder}: its time embedding cannot be read ({error}): download it again"
+            f"--teacache_speedup {speedup}: no threshold reaches it; the nearest is "
+            f"{config.steps / computed:.3g}, at --teacache_thresh {thresh:.4g}"
         )
+    log.info(
+        f"TeaCache: speed-up {speedup:g} by thresh {thresh:.4g}: computes {computed} of "
+        f"{config.steps} steps, {schedule.marks()}"
+    )
+    return thresh
 
 
 def print_plan(
-    choice: Choice, config: TeaCacheConfig, timesteps: list[int], distances: list[float]
+    fit: Fit, config: TeaCacheConfig, timesteps: list[int], distances: list[float]
 ) -> None:
-    """What the thresholds around the current one do, for ``--teacache_plan``."""
-    mode = "with retention steps" if config.use_ret_steps else "plain"
-    print(f"TeaCache plan: row {choice.row} ({choice.why}), {mode}, {config.steps} steps")
-    if choice.warning:
-        print(f"warning: {choice.warning}")
+    """What the thresholds around the current one do."""
     print("   thresh  computed  skipped  speed-up  longest skip  schedule (# computed, . skipped)")
-    default = choice.fit.thresholds[-1]
-    ladder = {default * factor for factor in (0.25, 0.5, 0.75, 1.5, 2.0, 3.0)}
-    for thresh in sorted({config.thresh, *choice.fit.thresholds, *ladder}):
+    ladder = {fit.thresholds[-1] * factor for factor in (0.25, 0.5, 0.75, 1.5, 2.0, 3.0)}
+    for thresh in sorted({config.thresh, *fit.thresholds, *ladder}):
         schedule = plan(replace(config, thresh=thresh), timesteps, distances)
         computed = len(schedule.computed)
         print(
@@ -903,61 +854,130 @@ def print_plan(
             f"{config.steps - computed:7}  {config.steps / computed:7.2f}x  "
             f"{schedule.longest_skip:12}  {schedule.marks()}"
         )
+    print("speed-up: of the transformer, if a skipped step took no time")
     for warning in plan(config, timesteps, distances).warnings():
         print(f"warning: {warning}")
-    print("The speed-up is that of the transformer, if a skipped step took no time.")
+
+
+def read_calibration(file: Path, mode: str) -> tuple[Fit, dict[str, Any]]:
+    """The fit for a mode in a teacache.json, and the settings that it was made for."""
+    with refusing(
+        f"--teacache_coefficients {file}: damaged or not a calibration",
+        "make it again by --teacache_calibrate, or give --teacache_model",
+    ):
+        told = json.loads(file.read_text())
+        if told["version"] != CALIBRATION["version"]:
+            raise ValueError(f"version {told['version']} is not {CALIBRATION['version']}")
+        sizes = {"thresholds": 1, "coefficients": 5, "fitted_range": 2}
+        fits = [told["fits"][mode] for mode in MODES]
+        for made, (name, size) in itertools.product(fits, sizes.items()):
+            if len(made[name]) != size or not all(map(math.isfinite, made[name])):
+                raise ValueError(f"{name} must be {size} finite numbers")
+        made = Fit(**{name: told["fits"][mode][name] for name in sizes})
+        if made.thresholds[0] < 0 or made.fitted_range[0] >= made.fitted_range[1]:
+            raise ValueError("a threshold below 0, or an empty range")
+        return made, dict(told["settings"])
 
 
 class Calibrated(Exception):
-    """The job is done, and there is no video to save."""
+    """A calibration is done, and there is no video to save."""
 
 
-def partial(file: Path) -> Path:
-    """Where a calibration keeps what it has until it can write ``file``."""
-    return file.with_name(f"{file.name}.partial")
+class Calibration:
+    """A teacache.json in the making. What is recorded lies beside it in a .partial until then."""
 
+    def __init__(self, own: argparse.Namespace, args: argparse.Namespace):
+        self.file = Path(own.teacache_coefficients or Path(args.ckpt_dir) / "teacache.json")
+        self.partial = self.file.with_name(f"{self.file.name}.partial")
+        self.prompts: list[str] = []
+        if args.sample_steps < 7:
+            refuse(f"--sample_steps {args.sample_steps}: a calibration needs 7 or more, such as 50")
+        if own.teacache_prompts:
+            with refusing(f"--teacache_prompts {own.teacache_prompts}", "give a file of prompts"):
+                lines = Path(own.teacache_prompts).read_text(encoding="utf-8").splitlines()
+                self.prompts = [line.strip() for line in lines if line.strip()]
+                if not self.prompts:
+                    raise ValueError("must hold a prompt a line")
+        self.told = {**CALIBRATION, "settings": settings_of(args), "runs": []}
+        with refusing(f"--teacache_coefficients {self.file}: cannot be written", "see its folder"):
+            if self.partial.is_file():
+                told = json.loads(self.partial.read_text())
+                if told["settings"] != self.told["settings"]:
+                    raise ValueError(
+                        f"{self.partial} is of other settings; go on with those, or rm it"
+                    )
+                points = 2 * (args.sample_steps - 1)
+                self.told["runs"] = [run for run in told["runs"] if len(run["points"]) == points]
+            self.write(self.partial)
 
-def read_partial(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What an interrupted calibration with the same settings has left, or the begin of one."""
-    if not partial(file).is_file():
-        return {"version": 1, "settings": settings, "runs": []}
-    told = json.loads(partial(file).read_text())
-    if told["settings"] != settings:
-        raise ValueError(
-            f"{partial(file)} is of {told['settings']}: delete it, or go on with these"
-        )
-    return told
+    def write(self, file: Path) -> None:
+        """All of it or nothing, and on rank 0 only."""
+        if os.getenv("RANK", "0") == "0":
+            written = file.with_name(f"{file.name}.tmp")
+            written.write_text(json.dumps(self.told))
+            os.replace(written, file)
 
+    def run(
+        self, pipeline: Any, generate: Callable, prompt: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Each prompt with every step computed and nothing decoded, then the fits."""
+        config, seed = TeaCacheConfig(kwargs["sampling_steps"], 0.0, ()), kwargs.pop("seed")
+        for i, text in enumerate(self.prompts or [prompt]):
+            log.info(f"TeaCache: calibration on prompt {i + 1}: {text}")
+            if any(run["prompt"] == text for run in self.told["runs"]):
+                continue  # it was recorded before
+            nothing = shadow(pipeline.vae, decode=lambda latents: [torch.zeros(1)])
+            with nothing, teacache(pipeline.model, config, Recorder) as recorder:
+                self.told["runs"].append(
+                    {"prompt": text, "seed": seed + i, "points": recorder.points}
+                )
+                try:
+                    generate(text, *args, seed=seed + i, **kwargs)
+                finally:
+                    self.write(self.partial)
+        self.finish()
 
-def write_json(file: Path, content: Any) -> None:
-    """All of it or nothing, and on rank 0 only."""
-    if os.getenv("RANK", "0") == "0":
-        written = file.with_name(f"{file.name}.tmp")
-        written.write_text(json.dumps(content))
-        os.replace(written, file)
+    def finish(self) -> NoReturn:
+        """Fit both modes over all points."""
+        points = [point for run in self.told["runs"] for point in run["points"]]
+        self.told["fits"] = {}
+        for mode, use_ret_steps in zip(MODES, (False, True), strict=True):
+            made, r_squared = fit(points, use_ret_steps)
+            self.told["fits"][mode] = {**asdict(made), "r_squared": r_squared}
+            log.info(f"TeaCache: {mode}: R squared {r_squared:.3f} over {len(points)} points")
+            if r_squared < 0.8:
+                log.warning(
+                    f"TeaCache: {mode}: a poor fit: the distance tells little of the change"
+                )
+        self.write(self.file)
+        if os.getenv("RANK", "0") == "0":
+            self.partial.unlink()
+        log.info(f"TeaCache: wrote {self.file}; a calibration makes no video")
+        raise Calibrated
 
 
 class Job:
     """One run of the command line: what was asked, what was measured, and what must not be lost."""
 
-    def __init__(
-        self,
-        own: argparse.Namespace,
-        args: argparse.Namespace,
-        wan_generate: ModuleType,
-        choice: Choice,
-    ):
-        self.own, self.args, self.wan_generate, self.choice = own, args, wan_generate, choice
+    def __init__(self, own: argparse.Namespace, args: argparse.Namespace, wan_generate: ModuleType):
+        self.own, self.args, self.wan_generate = own, args, wan_generate
         self.wan_config = wan_generate.WAN_CONFIGS[args.task]
         self.cache: TeaCache | None = None
         self.seconds: dict[str, float] = {}  # by phase
+        self.fit, self.name, self.warning = FITS[False][ROWS[0]], "calibration", ""
         self.loading = False
 
-    def run(self) -> None:
-        """Wan2.1's ``generate(args)``, with TeaCache in its pipelines and its results kept."""
+    def run(self, make: Callable) -> None:
+        """Wan2.1's ``generate(args)``, in whose pipelines ``make`` takes ``generate``'s place."""
+        with refusing(
+            f"--teacache_report {self.own.teacache_report}: cannot be written", "see its folder"
+        ):
+            self.write_report("started")
         wan, here, status = sys.modules["wan"], self.wan_generate, "finished"
         classes = {name: member for name, member in vars(wan).items() if inspect.isclass(member)}
-        pipelines = {k: self.with_teacache(v) for k, v in classes.items() if hasattr(v, "generate")}
+        pipelines = {
+            k: self.with_generate(v, make) for k, v in classes.items() if hasattr(v, "generate")
+        }
         writers = {k: self.keeping(getattr(here, k)) for k in ("cache_video", "cache_image")}
         try:
             with shadow(wan, **pipelines), shadow(here, **writers):
@@ -968,14 +988,17 @@ class Job:
             status = "calibrated"
         except BaseException as error:
             status = f"failed: {error!r}"
+            if isinstance(error, KeyboardInterrupt):
+                log.error("TeaCache: interrupted")
+                sys.exit(130)
             if isinstance(error, (AssertionError, ImportError)) and not self.loading:
                 refuse(f"{error} (see --help)")
             raise
         finally:
             self.write_report(status)
 
-    def with_teacache(self, pipeline: type) -> type:
-        """A pipeline class with TeaCache around its ``generate``."""
+    def with_generate(self, pipeline: type, make: Callable) -> type:
+        """A pipeline class whose ``generate`` is ``make(pipeline, stock generate, ...)``."""
         job = self
 
         class TeaCachePipeline(pipeline):  # type: ignore[misc,valid-type]
@@ -984,72 +1007,29 @@ class Job:
                 super().__init__(*args, **kwargs)
 
             def generate(self, *args: Any, **kwargs: Any) -> Tensor | None:
-                if job.own.teacache_calibrate:
-                    job.calibrate(self, super().generate, *args, **kwargs)
-                config = job.configure(kwargs["sampling_steps"], kwargs["guide_scale"])
-                decode = job.keeping(self.vae.decode, str(self.device))
-                job.began = time.perf_counter()
-                with teacache(self.model, config) as job.cache, shadow(self.vae, decode=decode):
-                    video = super().generate(*args, **kwargs)
-                log.info(job.cache.summary())
-                return video
+                return make(self, super().generate, *args, **kwargs)
 
         return TeaCachePipeline
 
-    def configure(self, steps: int, guide_scale: float) -> TeaCacheConfig:
-        """The settings for a pipeline's ``generate``, said in one line."""
-        thresh, ret = self.own.teacache_thresh, self.own.use_ret_steps
-        config = TeaCacheConfig.from_fit(self.choice.fit, steps, thresh, ret)
+    def generate(
+        self, pipeline: Any, generate: Callable, *args: Any, **kwargs: Any
+    ) -> Tensor | None:
+        """A pipeline's ``generate`` with TeaCache."""
+        own, steps, thresh = self.own, kwargs["sampling_steps"], self.own.teacache_thresh
+        config = TeaCacheConfig.from_fit(self.fit, steps, thresh, own.use_ret_steps)
+        config = replace(config, guide_scale=kwargs["guide_scale"])
         said = " (default)" if thresh is None else " (off: stock Wan2.1)" if thresh == 0 else ""
-        mode = "retention steps" if ret else "plain"
         log.info(
-            f"TeaCache: row {self.choice.row} ({self.choice.why}), thresh {config.thresh:g}{said}, "
-            f"{mode}, {steps} steps"
+            f"TeaCache: {self.name}, thresh {config.thresh:g}{said}, {MODES[own.use_ret_steps]}, {steps} steps"
         )
-        if config.thresh and self.choice.warning:
-            log.warning(f"TeaCache: {self.choice.warning}")
-        return replace(config, guide_scale=guide_scale)
-
-    def calibrate(
-        self, pipeline: Any, generate: Callable, prompt: str, *args: Any, **kwargs: Any
-    ) -> NoReturn:
-        """Run all prompts with every step computed, and write the fits; raises Calibrated.
-
-        What is recorded is kept beside the file to be, after each prompt and also after an error.
-        """
-        file = Path(self.own.teacache_coefficients or Path(self.args.ckpt_dir) / "teacache.json")
-        settings, steps = settings_of(self.args), kwargs["sampling_steps"]
-        told = read_partial(file, settings)
-        done = {run["prompt"] for run in told["runs"] if len(run["points"]) == 2 * (steps - 1)}
-        told["runs"] = [run for run in told["runs"] if run["prompt"] in done]
-        seed = kwargs.pop("seed")
-        for i, text in enumerate(self.own.prompts or [prompt]):
-            log.info(f"TeaCache: calibration on prompt {i + 1}: {text}")
-            if text in done:
-                continue
-            config = TeaCacheConfig(steps, 0.0, ())
-            try:
-                with (
-                    teacache(pipeline.model, config, Recorder) as recorder,
-                    shadow(pipeline.vae, decode=lambda latents: [torch.zeros(1)]),
-                ):
-                    generate(text, *args, seed=seed + i, **kwargs)
-            finally:
-                told["runs"].append({"prompt": text, "seed": seed + i, "points": recorder.points})
-                write_json(partial(file), told)
-        points = [point for run in told["runs"] for point in run["points"]]
-        told["fits"] = {}
-        for mode, ret in MODES.items():
-            made, r_squared = fit(points, ret)
-            told["fits"][mode] = {**asdict(made), "r_squared": r_squared}
-            log.info(f"TeaCache: {mode}: R squared {r_squared:.3f} over {len(points)} points")
-            if r_squared < 0.8:
-                log.warning(f"TeaCache: {mode}: a poor fit: the distance says little of the change")
-        write_json(file, told)
-        if os.getenv("RANK", "0") == "0":
-            partial(file).unlink()
-        log.info(f"TeaCache: wrote {file}; no video is made by a calibration")
-        raise Calibrated
+        if self.warning and config.thresh:
+            log.warning(f"TeaCache: {self.name}: {self.warning}")
+        decode = self.keeping(pipeline.vae.decode, str(pipeline.device))
+        self.began = time.perf_counter()
+        with teacache(pipeline.model, config) as self.cache, shadow(pipeline.vae, decode=decode):
+            video = generate(*args, **kwargs)
+        log.info(self.cache.summary())
+        return video
 
     def keeping(self, function: Callable, device: str = "cpu") -> Callable:
         """``vae.decode`` or a writer of Wan2.1: where it fails, what it was given is kept."""
@@ -1085,21 +1065,17 @@ class Job:
         except (OSError, RuntimeError):
             path = Path(tempfile.gettempdir()) / name
             torch.save(tensors, path)
-        file, quoted = str(path.with_suffix(".mp4")), json.dumps  # in "": the shell has the ''
-        video = f"torch.load({quoted(str(path))}, map_location={quoted(device)})"
-        call = f"cache_video({video}, {quoted(file)}, fps={self.wan_config['sample_fps']})"
+        video = f'torch.load("{path}", map_location="{device}")'
         if phase == "decode":
-            vae = str(Path(self.args.ckpt_dir).absolute() / self.wan_config["vae_checkpoint"])
-            made = (
-                f"WanVAE(vae_pth={quoted(vae)}, device={quoted(device)}).decode({video})[0][None]"
-            )
-            call = call.replace(video, made)
-        elif phase == "cache_image":
-            file = str(path.with_suffix(".png"))
-            call = f"cache_image({video}, {quoted(file)})"
+            vae = Path(self.args.ckpt_dir).absolute() / self.wan_config["vae_checkpoint"]
+            video = f'WanVAE(vae_pth="{vae}", device="{device}").decode({video})[0][None]'
+        file, rest = path.with_suffix(".mp4"), f", fps={self.wan_config['sample_fps']}"
+        if phase == "cache_image":
+            file, rest = path.with_suffix(".png"), ""
+        writer = "cache_image" if phase == "cache_image" else "cache_video"
         code = (
             "import torch; from wan.modules.vae import WanVAE; "
-            f"from wan.utils.utils import cache_image, cache_video; {call}"
+            f'from wan.utils.utils import {writer}; {writer}({video}, "{file}"{rest})'
         )
         log.error(
             f"TeaCache: {phase} failed: {error!r}. What it was given is in {path}; this makes "
@@ -1115,8 +1091,7 @@ class Job:
         report = {
             "status": status,
             "settings": {**vars(self.args), **vars(self.own)},
-            "row": self.choice.row,
-            "row_because": self.choice.why,
+            "fit": self.name,
             "device": torch.cuda.get_device_name() if cuda else "cpu",
             "peak_gpu_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
             "versions": {"python": sys.version, "torch": torch.__version__},
@@ -1140,48 +1115,32 @@ def main(argv: list[str] | None = None) -> None:
     check_own(own)
     wan_generate = import_wan(own.wan_repo, generates=not (asks_help or own.teacache_plan))
     args = parse_wan(wan_generate, rest)
-    wan_config = wan_generate.WAN_CONFIGS[args.task]
+    wan_config, examples = wan_generate.WAN_CONFIGS[args.task], wan_generate.EXAMPLE_PROMPT
     check_numbers(args)
     check_checkpoint(args, wan_config, all_parts=not own.teacache_plan)
     timesteps = timesteps_of(args, wan_config["num_train_timesteps"])
-    choice = (
-        Choice("", "", FITS[False]["t2v-1.3B"]) if own.teacache_calibrate else choose_fit(own, args)
-    )
-    config = TeaCacheConfig.from_fit(
-        choice.fit, args.sample_steps, own.teacache_thresh, own.use_ret_steps
-    )
-    if own.teacache_plan or own.teacache_speedup:
-        distances = distances_of(Path(args.ckpt_dir), timesteps, own.use_ret_steps)
-    if own.teacache_speedup:
-        try:
-            schedule = plan_speedup(config, timesteps, distances, own.teacache_speedup)
-        except ValueError as error:
-            best = error.args[0]
-            refuse(
-                f"--teacache_speedup {own.teacache_speedup}: no threshold reaches it; the nearest "
-                f"is {config.steps / len(best.computed):.3g}, at --teacache_thresh "
-                f"{best.config.thresh:.4g}"
-            )
-        config, own.teacache_thresh = schedule.config, schedule.config.thresh
-        log.info(
-            f"TeaCache: speed-up {own.teacache_speedup:g} by thresh {config.thresh:.4g}: computes "
-            f"{len(schedule.computed)} of {config.steps} steps, {schedule.marks()}"
-        )
-    if own.teacache_plan:
-        print_plan(choice, config, timesteps, distances)
+    job = Job(own, args, wan_generate)
+    if own.teacache_calibrate:
+        check_inputs(args, examples[args.task])
+        job.run(Calibration(own, args).run)
         return
-    check_inputs(args, wan_generate.EXAMPLE_PROMPT[args.task])
+    job.fit, job.name, job.warning = choose_fit(own, args)
+    steps, ret = args.sample_steps, own.use_ret_steps
+    config = TeaCacheConfig.from_fit(job.fit, steps, own.teacache_thresh, ret)
+    if own.teacache_plan or own.teacache_speedup:
+        distances = distances_of(Path(args.ckpt_dir), timesteps, ret)
+    if own.teacache_speedup:
+        own.teacache_thresh = speedup_thresh(config, timesteps, distances, own.teacache_speedup)
+        config = replace(config, thresh=own.teacache_thresh)
+    if own.teacache_plan:
+        print(
+            f"TeaCache plan: {job.name}, {MODES[own.use_ret_steps]}, {steps} steps. {job.warning}"
+        )
+        print_plan(job.fit, config, timesteps, distances)
+        return
+    check_inputs(args, examples[args.task])
     check_output(args, wan_generate)
-    job = Job(own, args, wan_generate, choice)
-    try:
-        job.write_report("started")
-    except OSError as error:
-        refuse(f"--teacache_report {own.teacache_report}: cannot be written ({error})")
-    try:
-        job.run()
-    except KeyboardInterrupt:
-        log.error("TeaCache: interrupted")
-        sys.exit(130)
+    job.run(job.generate)
 
 
 if __name__ == "__main__":

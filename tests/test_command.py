@@ -34,7 +34,7 @@ def test_a_run_leaves_a_video_a_report_and_two_lines(ckpt, tmp_path, mode):
     told = json.loads(report.read_text())
     computed = [i for i, step in enumerate(told["steps"]) if step["computed"]]
     assert told["status"] == "finished"
-    assert told["row"] == "t2v-1.3B"
+    assert told["fit"] == "row t2v-1.3B (as asked)"
     assert told["computed"] == computed
     assert 15 <= len(computed) <= 40
     assert {"encode", "sampling", "decode", "cache_video"} == set(told["seconds"])

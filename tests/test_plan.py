@@ -13,8 +13,6 @@ import torch
 from nano import NANO, PROMPT, ROW, SCRIPT, attempt, python
 from safetensors.torch import load_file, save_file
 
-import teacache_generate
-
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICTURE = ["--frame_num", "1", "--sample_guide_scale", "1"]  # the schedule knows nothing of these
 
@@ -146,7 +144,7 @@ def test_a_calibration_keeps_points_fit_range_and_settings(calibrated):
             [i, b] for i in range(1, 12) for b in (0, 1)
         ]
     points = [point for run in told["runs"] for point in run["points"]]
-    for column, mode in ((2, "plain"), (3, "retention")):
+    for column, mode in ((2, "plain"), (3, "retention steps")):
         fit = told["fits"][mode]
         assert len(fit["coefficients"]) == 5
         low, high = fit["fitted_range"]
@@ -184,13 +182,13 @@ def test_calibrate_then_plan_then_generate(capsys, caplog, calibrated, tmp_path)
     caplog.set_level("INFO")
     code, said = attempt(capsys, "--ckpt_dir", calibrated, *RUN, "--teacache_plan")
     assert code == 0
-    assert f"row {calibrated / 'teacache.json'} (calibrated)" in said
+    assert f"TeaCache plan: calibration {calibrated / 'teacache.json'}, plain, 12 steps" in said
     report = tmp_path / "report.json"
     out = ["--save_file", tmp_path / "x.mp4", "--teacache_report", report]
     assert attempt(capsys, "--ckpt_dir", calibrated, *RUN, *PROMPT, *out)[0] == 0
     assert marks(report) == planned(said)[1]
     assert marks(report).count("#") <= 6  # the default threshold halves the steps
-    assert "was made for" not in caplog.text
+    assert "made for" not in caplog.text
 
 
 def test_other_settings_than_those_of_the_calibration_are_said(
@@ -200,7 +198,7 @@ def test_other_settings_than_those_of_the_calibration_are_said(
     argv = ["--ckpt_dir", calibrated, *PROMPT, *PICTURE, "--sample_steps", "8"]
     argv += ["--sample_shift", "3", "--save_file", tmp_path / "x.mp4"]
     assert attempt(capsys, *argv)[0] == 0
-    assert "was made for sample_steps 12, now 8; sample_shift 5.0, now 3.0" in caplog.text
+    assert "made for sample_steps 12, now 8; sample_shift 5.0, now 3.0" in caplog.text
 
 
 def test_a_distance_outside_the_fitted_range_computes_the_step(
@@ -238,7 +236,7 @@ def test_an_interrupted_calibration_goes_on_where_it_was(ckpt, tmp_path):
         process.stdout.read()
     assert process.returncode == 130
     left = json.loads((folder / "teacache.json.partial").read_text())
-    assert [len(run["points"]) for run in left["runs"]][0] == 98
+    assert len(left["runs"][0]["points"]) == 98
     assert not (folder / "teacache.json").exists()
     done = python(SCRIPT, *argv)
     assert done.returncode == 0, done.stderr
@@ -280,7 +278,7 @@ def test_a_foreign_checkpoint_cannot_be_planned(capsys, ckpt, tmp_path, change, 
     [
         lambda told: told.update(version=2),
         lambda told: told.pop("version"),
-        lambda told: told["fits"].pop("retention"),
+        lambda told: told["fits"].pop("retention steps"),
         lambda told: told["fits"]["plain"].update(coefficients=[1.0, 2.0]),
         lambda told: told["fits"]["plain"].update(coefficients=[float("nan")] * 5),
         lambda told: told["fits"]["plain"].update(coefficients="12345"),
@@ -313,7 +311,7 @@ def test_a_damaged_calibration_is_refused(capsys, calibrated, tmp_path, change):
             "--teacache_thresh, --teacache_speedup: give one of them",
         ),
         (["--teacache_prompts", "x"], "--teacache_prompts x: is for --teacache_calibrate only"),
-        (["--teacache_calibrate", "--teacache_prompts", "/none"], "/none: cannot be read"),
+        (["--teacache_calibrate", "--teacache_prompts", "/none"], "/none: [Errno 2] No such file"),
         (["--teacache_calibrate", "--teacache_prompts", "/dev/null"], "must hold a prompt a line"),
         (["--teacache_calibrate", "--teacache_plan"], "give one of them"),
         (["--teacache_calibrate", "--sample_steps", "5"], "--sample_steps 5: a calibration"),
@@ -331,8 +329,8 @@ def test_bad_flags_are_refused_in_one_line_with_status_2(capsys, ckpt, flags, ex
 def test_a_calibration_of_other_settings_is_not_gone_on_with(capsys, ckpt, tmp_path):
     file = tmp_path / "mine.json"
     left = {"version": 1, "settings": {"task": "t2v-14B"}, "runs": []}
-    teacache_generate.partial(file).write_text(json.dumps(left))
+    (tmp_path / "mine.json.partial").write_text(json.dumps(left))
     argv = ["--ckpt_dir", ckpt, *PROMPT, *CALIBRATE, "--teacache_coefficients", file]
     code, said = attempt(capsys, *argv)
     assert code == 2
-    assert "delete it, or go on with" in said
+    assert "mine.json.partial is of other settings; go on with those, or rm it" in said

@@ -146,9 +146,7 @@ def test_a_target_speedup_takes_the_smallest_threshold_that_reaches_it(speedup, 
 
 def test_a_speedup_that_no_threshold_reaches_gives_the_nearest():
     config = TeaCacheConfig(10, 0.0, LINE, use_ret_steps=True)
-    with pytest.raises(ValueError) as error:
-        plan_speedup(config, range(10), [0.1] * 9, 2.5)
-    assert error.value.args[0].computed == [0, 1, 2, 3, 4]
+    assert plan_speedup(config, range(10), [0.1] * 9, 2.5).computed == [0, 1, 2, 3, 4]
 
 
 def test_a_fit_gives_the_polynomial_that_made_the_points():
