@@ -1019,9 +1019,8 @@ class Job:
         config = TeaCacheConfig.from_fit(self.fit, steps, thresh, own.use_ret_steps)
         config = replace(config, guide_scale=kwargs["guide_scale"])
         said = " (default)" if thresh is None else " (off: stock Wan2.1)" if thresh == 0 else ""
-        log.info(
-            f"TeaCache: {self.name}, thresh {config.thresh:g}{said}, {MODES[own.use_ret_steps]}, {steps} steps"
-        )
+        mode = MODES[own.use_ret_steps]
+        log.info(f"TeaCache: {self.name}, thresh {config.thresh:g}{said}, {mode}, {steps} steps")
         if self.warning and config.thresh:
             log.warning(f"TeaCache: {self.name}: {self.warning}")
         decode = self.keeping(pipeline.vae.decode, str(pipeline.device))

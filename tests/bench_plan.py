@@ -89,7 +89,7 @@ def make_checkpoint(folder: Path) -> int:
 
 
 def measure(repo: Path, folder: Path, flags: list[str]) -> tuple[float, float]:
-    """Seconds and peak GiB of one plan, from the start of Python to its end; needs Linux's /proc."""
+    """Seconds and peak GiB of one plan, from Python's start to its end; needs Linux's /proc."""
     code = PLAN.format(tests=str(HERE), dim=DIM)
     script = [HERE.parent / "teacache_generate.py", "--wan_repo", repo, "--ckpt_dir", folder]
     asked = [*script, "--teacache_model", "t2v-14B", "--teacache_plan", *flags]

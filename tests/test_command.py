@@ -115,7 +115,7 @@ def test_the_video_is_that_of_the_method_written_plainly(
 )
 def test_two_processes_give_the_video_of_one(ckpt, tmp_path, flags):
     common = ["--wan_repo", NANO, "--ckpt_dir", ckpt, *ROW, *PROMPT, "--sample_steps", "8"]
-    alone, both = tmp_path / "alone.mp4", tmp_path / "both.mp4"
+    alone, both = tmp_path / "alone.png", tmp_path / "both.png"  # animated, lossless
     reports = [tmp_path / "alone.json", tmp_path / "both.json"]
     one = python(SCRIPT, *common, "--save_file", alone, "--teacache_report", reports[0])
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT]
@@ -126,7 +126,7 @@ def test_two_processes_give_the_video_of_one(ckpt, tmp_path, flags):
     assert steps[0] == steps[1]
     assert len(steps[0]) < 8
     assert two.stdout.count("TeaCache: computed") == 1
-    assert np.abs(frames(alone) - frames(both)).mean() < 0.2  # of 255; skipping makes 1.8
+    assert np.abs(frames(alone) - frames(both)).max() <= 1  # of 255, for the rounding
 
 
 # ------------------------------------------------------------------------------ which row
@@ -249,7 +249,7 @@ def shard(folder: Path) -> None:
         ),
         (shard, "part-2.safetensors is missing"),
         (lambda folder: (folder / "config.json").write_text("{"), "damaged"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "damaged"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "has dim None"),
         (lambda folder: (folder / f"{WEIGHTS}.index.json").write_text("{}"), "damaged"),
         (
             lambda folder: (folder / "config.json").write_text('{"dim": 1536}'),
@@ -409,6 +409,7 @@ def test_latents_are_kept_when_decoding_fails(caplog, wan, ckpt, tmp_path, monke
 def test_ctrl_c_ends_with_130_and_leaves_a_report(ckpt, tmp_path):
     report = tmp_path / "report.json"
     argv = ["--wan_repo", NANO, "--ckpt_dir", ckpt, *ROW, *PROMPT, "--sample_steps", "900"]
+    argv += ["--sample_solver", "dpm++"]
     argv += ["--save_file", tmp_path / "x.mp4", "--teacache_report", report]
     command = [sys.executable, str(SCRIPT), *map(str, argv)]
     pipe = subprocess.PIPE

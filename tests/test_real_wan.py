@@ -184,8 +184,8 @@ def left(out: Path, name: str, rank: int = 0) -> dict:
 def head(tmp_path_factory) -> tuple[Path, str]:
     """All jobs of one process on the checkout at hand: their folder, and what they printed."""
     out = tmp_path_factory.mktemp("head")
-    video = str(out / "video.mp4")
-    with imageio.get_writer(video, fps=16) as writer:
+    source = str(out / "source.mp4")
+    with imageio.get_writer(source, fps=16) as writer:
         for i in range(81):
             writer.append_data(np.full((64, 96, 3), 3 * i, np.uint8))
     jobs = jobs_of_all([*SINGLE, *LATER], out)
@@ -193,10 +193,19 @@ def head(tmp_path_factory) -> tuple[Path, str]:
     for name in ("t2v-1.3B", "guidance-1", "vace-1.3B"):
         argv = [*{**SINGLE, **LATER}[name][2], *off]
         jobs.append({"name": f"{name}.off", "mode": "teacache", "argv": argv})
+    made = ["--teacache_coefficients", str(out / "teacache.json")]
+    video = str(out / "calibrated.mp4")
+    report = ["--teacache_report", str(out / "calibrated.json"), "--save_file", video]
+    for name, argv in {
+        "calibrate": ["--teacache_calibrate"],
+        "calibrated.plan": ["--teacache_plan"],
+        "calibrated": report,
+    }.items():
+        jobs.append({"name": name, "mode": "teacache", "argv": [*T2V, *made, *argv]})
     for name, (argv, _) in REFUSED.items():
         jobs.append({"name": name, "mode": "teacache", "argv": argv})
     for job in jobs:
-        job["argv"] = [video if flag == "VIDEO" else flag for flag in job["argv"]]
+        job["argv"] = [source if flag == "VIDEO" else flag for flag in job["argv"]]
     return out, run(WAN, jobs, out)
 
 
@@ -258,6 +267,20 @@ def test_threshold_zero_is_stock_to_the_bit(head, name):
     off = np.load(out / f"{name}.off.npy")
     assert np.array_equal(off, np.load(out / f"{name}.stock.npy"))
     assert all(map(all, left(out, f"{name}.off")["steps"]))
+
+
+def test_calibrate_then_plan_then_generate(head):
+    out, log = head
+    for name in ("calibrate", "calibrated.plan", "calibrated"):
+        assert left(out, name)["exit"] == 0
+        assert left(out, name)["restored"]
+    assert all(map(all, left(out, "calibrate")["steps"]))
+    runs = json.loads((out / "teacache.json").read_text())["runs"]
+    assert [len(run["points"]) for run in runs] == [2 * 49]
+    report = json.loads((out / "calibrated.json").read_text())
+    computed = [step["computed"] for step in report["steps"]]
+    assert computed == planned(log, "calibrated")
+    assert sum(computed) <= 25
 
 
 def printed(log: str, name: str) -> str:
