@@ -495,11 +495,12 @@ def sdpa_attention(
 
 def usable_flash_attention() -> list[str]:
     """Which of flash-attn 2 and 3 can be used; the others are hidden from Wan2.1's import."""
-    usable, old_gpu = [], torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
+    usable, gpu = [], int(os.getenv("LOCAL_RANK", "0"))
+    old = torch.cuda.is_available() and torch.cuda.get_device_capability(gpu) < (8, 0)
     for name in FLASH_ATTENTION:
         try:
             importlib.import_module(name)
-            usable += [] if old_gpu else [name]
+            usable += [] if old else [name]
         except ImportError:  # also a wheel for another torch; Wan2.1 expects ModuleNotFoundError,
             sys.modules[name] = None  # type: ignore[assignment]  # which this makes of it
     return usable
@@ -1064,22 +1065,19 @@ class Job:
         except (OSError, RuntimeError):
             path = Path(tempfile.gettempdir()) / name
             torch.save(tensors, path)
+        target = path.with_suffix(".png" if phase == "cache_image" else ".mp4")
         video = f'torch.load("{path}", map_location="{device}")'
         if phase == "decode":
             vae = Path(self.args.ckpt_dir).absolute() / self.wan_config["vae_checkpoint"]
             video = f'WanVAE(vae_pth="{vae}", device="{device}").decode({video})[0][None]'
-        file, rest = path.with_suffix(".mp4"), f", fps={self.wan_config['sample_fps']}"
+        write = f'cache_video({video}, "{target}", fps={self.wan_config["sample_fps"]})'
         if phase == "cache_image":
-            file, rest = path.with_suffix(".png"), ""
-        writer = "cache_image" if phase == "cache_image" else "cache_video"
-        code = (
-            "import torch; from wan.modules.vae import WanVAE; "
-            f'from wan.utils.utils import {writer}; {writer}({video}, "{file}"{rest})'
-        )
+            write = f'cache_image({video}, "{target}")'
+        imports = "import torch; from wan.modules.vae import WanVAE; from wan.utils.utils import *"
+        folder, code = Path(self.wan_generate.__file__).parent, f"{imports}; {write}"
         log.error(
             f"TeaCache: {phase} failed: {error!r}. What it was given is in {path}; this makes "
-            f"{file} of it:\ncd {shlex.quote(str(Path(self.wan_generate.__file__).parent))} && "
-            f"{shlex.join(['python', '-c', code])}"
+            f"{target} of it:\ncd {shlex.quote(str(folder))} && python -c {shlex.quote(code)}"
         )
 
     def write_report(self, status: str) -> None:
