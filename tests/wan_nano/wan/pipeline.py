@@ -62,7 +62,9 @@ class WanPipeline:
         )
         self.vae = WanVAE(vae_pth=folder / config.vae_checkpoint, device=self.device)
         logging.info("Creating WanModel from %s", folder)
-        self.model = WanModel.from_pretrained(folder).eval().requires_grad_(False)
+        self.model = (
+            WanModel.from_pretrained(folder, low_cpu_mem_usage=False).eval().requires_grad_(False)
+        )
         self.sp_size = parallelize(self.model) if use_usp else 1
         if dist.is_initialized():
             dist.barrier()
