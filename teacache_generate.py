@@ -33,8 +33,9 @@ import shlex
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -111,6 +112,7 @@ class TeaCacheConfig:
         e [1, dim] and always compute the first and the last step.
     guide_scale: the pipeline's; Wan2.1 multiplies the unconditional output by 0 where it is 1.
     fitted_range: a step whose distance is outside is computed.
+    ValueError: thresh is negative, infinite or not a number.
     """
 
     steps: int
@@ -119,6 +121,10 @@ class TeaCacheConfig:
     use_ret_steps: bool = False
     guide_scale: float = 5.0
     fitted_range: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.thresh < math.inf:
+            raise ValueError(f"thresh {self.thresh} must be 0 (off) or a positive number")
 
     @classmethod
     def from_fit(
@@ -363,6 +369,12 @@ class TeaCache:
             self.residuals[self.branch] = out - h if self.computing else residual
         return out
 
+    def release(self) -> None:
+        """Let go of model and tensors; decisions and times stay."""
+        self.residuals.clear()
+        self.model_forward = self.model_blocks = self.model_forward_vace = None
+        self.signal = self.output = self.timestep = None
+
     @property
     def seconds(self) -> float:
         """Of the sampling, so far or in all."""
@@ -376,6 +388,8 @@ class TeaCache:
     def summary(self) -> str:
         """What was computed, how long it took, and what it saved, in one line."""
         computed, seconds = self.schedule.computed, self.step_seconds
+        if not computed:
+            return "TeaCache: no step was taken"
         stock = np.median(seconds[computed]) * len(seconds) * (1 + self.config.one_branch)
         return (
             f"TeaCache: computed {len(computed)} of {len(seconds)} steps "
@@ -454,8 +468,9 @@ def teacache(
             yield cache
     finally:
         hook.remove()
-        cache.residuals.clear()
+        cache.release()
     if cache.calls != 2 * config.steps:
+        cache.marks.append(time.perf_counter())
         log.warning(f"TeaCache: set up for {config.steps} steps, but saw {cache.calls / 2:g}")
     for warning in cache.schedule.warnings():
         log.warning(f"TeaCache: {warning}")
@@ -495,12 +510,11 @@ def sdpa_attention(
 
 def usable_flash_attention() -> list[str]:
     """Which of flash-attn 2 and 3 can be used; the others are hidden from Wan2.1's import."""
-    usable, gpu = [], int(os.getenv("LOCAL_RANK", "0"))
-    old = torch.cuda.is_available() and torch.cuda.get_device_capability(gpu) < (8, 0)
+    usable = []
     for name in FLASH_ATTENTION:
         try:
             importlib.import_module(name)
-            usable += [] if old else [name]
+            usable.append(name)
         except ImportError:  # also a wheel for another torch; Wan2.1 expects ModuleNotFoundError,
             sys.modules[name] = None  # type: ignore[assignment]  # which this makes of it
     return usable
@@ -549,7 +563,8 @@ def refusing(what: str, cure: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        refuse(f"{what}: {error or type(error).__name__}: {cure}")
+        reason = str(error).strip() or type(error).__name__
+        refuse(f"{what}: {reason.splitlines()[0][:200]}: {cure}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -601,7 +616,7 @@ def import_wan(wan_repo: str | None, generates: bool) -> ModuleType:
     if not found:
         refuse(
             f"--wan_repo {wan_repo or '(not given)'}: no generate.py beside a package wan in "
-            f"{' or '.join(str(f.resolve()) for f in folders)}: git clone "
+            f"{' or '.join(dict.fromkeys(str(f.resolve()) for f in folders))}: git clone "
             "https://github.com/Wan-Video/Wan2.1 and copy this script into it"
         )
     sys.path.insert(0, str(found[0].resolve()))
@@ -610,11 +625,9 @@ def import_wan(wan_repo: str | None, generates: bool) -> ModuleType:
     try:
         with shadow(torch.cuda, **no_gpu):  # wan/modules/t5.py asks for the device when imported
             wan_generate = importlib.import_module("generate")
-    except ImportError as error:
-        refuse(f"Wan2.1 cannot be imported ({error}): pip install -r {found[0]}/requirements.txt")
-    except (AssertionError, RuntimeError) as error:
-        if torch.cuda.is_available():
-            raise
+    except (ImportError, AssertionError, RuntimeError) as error:
+        if torch.cuda.is_available() or not generates or isinstance(error, ImportError):
+            refuse(f"Wan2.1 cannot be imported: {error}: install what its requirements.txt lists")
         refuse(
             f"no CUDA device, and Wan2.1 needs one ({error}): see nvidia-smi, and whether torch "
             f"{torch.__version__} is a CUDA build"
@@ -631,11 +644,11 @@ def parse_wan(wan_generate: ModuleType, argv: list[str]) -> argparse.Namespace:
         try:
             return wan_generate._parse_args()
         except AssertionError as error:
-            refuse(f"{error} (see --help)")
+            refuse(f"--ckpt_dir, --task, --size or --frame_num: {error} (see --help)")
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    """Frames that the VAE can make, at least one step, and processes as the flags need them."""
+    """Frames that the VAE can make, and numbers that the sampler can work with."""
     frames, kind = args.frame_num, {"i2v": "WanI2V", "flf2v": "WanFLF2V"}
     if frames < 1 or frames % 4 != 1:
         below = max((frames - 1) // 4, 0) * 4 + 1
@@ -645,10 +658,20 @@ def check_numbers(args: argparse.Namespace) -> None:
         refuse(f"--frame_num {frames}: must be 81 for {args.task}, as this Wan2.1 hard-codes it")
     if args.sample_steps < 1:
         refuse(f"--sample_steps {args.sample_steps}: must be 1 or more, such as 50")
+    if not 0 < args.sample_shift < math.inf:
+        refuse(f"--sample_shift {args.sample_shift}: must be a positive number, such as 5")
+    if not math.isfinite(args.sample_guide_scale):
+        refuse(f"--sample_guide_scale {args.sample_guide_scale}: must be a number, such as 5")
+    if args.base_seed >= 2**63:
+        refuse(f"--base_seed {args.base_seed}: must be under 2**63")
+
+
+def check_processes(args: argparse.Namespace) -> None:
+    """The flags for several GPUs fit the processes that torchrun has started."""
     processes, wanted = int(os.getenv("WORLD_SIZE", "1")), args.ulysses_size * args.ring_size
     if processes == 1 and (args.t5_fsdp or args.dit_fsdp):
         refuse("--t5_fsdp, --dit_fsdp: must be started by torchrun --nproc_per_node=N, N above 1")
-    if wanted not in (1, processes):
+    if wanted not in (1, processes) or min(args.ulysses_size, args.ring_size) < 1:
         refuse(
             f"--ulysses_size {args.ulysses_size} --ring_size {args.ring_size}: their product must "
             f"be the number of processes, {processes} here; torchrun --nproc_per_node={wanted}"
@@ -676,7 +699,13 @@ def check_checkpoint(args: argparse.Namespace, config: dict[str, Any], all_parts
                     f"--ckpt_dir {folder}: {name} is missing, and --task {args.task} needs it: "
                     "complete the download, or give the task that the checkpoint is of"
                 )
-        dim = dict(json.loads((folder / "config.json").read_text())).get("dim")
+        told = dict(json.loads((folder / "config.json").read_text()))
+    dim, kind = told.get("dim"), args.task.split("-")[0].replace("t2i", "t2v")
+    if told.get("model_type", kind) not in {kind, kind.replace("flf2v", "i2v")}:
+        refuse(
+            f"--ckpt_dir {folder}: a {told['model_type']} transformer, which --task {args.task} "
+            "cannot use: give the task or the folder that fits"
+        )
     if dim != config["dim"]:
         refuse(
             f"--ckpt_dir {folder}: its transformer has dim {dim}, that of --task {args.task} "
@@ -697,8 +726,8 @@ def check_inputs(args: argparse.Namespace, examples: dict[str, str]) -> None:
             value = examples.get(name)
         for file in value.split(",") if value else ():
             with refusing(f"--{name} {file}: cannot be read", "give a file that is there"):
-                if name in videos:
-                    imageio.get_reader(file).get_data(0)
+                if name in videos:  # as Wan2.1 reads them, although it does not require decord
+                    importlib.import_module("decord").VideoReader(file)[0]
                 else:
                     Image.open(file).convert("RGB")
 
@@ -707,23 +736,43 @@ def check_output(args: argparse.Namespace, wan_generate: ModuleType) -> None:
     """Two frames go through Wan2.1's own writer, into the folder and with the ending asked for."""
     image, said = args.task.startswith("t2i"), io.StringIO()
     target = Path(args.save_file or ("image.png" if image else "video.mp4")).absolute()
+    if os.getenv("RANK", "0") != "0":
+        return
     frames = torch.linspace(-1, 1, 2).view(1, 1, 2, 1, 1).expand(1, 3, 2, 64, 64)
-    cure = f"give a {'.png' if image else '.mp4'} in a folder that is there"
     with (
-        refusing(f"--save_file {target}: cannot be written", f"{cure}; pip install imageio-ffmpeg"),
+        refusing(
+            f"--save_file {target}: cannot be written",
+            f"give a {'.png' if image else '.mp4'} in a folder that is there, and have ffmpeg "
+            "(pip install imageio-ffmpeg)",
+        ),
         tempfile.TemporaryDirectory(dir=target.parent) as folder,
+        warnings.catch_warnings(),
+        redirect_stderr(io.StringIO()),
+        redirect_stdout(said),
     ):
+        warnings.simplefilter("ignore")
+        if target.is_dir() or not target.suffix:
+            raise OSError("no file with an ending")
         probe = f"{folder}/probe{target.suffix}"
-        with redirect_stdout(said):
-            if image:
-                wan_generate.cache_image(frames[:, :, 0], probe, retry=1)
-            else:
-                wan_generate.cache_video(frames, probe, fps=8, retry=1)
+        if image:
+            wan_generate.cache_image(frames[:, :, 0], probe, retry=1)
+        else:
+            wan_generate.cache_video(frames, probe, fps=8, retry=1)
         if said.getvalue():
             raise OSError(said.getvalue())
-        with imageio.get_reader(probe) as reader:
-            if sum(1 for _ in reader) < 2 - image:
-                raise OSError(f"no video with the ending '{target.suffix}'")
+        check_written(probe, 1 if image else 2)
+
+
+def check_written(file: str, frames: int) -> None:
+    """OSError: the file does not hold the frames, since the disk was full, or ffmpeg failed."""
+    try:
+        with imageio.get_reader(file) as reader:
+            found = sum(1 for _ in reader)
+    except Exception as error:  # each decoder has its own
+        found = f"{type(error).__name__}, {str(error).strip().splitlines()[0][:100]}"
+    merges_equal_ones = Path(file).suffix.lower() in (".gif", ".png")
+    if isinstance(found, str) or found < (min(frames, 2) if merges_equal_ones else frames):
+        raise OSError(f"{file} does not hold {frames} frames ({found})")
 
 
 def choose_row(args: argparse.Namespace) -> tuple[str, str]:
@@ -996,7 +1045,10 @@ class Job:
                 refuse(f"{error} (see --help)")
             raise
         finally:
-            self.write_report(status)
+            try:
+                self.write_report(status)
+            except OSError as full:  # which must not hide what came before
+                log.error(f"TeaCache: --teacache_report {self.own.teacache_report}: {full}")
 
     def with_generate(self, pipeline: type, make: Callable) -> type:
         """A pipeline class whose ``generate`` is ``make(pipeline, stock generate, ...)``."""
@@ -1045,8 +1097,9 @@ class Job:
                     open(kwargs["save_file"], "ab").close()  # most often, this raises the reason
                 if result is None:
                     raise OSError(said.getvalue().strip() or "its writer gives no reason")
-                if phase != "decode" and not os.path.getsize(result):
-                    raise OSError(f"{result} is empty")
+                if phase != "decode":
+                    tensor = kwargs["tensor"]
+                    check_written(result, tensor.size(2) if phase == "cache_video" else 1)
                 return result
             except BaseException as error:
                 self.rescue(phase, (*args, *kwargs.values())[0], device, error)
@@ -1058,23 +1111,29 @@ class Job:
 
     def rescue(self, phase: str, tensors: Any, device: str, error: BaseException) -> None:
         """Save latents or frames beside the video, else in /tmp, and say the way to a video."""
-        name = time.strftime("teacache_%Y%m%d_%H%M%S.pt")
-        path = Path(self.args.save_file or name).absolute().with_name(name)
-        try:
-            torch.save(tensors, path)
-        except (OSError, RuntimeError):
-            path = Path(tempfile.gettempdir()) / name
-            torch.save(tensors, path)
-        target = path.with_suffix(".png" if phase == "cache_image" else ".mp4")
-        video = f'torch.load("{path}", map_location="{device}")'
+        name, image = time.strftime("teacache_%Y%m%d_%H%M%S.pt"), self.args.task.startswith("t2i")
+        beside = Path(self.args.save_file or name).absolute().parent
+        for path in (beside / name, Path(tempfile.gettempdir()) / name):
+            try:
+                torch.save(tensors, path)
+                break
+            except (OSError, RuntimeError) as full:
+                path.unlink(missing_ok=True)
+                log.error(f"TeaCache: nothing can be kept in {path.parent}: {full}")
+        else:
+            log.error(f"TeaCache: {phase} failed: {error!r}, and what it was given is lost")
+            return
+        target, rest = path.with_suffix(".mp4"), f", fps={self.wan_config['sample_fps']}"
+        video, writer = f'torch.load("{path}", map_location="{device}")', "cache_video"
         if phase == "decode":
             vae = Path(self.args.ckpt_dir).absolute() / self.wan_config["vae_checkpoint"]
             video = f'WanVAE(vae_pth="{vae}", device="{device}").decode({video})[0][None]'
-        write = f'cache_video({video}, "{target}", fps={self.wan_config["sample_fps"]})'
-        if phase == "cache_image":
-            write = f'cache_image({video}, "{target}")'
+            video += "[:, :, 0]" if image else ""
+        if image:
+            target, rest, writer = path.with_suffix(".png"), "", "cache_image"
         imports = "import torch; from wan.modules.vae import WanVAE; from wan.utils.utils import *"
-        folder, code = Path(self.wan_generate.__file__).parent, f"{imports}; {write}"
+        folder = Path(self.wan_generate.__file__).parent
+        code = f'{imports}; {writer}({video}, "{target}"{rest})'
         log.error(
             f"TeaCache: {phase} failed: {error!r}. What it was given is in {path}; this makes "
             f"{target} of it:\ncd {shlex.quote(str(folder))} && python -c {shlex.quote(code)}"
@@ -1114,6 +1173,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_wan(wan_generate, rest)
     wan_config, examples = wan_generate.WAN_CONFIGS[args.task], wan_generate.EXAMPLE_PROMPT
     check_numbers(args)
+    check_processes(args)
     check_checkpoint(args, wan_config, all_parts=not own.teacache_plan)
     timesteps = timesteps_of(args, wan_config["num_train_timesteps"])
     job = Job(own, args, wan_generate)

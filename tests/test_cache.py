@@ -2,6 +2,7 @@
 
 import gc
 import inspect
+import weakref
 
 import pytest
 import torch
@@ -261,9 +262,31 @@ def test_more_steps_than_configured_are_an_error_and_fewer_a_warning(caplog):
     model = ToyModel()
     with pytest.raises(RuntimeError, match="sampling_steps"), teacache(model, config(4)):
         sample(model, 5)
-    with teacache(model, config(4)):
+    with teacache(model, config(4)) as cache:
         sample(model, 3)
     assert "set up for 4 steps, but saw 3" in caplog.text
+    assert cache.summary().startswith("TeaCache: computed 2 of 3 steps (0 2)")
+    with teacache(model, config(4)) as cache:
+        pass
+    assert cache.summary() == "TeaCache: no step was taken"
+
+
+@torch.no_grad()
+def test_the_cache_does_not_keep_the_model_alive():
+    model = ToyModel()
+    with teacache(model, config(2)) as cache:
+        sample(model, 2)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+    assert cache.schedule.computed == [0, 1]
+
+
+@pytest.mark.parametrize("thresh", [-0.1, float("nan"), float("inf")])
+def test_a_threshold_that_means_nothing_is_an_error(thresh):
+    with pytest.raises(ValueError, match="must be 0"):
+        config(4, thresh=thresh)
 
 
 @torch.no_grad()
