@@ -656,14 +656,14 @@ def check_numbers(args: argparse.Namespace) -> None:
     pipeline = getattr(sys.modules["wan"], kind.get(args.task.split("-")[0], ""), None)
     if pipeline and "ones(1, 81" in inspect.getsource(pipeline.generate) and frames != 81:
         refuse(f"--frame_num {frames}: must be 81 for {args.task}, as this Wan2.1 hard-codes it")
-    if args.sample_steps < 1:
-        refuse(f"--sample_steps {args.sample_steps}: must be 1 or more, such as 50")
-    if not 0 < args.sample_shift < math.inf:
-        refuse(f"--sample_shift {args.sample_shift}: must be a positive number, such as 5")
-    if not math.isfinite(args.sample_guide_scale):
-        refuse(f"--sample_guide_scale {args.sample_guide_scale}: must be a number, such as 5")
-    if args.base_seed >= 2**63:
-        refuse(f"--base_seed {args.base_seed}: must be under 2**63")
+    for name, allowed, right in (
+        ("sample_steps", "1 or more, such as 50", args.sample_steps >= 1),
+        ("sample_shift", "a positive number, such as 5", 0 < args.sample_shift < math.inf),
+        ("sample_guide_scale", "a number, such as 5", math.isfinite(args.sample_guide_scale)),
+        ("base_seed", "under 2**63", args.base_seed < 2**63),
+    ):
+        if not right:
+            refuse(f"--{name} {getattr(args, name)}: must be {allowed}")
 
 
 def check_processes(args: argparse.Namespace) -> None:

@@ -22,9 +22,8 @@ WAN = Path(os.getenv("WAN_REPO", "~/.cache/teacache4wan/Wan2.1")).expanduser()
 FIRST_RELEASE = "65386b2"
 CATS = "Two anthropomorphic cats in comfy boxing gear fight intensely on a spotlighted stage."
 
-pytestmark = pytest.mark.skipif(
-    not (WAN / "generate.py").is_file(), reason=f"no real Wan2.1 at {WAN} (or $WAN_REPO): not tried"
-)
+if not (WAN / "generate.py").is_file():
+    pytest.skip(f"no real Wan2.1 at {WAN} (or $WAN_REPO): not tried", allow_module_level=True)
 
 
 def command(task: str, size: str, *flags: str) -> list[str]:
