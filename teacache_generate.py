@@ -155,6 +155,7 @@ class Step:
     increment: float | None  # the polynomial at the distance; None on an always computed step
     accumulated: float  # what is held against the threshold; 0 on an always computed step
     computed: bool
+    outside: bool = False  # of the fitted range, and computed for that
 
 
 class Schedule:
@@ -165,14 +166,15 @@ class Schedule:
 
     def decide(self, timestep: float, distance: float | None) -> bool:
         """Take the next step: True to compute it, False to reuse the last residual."""
-        increment, accumulated, computed = None, 0.0, True
-        if not self.config.always_computes(len(self.steps)):
-            increment = float(np.polyval(self.config.coefficients, distance))
-            before = self.steps[-1]
-            accumulated = increment + (0.0 if before.computed else before.accumulated)
-            reached = not accumulated < self.config.thresh  # true of not-a-number too
-            computed = reached or self._is_outside(distance)
-        self.steps.append(Step(timestep, distance, increment, accumulated, computed))
+        if self.config.always_computes(len(self.steps)):
+            self.steps.append(Step(timestep, distance, None, 0.0, computed=True))
+            return True
+        increment, before = float(np.polyval(self.config.coefficients, distance)), self.steps[-1]
+        accumulated = increment + (0.0 if before.computed else before.accumulated)
+        low, high = self.config.fitted_range or (-math.inf, math.inf)
+        outside = not low <= distance <= high
+        computed = outside or not accumulated < self.config.thresh  # so not-a-number computes
+        self.steps.append(Step(timestep, distance, increment, accumulated, computed, outside))
         return computed
 
     @property
@@ -180,33 +182,20 @@ class Schedule:
         """The numbers of the computed steps."""
         return [i for i, step in enumerate(self.steps) if step.computed]
 
-    @property
-    def lowered(self) -> list[int]:
-        """The steps with a negative increment: the polynomial is not made for their distances."""
-        return [i for i, step in enumerate(self.steps) if (step.increment or 0) < 0]
-
-    @property
-    def outside(self) -> list[int]:
-        """The steps that were computed because the fit does not know their distance."""
-        free = [i for i, step in enumerate(self.steps) if step.increment is not None]
-        return [i for i in free if self._is_outside(self.steps[i].distance)]
-
-    def _is_outside(self, distance: float) -> bool:
-        low, high = self.config.fitted_range or (-math.inf, math.inf)
-        return not low <= distance <= high
-
     def warnings(self) -> list[str]:
         """What is odd about these decisions, a line each."""
+        lowered = [i for i, step in enumerate(self.steps) if (step.increment or 0) < 0]
+        outside = [i for i, step in enumerate(self.steps) if step.outside]
         found = []
-        if self.lowered:
+        if lowered:
             found.append(
-                f"negative increments at steps {numbers(self.lowered)}: the coefficients "
-                "are not made for these distances, and too many steps may be skipped"
+                f"negative increments at steps {numbers(lowered)}: the coefficients are not made "
+                "for these distances, and too many steps may be skipped"
             )
-        if self.outside:
+        if outside:
             found.append(
-                f"steps {numbers(self.outside)} are computed, since their distances are "
-                f"outside {list(self.config.fitted_range)}, where the fit was made"
+                f"steps {numbers(outside)} are computed, since their distances are outside those "
+                f"that the coefficients were fitted on: {self.config.fitted_range}"
             )
         return found
 
@@ -550,6 +539,11 @@ CALIBRATION = {"version": 1}  # what a teacache.json begins with
 MODES = ("plain", "retention steps")
 
 
+def is_rank_0() -> bool:
+    """Whether this process speaks and writes, of all that torchrun has started."""
+    return os.getenv("RANK", "0") == "0"
+
+
 def refuse(message: str) -> NoReturn:
     """Say in one line what is wrong with the command, before any weight is loaded; exit with 2."""
     if os.getenv("LOCAL_RANK", "0") == "0":
@@ -736,7 +730,7 @@ def check_output(args: argparse.Namespace, wan_generate: ModuleType) -> None:
     """Two frames go through Wan2.1's own writer, into the folder and with the ending asked for."""
     image, said = args.task.startswith("t2i"), io.StringIO()
     target = Path(args.save_file or ("image.png" if image else "video.mp4")).absolute()
-    if os.getenv("RANK", "0") != "0":
+    if not is_rank_0():
         return
     frames = torch.linspace(-1, 1, 2).view(1, 1, 2, 1, 1).expand(1, 3, 2, 64, 64)
     with (
@@ -962,7 +956,7 @@ class Calibration:
 
     def write(self, file: Path) -> None:
         """All of it or nothing, and on rank 0 only."""
-        if os.getenv("RANK", "0") == "0":
+        if is_rank_0():
             written = file.with_name(f"{file.name}.tmp")
             written.write_text(json.dumps(self.told))
             os.replace(written, file)
@@ -1000,7 +994,7 @@ class Calibration:
                     f"TeaCache: {mode}: a poor fit: the distance tells little of the change"
                 )
         self.write(self.file)
-        if os.getenv("RANK", "0") == "0":
+        if is_rank_0():
             self.partial.unlink()
         log.info(f"TeaCache: wrote {self.file}; a calibration makes no video")
         raise Calibrated
@@ -1141,7 +1135,7 @@ class Job:
 
     def write_report(self, status: str) -> None:
         """For ``--teacache_report``: all that is known, as far as the run came."""
-        if not self.own.teacache_report or os.getenv("RANK", "0") != "0":
+        if not self.own.teacache_report or not is_rank_0():
             return
         cuda = torch.cuda.is_available()
         report = {
@@ -1190,10 +1184,10 @@ def main(argv: list[str] | None = None) -> None:
         own.teacache_thresh = speedup_thresh(config, timesteps, distances, own.teacache_speedup)
         config = replace(config, thresh=own.teacache_thresh)
     if own.teacache_plan:
-        print(
-            f"TeaCache plan: {job.name}, {MODES[own.use_ret_steps]}, {steps} steps. {job.warning}"
-        )
-        print_plan(job.fit, config, timesteps, distances)
+        if is_rank_0():
+            print(f"TeaCache plan: {job.name}, {MODES[ret]}, {steps} steps")
+            print_plan(job.fit, config, timesteps, distances)
+            print(f"warning: {job.warning}\n" if job.warning else "", end="")
         return
     check_inputs(args, examples[args.task])
     check_output(args, wan_generate)
