@@ -1,4 +1,4 @@
-"""TeaCache for Wan2.1: the same video, two to three times sooner. This one file is the whole of it.
+"""TeaCache for Wan2.1: nearly the same video, much sooner. This one file is the whole of it.
 
 Copy it beside Wan2.1's generate.py and run it with generate.py's flags and its own (--help):
 
@@ -6,7 +6,7 @@ Copy it beside Wan2.1's generate.py and run it with generate.py's flags and its 
         --prompt "Two cats box on a spotlighted stage." --teacache_thresh 0.08
 
 It reads in the order in which it runs, in layers that do not know each other:
-  policy        numbers in, a decision out: which steps are computed and which are skipped
+  policy        numbers in, decisions out: which steps are computed; plan, target speed-up, fit
   cache         tensors: one residual a branch, put in place of the blocks of one WanModel
   attention     PyTorch's, where flash-attn cannot be had
   command line  flags, every check before a weight is loaded, then Wan2.1's own generate()
