@@ -794,7 +794,7 @@ def choose_fit(own: argparse.Namespace, args: argparse.Namespace) -> tuple[Fit, 
         return FITS[ret][own.teacache_model], f"row {own.teacache_model} (as asked)", ""
     if own.teacache_coefficients or file.is_file():
         file = Path(own.teacache_coefficients or file)
-        made, made_for = read_calibration(file, MODES[own.use_ret_steps])
+        made, made_for = read_calibration(file, MODES[ret])
         now = settings_of(args)
         other = [f"{k} {made_for.get(k)}, now {v}" for k, v in now.items() if made_for.get(k) != v]
         return made, f"calibration {file}", f"made for {'; '.join(other)}" if other else ""
@@ -1008,7 +1008,8 @@ class Job:
         self.wan_config = wan_generate.WAN_CONFIGS[args.task]
         self.cache: TeaCache | None = None
         self.seconds: dict[str, float] = {}  # by phase
-        self.fit, self.name, self.warning = FITS[False][ROWS[0]], "calibration", ""
+        self.config: TeaCacheConfig | None = None  # and what its fit is, and is to be warned of
+        self.name, self.warning = "calibration", ""
         self.loading = False
 
     def run(self, make: Callable) -> None:
@@ -1062,11 +1063,11 @@ class Job:
         self, pipeline: Any, generate: Callable, *args: Any, **kwargs: Any
     ) -> Tensor | None:
         """A pipeline's ``generate`` with TeaCache."""
-        own, steps, thresh = self.own, kwargs["sampling_steps"], self.own.teacache_thresh
-        config = TeaCacheConfig.from_fit(self.fit, steps, thresh, own.use_ret_steps)
-        config = replace(config, guide_scale=kwargs["guide_scale"])
-        said = " (default)" if thresh is None else " (off: stock Wan2.1)" if thresh == 0 else ""
-        mode = MODES[own.use_ret_steps]
+        config = replace(self.config, guide_scale=kwargs["guide_scale"])
+        asked = (self.own.teacache_thresh, self.own.teacache_speedup) != (None, None)
+        said = "" if asked else " (default)"
+        said = said if config.thresh else " (off: stock Wan2.1)"
+        mode, steps = MODES[config.use_ret_steps], config.steps
         log.info(f"TeaCache: {self.name}, thresh {config.thresh:g}{said}, {mode}, {steps} steps")
         if self.warning and config.thresh:
             log.warning(f"TeaCache: {self.name}: {self.warning}")
@@ -1175,22 +1176,23 @@ def main(argv: list[str] | None = None) -> None:
         check_inputs(args, examples[args.task])
         job.run(Calibration(own, args).run)
         return
-    job.fit, job.name, job.warning = choose_fit(own, args)
+    fit, job.name, job.warning = choose_fit(own, args)
     steps, ret = args.sample_steps, own.use_ret_steps
-    config = TeaCacheConfig.from_fit(job.fit, steps, own.teacache_thresh, ret)
+    config = TeaCacheConfig.from_fit(fit, steps, own.teacache_thresh, ret)
     if own.teacache_plan or own.teacache_speedup:
         distances = distances_of(Path(args.ckpt_dir), timesteps, ret)
     if own.teacache_speedup:
-        own.teacache_thresh = speedup_thresh(config, timesteps, distances, own.teacache_speedup)
-        config = replace(config, thresh=own.teacache_thresh)
+        thresh = speedup_thresh(config, timesteps, distances, own.teacache_speedup)
+        config = replace(config, thresh=thresh)
     if own.teacache_plan:
         if is_rank_0():
             print(f"TeaCache plan: {job.name}, {MODES[ret]}, {steps} steps")
-            print_plan(job.fit, config, timesteps, distances)
+            print_plan(fit, config, timesteps, distances)
             print(f"warning: {job.warning}\n" if job.warning else "", end="")
         return
     check_inputs(args, examples[args.task])
     check_output(args, wan_generate)
+    job.config = config
     job.run(job.generate)
 
 

@@ -3,8 +3,7 @@
     python tests/bench_plan.py [--wan_repo tests/wan_nano] [--folder FOLDER]
 
 The checkpoint is sharded as the published one is (7 files, float32, 53 GiB). Its time embedding and
-projection are random; all other tensors are holes in sparse files, which a plan must not read. On a
-real Wan2.1 (--wan_repo) the plan runs through the preparation of real_wan.py where there is no GPU.
+projection are random; all other tensors are holes in sparse files, which a plan must not read.
 """
 
 import argparse
@@ -27,13 +26,10 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 PLAN = """
 import runpy, sys
 repo, *sys.argv = sys.argv[1:]
-sys.path.insert(0, {tests!r})
-if (dim := {dim}) != 128:  # the stand-in's only task is of another size than 14B
-    import importlib
-    sys.path.insert(0, repo)
-    configs = importlib.import_module("wan.configs").WAN_CONFIGS
-    for config in configs.values():
-        config.dim = dim
+sys.path.insert(0, repo)
+from wan.configs import WAN_CONFIGS
+for config in WAN_CONFIGS.values():
+    config.dim = {dim}  # the stand-in has no task of the size of 14B
 runpy.run_path(sys.argv[0], run_name="__main__")
 print("peak", open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 """
@@ -90,7 +86,7 @@ def make_checkpoint(folder: Path) -> int:
 
 def measure(repo: Path, folder: Path, flags: list[str]) -> tuple[float, float]:
     """Seconds and peak GiB of one plan, from Python's start to its end; needs Linux's /proc."""
-    code = PLAN.format(tests=str(HERE), dim=DIM)
+    code = PLAN.format(dim=DIM)
     script = [HERE.parent / "teacache_generate.py", "--wan_repo", repo, "--ckpt_dir", folder]
     asked = [*script, "--teacache_model", "t2v-14B", "--teacache_plan", *flags]
     began = time.perf_counter()
