@@ -1,0 +1,162 @@
+"""The benchmark of bench_gpu.py: its schedules, its figures, and one small run without CUDA."""
+
+import itertools
+import json
+import warnings
+from pathlib import Path
+
+import bench_gpu
+import pytest
+from bench_gpu import MODELS, NOTE, WAN, Run, counts, figures, goals, host_syncs, spaced, table
+from nano import HERE, python
+
+ROW_KEYS = {
+    *("name", "computed_seconds", "skipped_seconds", "skipped_share", "sampling_seconds"),
+    *("speedup", "of_ideal", "peak_gib", "vae_gib", "syncs", "runs", "goals"),
+}
+MACHINE = {"gpu": "H200", "driver": "570.1", "torch": "2.13", "attention": "flash-attn 3"}
+SETTINGS = {"dim": 1536, "layers": 30, "weights": "float32", "size": [832, 480], "frames": 81}
+SETTINGS |= {"model": "1.3B", "tokens": 32760, "steps": 4, "rounds": 2, "date": "2026-01-02"}
+
+
+def test_25_20_and_17_of_50_steps_or_their_like():
+    assert counts(50) == [25, 20, 17]
+    assert counts(10) == [5, 4, 3]
+    assert counts(4) == [2]
+
+
+def test_a_script_is_evenly_spaced():
+    assert spaced(5, 10) == [0, 2, 4, 6, 9]
+    assert spaced(4, 10) == [0, 3, 6, 9]
+    assert spaced(3, 10) == [0, 4, 9]
+    assert spaced(2, 4) == [0, 3]
+    assert spaced(17, 50) == [0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 33, 36, 39, 42, 45, 49]
+
+
+@pytest.mark.parametrize(("count", "gaps"), [(25, {2, 3}), (20, {2, 3}), (17, {3, 4})])
+def test_a_script_has_its_count_its_ends_and_gaps_that_differ_by_one(count, gaps):
+    script = spaced(count, 50)
+    assert len(script) == count
+    assert (script[0], script[-1]) == (0, 49)
+    assert {b - a for a, b in itertools.pairwise(script)} == gaps
+
+
+def test_only_warnings_of_a_synchronisation_are_counted():
+    with host_syncs() as found:
+        for _ in range(3):
+            warnings.warn("called a synchronizing CUDA operation (Triggered ...)", stacklevel=1)
+            warnings.warn("something else", stacklevel=1)
+    assert len(found) == 3
+
+
+@pytest.fixture
+def report(monkeypatch) -> dict:
+    """A report of two rounds as on CUDA, of runs made up."""
+    monkeypatch.setattr(bench_gpu, "CUDA", True)
+    stock = [
+        Run([0, 1, 2, 3], [1.0, 1.0, 1.0, 1.0], 10 * 2**30, 2**30, [5, 3, 3, 3]),
+        Run([0, 1, 2, 3], [1.0, 1.0, 1.0, 1.0], 10 * 2**30, 2**30, [3, 3, 3, 3]),
+    ]
+    half = [
+        Run([0, 3], [1.0, 0.02, 0.02, 0.96], 10 * 2**30 + 2**28, 2**30, [6, 2, 2, 4]),
+        Run([0, 3], [1.0, 0.02, 0.02, 0.96], 10 * 2**30 + 2**28, 2**30, [4, 2, 2, 4]),
+    ]
+    rows = [figures("stock", stock, stock), figures("2 of 4", half, stock)]
+    for row in rows:
+        row["goals"] = goals(row, MODELS["1.3B"], residual_gib=0.1875)
+    return {"note": NOTE, **MACHINE, **SETTINGS, "rows": rows}
+
+
+def test_figures_are_medians_and_what_is_above_stock(report):
+    stock, half = report["rows"]
+    assert (stock["computed_seconds"], stock["sampling_seconds"]) == (1.0, 4.0)
+    assert half["computed_seconds"] == pytest.approx(0.98)
+    assert half["skipped_seconds"] == pytest.approx(0.02)
+    assert half["skipped_share"] == pytest.approx(0.02 / 0.98)
+    assert half["sampling_seconds"] == pytest.approx(2.0)
+    assert (half["speedup"], half["of_ideal"]) == (pytest.approx(2.0), pytest.approx(1.0))
+    assert (half["peak_gib"], half["vae_gib"], half["syncs"]) == (0.25, 0.0, 1)
+
+
+def test_the_table_has_goals_beside_what_was_measured(report):
+    assert table(report).splitlines() == [
+        "random weights: times, not pictures",
+        "H200, driver 570.1, torch 2.13, flash-attn 3, 2026-01-02",
+        "1.3B: dim 1536, 30 layers, float32, 832x480x81, 32760 tokens, 4 steps, rounds: 2",
+        "computed                       stock  2 of 4",
+        "computed step, s               1.000  0.980",
+        "skipped step, s                       0.0200",
+        "skipped step/computed step            2.04% (<= 1.00%)",
+        "sampling, s                    4.0    2.0",
+        "speed-up                              2.00",
+        "speed-up/(steps/computed)             1.000 (>= 0.980)",
+        "peak above stock, GiB                 0.25 (<= 0.38)",
+        "above stock at the VAE, GiB           0.00 (<= 0.00)",
+        "host syncs a step above stock         1 (<= 1)",
+    ]
+
+
+def test_goals_are_those_of_the_model_and_of_half_of_the_steps(report):
+    half = report["rows"][1]
+    assert goals(half, MODELS["14B-720P"], residual_gib=1.4375) == {
+        **{"peak_gib": 2.875, "vae_gib": 0.0, "syncs": 1},
+        **{"skipped_share": 0.005, "of_ideal": 0.98},
+    }
+    fewer = {"name": "1 of 3", "runs": [{"computed": [0], "step_seconds": [1.0, 0.1, 0.1]}]}
+    assert goals(fewer, MODELS["14B-480P"], residual_gib=0.5) == {
+        **{"peak_gib": 1.0, "vae_gib": 0.0, "syncs": 1}
+    }
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> tuple[dict, list[str]]:
+    """The report of a run without CUDA, and the table that it printed."""
+    if not (WAN / "generate.py").is_file():
+        pytest.skip(f"no real Wan2.1 at {WAN} (or $WAN_REPO): not tried")
+    file: Path = tmp_path_factory.mktemp("bench") / "bench_gpu.json"
+    flags = ["--model", "14B-720P", "--steps", 10, "--rounds", 1, "--json", file]
+    done = python(HERE / "bench_gpu.py", "--wan_repo", WAN, *flags, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr[-3000:]
+    printed = done.stdout.splitlines()
+    return json.loads(file.read_text()), printed[printed.index(NOTE) :]
+
+
+def test_a_run_without_cuda_measures_stock_and_each_script(small):
+    report, _ = small
+    assert report["note"] == "random weights: times, not pictures"
+    assert (report["model"], report["dim"], report["layers"]) == ("14B-720P", 48, 3)
+    assert (report["size"], report["frames"], report["tokens"]) == ([160, 96], 81, 1260)
+    assert (report["steps"], report["rounds"], report["weights"]) == (10, 1, "float32")
+    assert [row["name"] for row in report["rows"]] == ["stock", "5 of 10", "4 of 10", "3 of 10"]
+    assert [[run["computed"] for run in row["runs"]] for row in report["rows"]] == [
+        [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]],
+        [[0, 2, 4, 6, 9]],
+        [[0, 3, 6, 9]],
+        [[0, 4, 9]],
+    ]
+
+
+def test_a_run_without_cuda_has_all_times_and_nothing_of_a_gpu(small):
+    report, printed = small
+    assert (report["gpu"], report["driver"]) == (None, None)
+    assert report["attention"].startswith("scaled_dot_product_attention (")
+    for row in report["rows"]:
+        assert set(row) == ROW_KEYS
+        assert (row["peak_gib"], row["vae_gib"], row["syncs"], row["goals"]) == (
+            None,
+            None,
+            None,
+            {},
+        )
+        (run,) = row["runs"]
+        assert (run["peak_bytes"], run["vae_bytes"], run["syncs"]) == (None, None, None)
+        assert len(run["step_seconds"]) == 10
+        assert min(run["step_seconds"]) > 0
+    for row in report["rows"][1:]:
+        assert None not in (row["skipped_share"], row["speedup"], row["of_ideal"])
+    assert printed[1].startswith("no GPU: small sizes, torch ")
+    assert printed[-3:] == [
+        "peak above stock, GiB",
+        "above stock at the VAE, GiB",
+        "host syncs a step above stock",
+    ]
