@@ -35,7 +35,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -66,37 +66,30 @@ class Fit:
 
 
 # FITS[use_ret_steps][row], all as published by the authors of TeaCache for Wan2.1.
+# fmt: off
 FITS: dict[bool, dict[str, Fit]] = {
     False: {
-        "t2v-1.3B": Fit(
-            (0.05, 0.07, 0.08), (2396.76752, -1311.10545, 201.331979, -8.29855975, 0.137887774)
-        ),
-        "t2v-14B": Fit(
-            (0.14, 0.15, 0.2),
-            (-5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404),
-        ),
-        "i2v-14B-480P": Fit(
-            (0.13, 0.19, 0.26), (-302.331670, 223.948934, -52.5463970, 5.87348440, -0.201973289)
-        ),
-        "i2v-14B-720P": Fit(
-            (0.18, 0.2, 0.3), (-114.36346466, 65.26524496, -18.82220707, 4.91518089, -0.23412683)
-        ),
+        "t2v-1.3B": Fit((0.05, 0.07, 0.08), (
+            2396.76752, -1311.10545, 201.331979, -8.29855975, 0.137887774)),
+        "t2v-14B": Fit((0.14, 0.15, 0.2), (
+            -5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404)),
+        "i2v-14B-480P": Fit((0.13, 0.19, 0.26), (
+            -302.331670, 223.948934, -52.5463970, 5.87348440, -0.201973289)),
+        "i2v-14B-720P": Fit((0.18, 0.2, 0.3), (
+            -114.36346466, 65.26524496, -18.82220707, 4.91518089, -0.23412683)),
     },
     True: {
-        "t2v-1.3B": Fit(
-            (0.05, 0.1), (-52186.2437, 9230.41404, -528.275948, 13.6987616, -0.0499875664)
-        ),
-        "t2v-14B": Fit(
-            (0.1, 0.2), (-303318.725, 49053.7029, -2655.30556, 58.7365115, -0.315583525)
-        ),
-        "i2v-14B-480P": Fit(
-            (0.2, 0.3), (257151.496, -35422.9917, 1402.86849, -13.5890334, 0.132517977)
-        ),
-        "i2v-14B-720P": Fit(
-            (0.2, 0.3), (8107.05460, 2133.93892, -372.934672, 16.6203073, -0.0417769401)
-        ),
+        "t2v-1.3B": Fit((0.05, 0.1), (
+            -52186.2437, 9230.41404, -528.275948, 13.6987616, -0.0499875664)),
+        "t2v-14B": Fit((0.1, 0.2), (
+            -303318.725, 49053.7029, -2655.30556, 58.7365115, -0.315583525)),
+        "i2v-14B-480P": Fit((0.2, 0.3), (
+            257151.496, -35422.9917, 1402.86849, -13.5890334, 0.132517977)),
+        "i2v-14B-720P": Fit((0.2, 0.3), (
+            8107.05460, 2133.93892, -372.934672, 16.6203073, -0.0417769401)),
     },
 }
+# fmt: on
 ROWS = tuple(FITS[False])
 RETENTION_STEPS = 5
 
@@ -112,6 +105,8 @@ class TeaCacheConfig:
         e [1, dim] and always compute the first and the last step.
     guide_scale: the pipeline's; Wan2.1 multiplies the unconditional output by 0 where it is 1.
     fitted_range: a step whose distance is outside is computed.
+    order: a skipped step holds the last residual (0, as published), or goes on along the line
+        through the last two computed ones (1).
     ValueError: thresh is negative, infinite or not a number.
     """
 
@@ -121,6 +116,7 @@ class TeaCacheConfig:
     use_ret_steps: bool = False
     guide_scale: float = 5.0
     fitted_range: Sequence[float] | None = None
+    order: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.thresh < math.inf:
@@ -128,11 +124,11 @@ class TeaCacheConfig:
 
     @classmethod
     def from_fit(
-        cls, fit: Fit, steps: int, thresh: float | None = None, use_ret_steps: bool = False
+        cls, fit: Fit, steps: int, thresh: float | None = None, **others: Any
     ) -> TeaCacheConfig:
-        """The settings for a fit, such as ``FITS[False]["t2v-1.3B"]``."""
+        """The settings for a fit, such as ``FITS[False]["t2v-1.3B"]``; ``others`` by name."""
         thresh = fit.thresholds[-1] if thresh is None else thresh
-        return cls(steps, thresh, fit.coefficients, use_ret_steps, fitted_range=fit.fitted_range)
+        return cls(steps, thresh, fit.coefficients, fitted_range=fit.fitted_range, **others)
 
     @property
     def one_branch(self) -> bool:
@@ -144,6 +140,10 @@ class TeaCacheConfig:
         first = step < RETENTION_STEPS if self.use_ret_steps else step == 0
         last = self.steps if self.use_ret_steps else self.steps - 1
         return first or step >= last or self.thresh == 0
+
+    def keeps(self, step: int) -> bool:
+        """Whether a residual of this step may be of use on a later one."""
+        return not (self.always_computes(step + 1) and self.always_computes(step + 1 + self.order))
 
 
 @dataclass(frozen=True)
@@ -207,6 +207,14 @@ class Schedule:
     def marks(self) -> str:
         """The schedule as a line, # computed and . skipped."""
         return "".join("#" if step.computed else "." for step in self.steps)
+
+
+def reach(k: float) -> float:
+    """For order 1: how far to go on along the line through the last two computed residuals.
+
+    k: steps since the last one, by the steps between the two. Not all the way, which overshoots.
+    """
+    return 0.75 * k
 
 
 def numbers(steps: Sequence[int]) -> str:
@@ -295,7 +303,9 @@ class TeaCache:
 
     def __init__(self, model: nn.Module, config: TeaCacheConfig):
         self.config, self.schedule = config, Schedule(config)
-        self.residuals: dict[int, Tensor] = {}  # by branch: B(h) - h, [1, tokens, dim]
+        # By branch, of the last 1 + order computed steps, newest first: step and B(h) - h,
+        # [1, tokens, dim].
+        self.residuals: dict[int, list[tuple[int, Tensor]]] = {}
         self.marks: list[float] = []  # seconds: begin of sampling, each decision, end of sampling
         self.calls, self.computing = 0, True
         self.signal: Tensor | None = None
@@ -347,16 +357,27 @@ class TeaCache:
         Out of place: under autocast h is bfloat16, B(h) and the residual are float32, and so the
         head gets float32 on every step.
         """
-        residual = self.residuals.pop(self.branch, None)
+        kept = self.residuals.pop(self.branch, [])
         if self.computing:
-            residual, out = None, h  # frees the old one before the blocks need the memory
+            del kept[self.config.order :]  # before the blocks need the memory
+            out = h
             for block in self.model_blocks:
                 out = block(out, **kwargs)
+            if self.config.keeps(self.step):
+                kept.insert(0, (self.step, out - h))
         else:
-            out = h + residual
-        if not self.config.always_computes(self.step + 1):  # else nobody would use it
-            self.residuals[self.branch] = out - h if self.computing else residual
+            out = h + self.residual(kept)
+        if self.config.keeps(self.step):
+            self.residuals[self.branch] = kept
         return out
+
+    def residual(self, kept: list[tuple[int, Tensor]]) -> Tensor:
+        """For a skipped step: the last one, or on the line through the last two."""
+        (last, newest), *older = kept
+        if not older:
+            return newest
+        before, oldest = older[0]
+        return oldest.lerp(newest, 1 + reach((self.step - last) / (last - before)))
 
     def release(self) -> None:
         """Let go of model and tensors; decisions and times stay."""
@@ -565,42 +586,50 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that objects in one line."""
 
     def error(self, message: str) -> NoReturn:
-        refuse(f"{message} (see --help)")
+        refuse(f"{message.removeprefix('argument ')} (see --help)")
+
+
+def at_least(low: float, allowed: str) -> Callable[[str], float]:
+    """The type of a flag: a finite number from ``low`` on."""
+
+    def number(text: str) -> float:
+        with suppress(ValueError):
+            if low <= float(text) < math.inf:
+                return float(text)
+        raise argparse.ArgumentTypeError(f"{text} must be {allowed}")
+
+    return number
 
 
 def own_parser() -> Parser:
     """The flags that generate.py does not have."""
     parser = Parser(allow_abbrev=False, add_help=False, description="TeaCache for generate.py")
-    add = parser.add_argument
-    add("--teacache_thresh", type=float, metavar="X", help="higher is faster, 0 is off")
-    add("--teacache_speedup", type=float, metavar="X", help="in place of a threshold: at least X")
+    add, either = parser.add_argument, parser.add_mutually_exclusive_group
+    thresh, speedup = at_least(0, "0 (off) or more, such as 0.08"), at_least(1, "1 or more, as 2.0")
+    how_much, whose, instead = (either().add_argument for _ in range(3))
+    how_much("--teacache_thresh", type=thresh, metavar="X", help="higher is faster, 0 is off")
+    how_much("--teacache_speedup", type=speedup, metavar="X", help="or: a threshold that gives X")
+    add("--teacache_order", type=int, default=0, choices=(0, 1), help="1: extrapolate residuals")
     add("--use_ret_steps", action="store_true", help="compare e0, always compute the first 5 steps")
-    add("--teacache_model", choices=ROWS, help="row of coefficients; default: by task, checkpoint")
-    add("--teacache_coefficients", metavar="FILE", help="default: teacache.json in --ckpt_dir")
-    add("--teacache_plan", action="store_true", help="print what thresholds do; generate nothing")
-    add("--teacache_calibrate", action="store_true", help="fit coefficients, into teacache.json")
+    whose("--teacache_model", choices=ROWS, help="row of coefficients; default: as the task")
+    whose("--teacache_coefficients", metavar="FILE", help="default: teacache.json in --ckpt_dir")
+    instead("--teacache_plan", action="store_true", help="print what thresholds do, and no more")
+    instead("--teacache_calibrate", action="store_true", help="fit coefficients: teacache.json")
     add("--teacache_prompts", metavar="FILE", help="for the calibration, one a line")
     add("--teacache_report", metavar="FILE", help="write what was decided and measured, as JSON")
     add("--wan_repo", metavar="DIR", help="Wan2.1; default: this script's folder, else the current")
     return parser
 
 
-def check_own(own: argparse.Namespace) -> None:
-    """Our own flags, each by itself and together."""
-    thresh, speedup = own.teacache_thresh, own.teacache_speedup
-    if thresh is not None and not 0 <= thresh < math.inf:
-        refuse(f"--teacache_thresh {thresh}: must be 0 (off) or a positive number, such as 0.08")
-    if speedup is not None and not 1 <= speedup < math.inf:
-        refuse(f"--teacache_speedup {speedup}: must be 1 or more, such as 2.0")
-    flags = {name for name, value in vars(own).items() if value not in (None, False)}
-    apart = [("teacache_thresh", "teacache_speedup"), ("teacache_model", "teacache_coefficients")]
-    for other in ("thresh", "speedup", "model", "plan"):
-        apart.append(("teacache_calibrate", f"teacache_{other}"))
-    for pair in apart:
-        if flags.issuperset(pair):
-            refuse(f"--{pair[0]}, --{pair[1]}: give one of them")
-    if "teacache_prompts" in flags and "teacache_calibrate" not in flags:
+def parse_own(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Our flags, and those that are left for generate.py."""
+    own, rest = own_parser().parse_known_args(argv)
+    for name in ("thresh", "speedup", "model"):
+        if own.teacache_calibrate and getattr(own, f"teacache_{name}") is not None:
+            refuse(f"--teacache_calibrate, --teacache_{name}: give one of them")
+    if own.teacache_prompts and not own.teacache_calibrate:
         refuse(f"--teacache_prompts {own.teacache_prompts}: is for --teacache_calibrate only")
+    return own, rest
 
 
 def import_wan(wan_repo: str | None, generates: bool) -> ModuleType:
@@ -642,34 +671,35 @@ def parse_wan(wan_generate: ModuleType, argv: list[str]) -> argparse.Namespace:
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    """Frames that the VAE can make, and numbers that the sampler can work with."""
+    """Numbers that the VAE, the sampler and the processes of torchrun can work with."""
     frames, kind = args.frame_num, {"i2v": "WanI2V", "flf2v": "WanFLF2V"}
-    if frames < 1 or frames % 4 != 1:
-        below = max((frames - 1) // 4, 0) * 4 + 1
-        refuse(f"--frame_num {frames}: must be 4n+1, such as {below} or {below + 4}")
+    below, processes = max((frames - 1) // 4, 0) * 4 + 1, int(os.getenv("WORLD_SIZE", "1"))
     pipeline = getattr(sys.modules["wan"], kind.get(args.task.split("-")[0], ""), None)
-    if pipeline and "ones(1, 81" in inspect.getsource(pipeline.generate) and frames != 81:
-        refuse(f"--frame_num {frames}: must be 81 for {args.task}, as this Wan2.1 hard-codes it")
-    for name, allowed, right in (
-        ("sample_steps", "1 or more, such as 50", args.sample_steps >= 1),
-        ("sample_shift", "a positive number, such as 5", 0 < args.sample_shift < math.inf),
-        ("sample_guide_scale", "a number, such as 5", math.isfinite(args.sample_guide_scale)),
-        ("base_seed", "under 2**63", args.base_seed < 2**63),
+    only_81 = pipeline and "ones(1, 81" in inspect.getsource(pipeline.generate)
+    fsdp, wanted = args.t5_fsdp or args.dit_fsdp, args.ulysses_size * args.ring_size
+    parts = wanted in (1, processes) and min(args.ulysses_size, args.ring_size) > 0
+    for right, flags, allowed in (
+        (frames == below, "frame_num", f"must be 4n+1, such as {below} or {below + 4}"),
+        (frames == 81 or not only_81, "frame_num", "must be 81, as this Wan2.1 hard-codes it"),
+        (args.sample_steps >= 1, "sample_steps", "must be 1 or more, such as 50"),
+        (0 < args.sample_shift < math.inf, "sample_shift", "must be positive, such as 5"),
+        (math.isfinite(args.sample_guide_scale), "sample_guide_scale", "must be a number, as 5"),
+        (args.base_seed < 2**63, "base_seed", "must be under 2**63"),
+        (
+            processes > 1 or not fsdp,
+            "t5_fsdp dit_fsdp",
+            "must be started by torchrun --nproc_per_node=N, N above 1",
+        ),
+        (
+            parts,
+            "ulysses_size ring_size",
+            f"their product must be the number of processes, {processes} here; "
+            f"torchrun --nproc_per_node={wanted}",
+        ),
     ):
         if not right:
-            refuse(f"--{name} {getattr(args, name)}: must be {allowed}")
-
-
-def check_processes(args: argparse.Namespace) -> None:
-    """The flags for several GPUs fit the processes that torchrun has started."""
-    processes, wanted = int(os.getenv("WORLD_SIZE", "1")), args.ulysses_size * args.ring_size
-    if processes == 1 and (args.t5_fsdp or args.dit_fsdp):
-        refuse("--t5_fsdp, --dit_fsdp: must be started by torchrun --nproc_per_node=N, N above 1")
-    if wanted not in (1, processes) or min(args.ulysses_size, args.ring_size) < 1:
-        refuse(
-            f"--ulysses_size {args.ulysses_size} --ring_size {args.ring_size}: their product must "
-            f"be the number of processes, {processes} here; torchrun --nproc_per_node={wanted}"
-        )
+            given = " ".join(f"--{name} {getattr(args, name)}" for name in flags.split())
+            refuse(f"{given}: {allowed}")
 
 
 def shards_of(folder: Path) -> dict[str, str | None]:
@@ -1159,16 +1189,14 @@ class Job:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; ``argv`` is what follows the program's name."""
-    own, rest = own_parser().parse_known_args(argv)
+    own, rest = parse_own(argv)
     asks_help = {"-h", "--help"} & set(rest)
     if asks_help:
         print(own_parser().format_help())
-    check_own(own)
     wan_generate = import_wan(own.wan_repo, generates=not (asks_help or own.teacache_plan))
     args = parse_wan(wan_generate, rest)
     wan_config, examples = wan_generate.WAN_CONFIGS[args.task], wan_generate.EXAMPLE_PROMPT
     check_numbers(args)
-    check_processes(args)
     check_checkpoint(args, wan_config, all_parts=not own.teacache_plan)
     timesteps = timesteps_of(args, wan_config["num_train_timesteps"])
     job = Job(own, args, wan_generate)
@@ -1178,7 +1206,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     fit, job.name, job.warning = choose_fit(own, args)
     steps, ret = args.sample_steps, own.use_ret_steps
-    config = TeaCacheConfig.from_fit(fit, steps, own.teacache_thresh, ret)
+    config = TeaCacheConfig.from_fit(
+        fit, steps, own.teacache_thresh, use_ret_steps=ret, order=own.teacache_order
+    )
     if own.teacache_plan or own.teacache_speedup:
         distances = distances_of(Path(args.ckpt_dir), timesteps, ret)
     if own.teacache_speedup:

@@ -85,7 +85,8 @@ def test_a_skipped_step_adds_the_residual_of_its_own_branch():
     # e0.mean() at step i is 2 t_i, so the residual of step 0 is 3 * 2 and that of step 2 3 * 0.5
     with teacache(model, config(4)) as cache:
         first = sample(model, 2)
-        assert {k: v.item() for k, v in cache.residuals.items()} == {0: 6.0, 1: 6.0}
+        kept = {k: [(i, r.item()) for i, r in v] for k, v in cache.residuals.items()}
+        assert kept == {0: [(0, 6.0)], 1: [(0, 6.0)]}
         for t in (0.25, 0.125):
             for x in (10.0, 110.0):
                 first.append(model([torch.full((1,), x)], t=torch.tensor([t]))[0].item())
@@ -152,6 +153,39 @@ def test_at_most_two_residuals_live_and_none_after_the_last_step():
         assert cache.residuals == {}
     # x, h in bfloat16, the first block's output, the last output, the other branch's residual
     assert max(alive) == 5
+
+
+@torch.no_grad()
+def test_order_1_goes_on_along_the_line_through_the_last_two_residuals():
+    model, script = ToyModel(), [0, 1, 3, 6]
+    # the residual of step i is 6 t_i: 6, 3, (1.5), 0.75, ..., 6/64
+    with teacache(model, config(7, order=1)) as cache:
+        cache.schedule.decide = lambda timestep, distance: cache.step in script
+        outputs = sample(model, 7)[::2]
+    at_2 = 3 - 0.75 * 3  # one step behind 1, as 1 is behind 0
+    at_4, at_5 = 0.75 - 0.75 * 2.25 / 2, 0.75 - 0.75 * 2.25  # behind 3, which is two behind 1
+    assert outputs == pytest.approx([6, 3, at_2, 0.75, at_4, at_5, 6 / 64])
+
+
+@torch.no_grad()
+def test_order_1_holds_still_where_there_is_one_residual_only():
+    model = ToyModel()
+    with teacache(model, config(4, thresh=9.0, order=1)):
+        assert sample(model, 4)[:6:2] == [6.0, 6.0, 6.0]
+
+
+@torch.no_grad()
+def test_order_1_keeps_two_residuals_a_branch_and_none_after_the_last_step():
+    model, kept = ToyModel(), []
+    with teacache(model, config(12, use_ret_steps=True, order=1)) as cache:
+        for step in range(12):
+            for _ in (0, 1):
+                model([torch.zeros(1)], t=torch.tensor([2.0**-step]))
+            kept.append([[i for i, _ in cache.residuals.get(branch, [])] for branch in (0, 1)])
+    # ALWAYS computes every second step after the fifth: 6, 8 and 10
+    assert kept[:3] == [[[], []]] * 3
+    assert kept[3:9:2] == [[[3], [3]], [[4, 3], [4, 3]], [[6, 4], [6, 4]]]
+    assert kept[11] == [[], []]
 
 
 @torch.no_grad()
