@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from real_wan import prepare
 
+TRAINED = Path(__file__).resolve().parents[1] / "assets" / "wan_nano"
 SIZE = dict(dim=48, ffn_dim=96, freq_dim=32, text_dim=24, num_heads=4, num_layers=2)
 
 
@@ -103,6 +104,18 @@ def outputs(weights: dict[str, dict]) -> dict[str, torch.Tensor]:
     return result
 
 
+def trained() -> torch.Tensor:
+    """What the miniature's shipped transformer gives, loaded as a pipeline loads it."""
+    modules = importlib.import_module("wan.modules.model")
+    modules.flash_attention = attention
+    model = modules.WanModel.from_pretrained(TRAINED, low_cpu_mem_usage=False).eval()
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(16, 5, 8, 8, generator=generator)
+    context = [torch.randn(6, model.text_embedding[0].in_features, generator=generator)]
+    with torch.no_grad():
+        return model([x], t=torch.tensor([700]), context=context, seq_len=80)[0]
+
+
 def main(repo: str, out: str, weights_file: str) -> None:
     prepare(repo)
     torch.cuda.amp.autocast = lambda *_, **__: torch.autocast("cpu", enabled=False)
@@ -112,7 +125,7 @@ def main(repo: str, out: str, weights_file: str) -> None:
     facts = {
         "flags": flags(generate),
         "signatures": signatures(generate),
-        "outputs": outputs(weights),
+        "outputs": outputs(weights) | ({"trained": trained()} if TRAINED.is_dir() else {}),
         "config_keys": sorted(generate.WAN_CONFIGS[min(generate.WAN_CONFIGS)]),
     }
     torch.save(weights, path)

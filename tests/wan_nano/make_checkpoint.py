@@ -8,6 +8,7 @@ the polynomials that are published for Wan2.1 compute some of the steps and skip
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -32,18 +33,23 @@ static blurred worst quality
 """
 
 
-def make_transformer(task: str) -> WanModel:
-    """A WanModel in which every part has a say, unlike in one that is about to be trained."""
+def new_transformer(task: str) -> WanModel:
+    """A WanModel of the task's sizes, about to be trained."""
     config = WAN_CONFIGS[task]
     i2v = "i2v" in task
     names = ("text_len", "dim", "ffn_dim", "freq_dim", "num_heads", "num_layers")
-    model = WanModel(
+    return WanModel(
         model_type="i2v" if i2v else "t2v",
         in_dim=2 * Z_DIM + config.vae_stride[0] if i2v else Z_DIM,
         text_dim=TEXT_DIM,
         out_dim=Z_DIM,
         **{name: config[name] for name in names},
     )
+
+
+def random_transformer(task: str) -> WanModel:
+    """A WanModel in which every part has a say, unlike in one that is about to be trained."""
+    model = new_transformer(task)
     for layer in (model.text_embedding[0], model.text_embedding[2]):
         nn.init.xavier_uniform_(layer.weight)
     for block in model.blocks:  # sharp enough attention for one word to matter among many
@@ -57,22 +63,22 @@ def make_transformer(task: str) -> WanModel:
     return model
 
 
-def make_vocabulary(folder: Path) -> None:
+def write_vocabulary(folder: Path, words: Sequence[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.txt").write_text("\n".join(VOCABULARY.split()) + "\n", encoding="utf-8")
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
 
 
 def make_checkpoint(folder: Path, task: str = "t2v-nano", seed: int = 0) -> None:
     """Write all that ``task`` loads into ``folder``; the same bytes for the same seed."""
     config = WAN_CONFIGS[task]
     torch.manual_seed(seed)
-    make_vocabulary(folder / config.t5_tokenizer)
+    write_vocabulary(folder / config.t5_tokenizer, VOCABULARY.split())
     words = WordTokenizer(folder / config.t5_tokenizer, config.text_len).vocab_size
-    make_transformer(task).save_pretrained(folder)
+    random_transformer(task).save_pretrained(folder)
     torch.save(WordEncoder(words, config.text_len).state_dict(), folder / config.t5_checkpoint)
     torch.save(VAE().state_dict(), folder / config.vae_checkpoint)
     if "clip_checkpoint" in config:
-        make_vocabulary(folder / config.clip_tokenizer)
+        write_vocabulary(folder / config.clip_tokenizer, VOCABULARY.split())
         torch.save(PatchEncoder().state_dict(), folder / config.clip_checkpoint)
 
 

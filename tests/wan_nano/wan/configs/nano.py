@@ -13,7 +13,7 @@ shared = {
     "param_dtype": torch.float32,
     "num_train_timesteps": 1000,
     "sample_fps": 8,
-    "sample_neg_prompt": "static, blurred, grey, worst quality",
+    "sample_neg_prompt": "",  # with which, in place of a prompt, one clip in ten is trained
     "patch_size": (1, 2, 2),
     "freq_dim": 64,
     "num_heads": 4,

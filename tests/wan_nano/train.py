@@ -1,0 +1,220 @@
+"""Train the miniature from nothing: VAE, text encoder and transformer, on clips made by code.
+
+    python train.py CKPT
+
+writes the checkpoint folder CKPT: an hour or two on 2 CPU cores, minutes on a GPU. Stopped, it goes
+on where it was. It ends with a check: 100 videos of prompts that it was not trained on.
+
+Flow matching, as Wan2.1: x = (1 - sigma) x0 + sigma noise, the model predicts noise - x0, at the
+timestep 1000 sigma. One prompt in ten is left out, for classifier-free guidance.
+"""
+
+import argparse
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from clips import Scene, draw, pick, seen, vocabulary
+from make_checkpoint import new_transformer, write_vocabulary
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+from wan.configs import WAN_CONFIGS
+from wan.modules.t5 import WordEncoder
+from wan.modules.tokenizers import WordTokenizer
+from wan.modules.vae import VAE
+from wan.text2video import WanT2V
+
+CONFIG = WAN_CONFIGS["t2v-nano"]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+VAE_BATCH, VAE_RATE, KL_WEIGHT = 4, 1e-3, 1e-4
+BATCH, RATE, UNGUIDED, SHIFT = 24, 2e-3, 0.1, 3.0
+SAVE_EVERY = 250  # steps
+
+
+def random(*place: int | str) -> torch.Generator:
+    """Random numbers for a place in the training, the same whenever it is reached."""
+    return torch.Generator().manual_seed(zlib.crc32(repr(place).encode()))
+
+
+def clips_of(scenes: list[Scene], generator: torch.Generator) -> Tensor:
+    """[B, 3, F, H, W] in [-1, 1]."""
+    return torch.stack([draw(scene, generator) for scene in scenes])
+
+
+def minimise(
+    name: str,
+    model: nn.Module,
+    loss: Callable[[nn.Module, torch.Generator], Tensor],
+    steps: int,
+    rate: float,
+    state: Path,
+) -> nn.Module:
+    """Train ``model``, from ``state`` on if it is there; returns the average of its last steps.
+
+    Of few of them: at the end the rate is near zero, and further back the model is another one.
+    """
+    model = model.to(DEVICE).train()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+    optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.99), weight_decay=0.01)
+    schedule = OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05, cycle_momentum=False)
+    parts, begin = {"model": model, "average": average, "optimizer": optimizer}, 0
+    parts["schedule"] = schedule
+    if state.is_file():
+        told = torch.load(state, map_location=DEVICE)
+        begin = told.pop("step")
+        for key, saved in told.items():
+            parts[key].load_state_dict(saved)
+    bar = tqdm(range(begin, steps), name, total=steps, initial=begin, smoothing=0.05)
+    for step in bar:
+        error = loss(model, random(name, step))
+        optimizer.zero_grad()
+        error.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        average.update_parameters(model)
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{error.item():.4f}")
+        if (step + 1) % SAVE_EVERY == 0:
+            saved = {key: part.state_dict() for key, part in parts.items()}
+            torch.save({"step": step + 1, **saved}, state.with_suffix(".tmp"))
+            state.with_suffix(".tmp").replace(state)
+    state.unlink(missing_ok=True)
+    return average.module.eval().requires_grad_(False)
+
+
+def vae_loss(vae: nn.Module, generator: torch.Generator) -> Tensor:
+    """How far clips are from their reconstruction, and latents from a normal distribution."""
+    clips = clips_of(pick(VAE_BATCH, generator), generator).to(DEVICE)
+    with torch.autocast(DEVICE.type, torch.bfloat16):  # twice as fast, on a CPU too
+        mean, log_variance = (u.float() for u in vae.encode(clips))
+        log_variance = log_variance.clamp(-20, 10)
+        noise = torch.randn(mean.shape, generator=generator).to(DEVICE)
+        found = vae.decode(mean + noise * (log_variance / 2).exp()).float()
+    kl = (mean.square() + log_variance.exp() - log_variance - 1).mean() / 2
+    return F.mse_loss(found, clips) + 0.1 * F.l1_loss(found, clips) + KL_WEIGHT * kl
+
+
+def train_vae(steps: int, state: Path) -> VAE:
+    torch.manual_seed(0)
+    vae = minimise("VAE", VAE(), vae_loss, steps, VAE_RATE, state)
+    generator = random("latents")
+    latents = vae.encode(clips_of(pick(128, generator), generator).to(DEVICE))[0]
+    vae.latent_mean.copy_(latents.mean((0, 2, 3, 4))[:, None, None, None])
+    vae.latent_std.copy_(latents.std((0, 2, 3, 4))[:, None, None, None])
+    return vae
+
+
+def encode(vae: VAE, count: int) -> tuple[list[str], Tensor]:
+    """Prompts of ``count`` clips, and their latents [count, 16, n + 1, h, w]."""
+    prompts, latents = [], []
+    for i in tqdm(range(0, count, 16), "encoding"):
+        generator = random("clips", i)
+        scenes = pick(16, generator)
+        prompts += [scene.prompt for scene in scenes]
+        latents.append(vae.encode(clips_of(scenes, generator).to(DEVICE))[0])
+    return prompts, torch.cat(latents)
+
+
+class TextToLatent(nn.Module):
+    """Text encoder and transformer, which learn together."""
+
+    def __init__(self, tokenizer: WordTokenizer):
+        super().__init__()
+        self.text_encoder = WordEncoder(tokenizer.vocab_size, tokenizer.seq_len)
+        self.transformer = new_transformer("t2v-nano")
+
+    def forward(self, x: Tensor, t: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
+        """The flow at x [B, 16, n + 1, h, w], timesteps t [B], prompts ids [B, text_len]."""
+        vectors = self.text_encoder(ids)
+        context = [u[:n] for u, n in zip(vectors, lengths.tolist(), strict=True)]
+        tokens = x[0, 0].numel() // 4
+        return torch.stack(self.transformer(list(x.unbind()), t, context, seq_len=tokens))
+
+
+def train_transformer(
+    tokenizer: WordTokenizer, prompts: list[str], latents: Tensor, steps: int, state: Path
+) -> TextToLatent:
+    ids, lengths = tokenizer([*prompts, ""])
+
+    def loss(model: nn.Module, generator: torch.Generator) -> Tensor:
+        chosen = torch.randint(len(prompts), (BATCH,), generator=generator)
+        unguided = torch.rand(BATCH, generator=generator) < UNGUIDED
+        told = torch.where(unguided, len(prompts), chosen)
+        x0 = latents[chosen.to(DEVICE)]
+        noise = torch.randn(x0.shape, generator=generator).to(DEVICE)
+        u = torch.rand(BATCH, generator=generator).to(DEVICE)
+        sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
+        x = torch.lerp(x0, noise, sigma[:, None, None, None, None])
+        flow = model(x, 1000 * sigma, ids[told].to(DEVICE), lengths[told])
+        return F.mse_loss(flow, noise - x0)
+
+    torch.manual_seed(0)
+    return minimise("transformer", TextToLatent(tokenizer), loss, steps, RATE, state)
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """In dB, of videos in [-1, 1]."""
+    return float(10 * torch.log10(4 / (a - b).square().mean()))
+
+
+def check(folder: Path, count: int, steps: int) -> dict[str, float]:
+    """What ``count`` videos of unseen prompts show, and how well the VAE keeps unseen clips.
+
+    chance: how often the video of one prompt shows what another prompt says.
+    """
+    pipeline, generator = WanT2V(CONFIG, folder), random("check")
+    scenes = pick(count, generator, unseen=True)
+    clips = clips_of(scenes, generator)
+    kept = [pipeline.vae.decode(pipeline.vae.encode([clip.to(DEVICE)]))[0].cpu() for clip in clips]
+    videos = [
+        pipeline.generate(scene.prompt, sampling_steps=steps, seed=seed, offload_model=False)
+        for seed, scene in enumerate(tqdm(scenes, "checking"))
+    ]
+    says = [(scene.colour, scene.motion) for scene in scenes]
+    shows = [seen(video.cpu()) for video in videos]
+    others = [(a, b) for i, a in enumerate(says) for j, b in enumerate(shows) if i != j]
+    wrong = [scene.prompt for scene, a, b in zip(scenes, says, shows, strict=True) if a != b]
+    return {
+        "shown": sum(a == b for a, b in zip(says, shows, strict=True)) / count,
+        "chance": sum(a == b for a, b in others) / max(len(others), 1),
+        "vae_psnr_db": sum(map(psnr, kept, clips)) / count,
+        "wrong": wrong,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="of the checkpoint")
+    parser.add_argument("--vae_steps", type=int, default=2400)
+    parser.add_argument("--clips", type=int, default=10240, help="that the transformer is shown")
+    parser.add_argument("--steps", type=int, default=12000, help="of the transformer")
+    parser.add_argument("--check", type=int, default=100, help="videos at the end")
+    args = parser.parse_args()
+    folder = args.folder
+    state, latent_file = folder / "training.pt", folder / "training_latents.pt"
+    vae_file = folder / CONFIG.vae_checkpoint
+    write_vocabulary(folder / CONFIG.t5_tokenizer, vocabulary())
+    tokenizer = WordTokenizer(folder / CONFIG.t5_tokenizer, CONFIG.text_len)
+
+    if not latent_file.is_file():
+        vae = train_vae(args.vae_steps, state)
+        torch.save(vae.state_dict(), vae_file)
+        torch.save(encode(vae, args.clips), latent_file)
+    prompts, latents = torch.load(latent_file, map_location=DEVICE)
+    trained = train_transformer(tokenizer, prompts, latents, args.steps, state)
+    trained.transformer.save_pretrained(folder)
+    torch.save(trained.text_encoder.state_dict(), folder / CONFIG.t5_checkpoint)
+    latent_file.unlink()
+
+    found = check(folder, args.check, steps=50)
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
