@@ -1098,6 +1098,7 @@ class Job:
         said = "" if asked else " (default)"
         said = said if config.thresh else " (off: stock Wan2.1)"
         mode, steps = MODES[config.use_ret_steps], config.steps
+        mode += ", order 1" if config.order else ""
         log.info(f"TeaCache: {self.name}, thresh {config.thresh:g}{said}, {mode}, {steps} steps")
         if self.warning and config.thresh:
             log.warning(f"TeaCache: {self.name}: {self.warning}")

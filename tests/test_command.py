@@ -548,3 +548,19 @@ def test_a_flash_attn_of_another_torch_counts_as_missing(tmp_path, monkeypatch):
     assert teacache_generate.usable_flash_attention() == []
     with pytest.raises(ModuleNotFoundError):  # all that Wan2.1 is ready for
         __import__("flash_attn")
+
+
+def test_order_1_computes_the_same_steps_and_makes_another_video(ckpt, tmp_path):
+    reports, videos = [], []
+    for order in ("0", "1"):
+        report, video = tmp_path / f"{order}.json", tmp_path / f"{order}.mp4"
+        argv = ["--ckpt_dir", ckpt, *ROW, *PROMPT, "--teacache_order", order]
+        files = ["--teacache_report", report, "--save_file", video]
+        done = python(SCRIPT, "--wan_repo", NANO, *argv, *files)
+        assert done.returncode == 0, done.stderr
+        assert ("plain, order 1, 50 steps" in done.stdout) == (order == "1")
+        reports.append(json.loads(report.read_text()))
+        videos.append(frames(video))
+    assert [report["config"]["order"] for report in reports] == [0, 1]
+    assert reports[0]["computed"] == reports[1]["computed"] != list(range(50))
+    assert not np.array_equal(*videos)
