@@ -6,7 +6,8 @@
 jobs.json is a list of
     {"name": ..., "mode": "stock" | "teacache" | "reference", "argv": [flags],
      "seed": of the model's weights, 0 by default,
-     "coefficients": [...], "thresh": ..., "use_ret_steps": ...}      the last three: reference only
+     "coefficients": [...], "thresh": ..., "use_ret_steps": ..., "order": ...}
+the last four for reference only.
 stock runs Wan2.1's generate.py, teacache the script at the top of the project, reference the stock
 run with the method on top of it as its text says it (``Reference``). ``--ckpt_dir AUTO`` in argv
 makes a checkpoint folder in OUT_DIR. Every job leaves there NAME.npy, the frames given to
@@ -245,15 +246,16 @@ def make_checkpoint(folder: str | Path, task: str, cfg: Any, seed: int = 0) -> P
 
 class Reference:
     """TeaCache as its text says it, on top of a stock run: every step computes all blocks, and on
-    a step that the method skips their output is thrown away for h + r."""
+    a step that the method skips their output is thrown away for h + r; at order 1 that r is on the
+    line through the last two, three quarters of the way."""
 
     def __init__(self, model: nn.Module, steps: int, job: dict[str, Any]):
         self.steps, self.thresh = steps, job["thresh"]
         self.use_ret_steps = job.get("use_ret_steps", False)
-        self.p = np.poly1d(job["coefficients"])
+        self.p, self.order = np.poly1d(job["coefficients"]), job.get("order", 0)
         self.calls, self.a = 0, 0.0
         self.computed: list[bool] = []
-        self.r: dict[int, Tensor] = {}
+        self.r: dict[int, list[tuple[int, Tensor]]] = {0: [], 1: []}
         signal = model.time_projection if self.use_ret_steps else model.time_embedding
         signal.register_forward_hook(self.decide)
         model.blocks[0].register_forward_pre_hook(self.enter)
@@ -279,10 +281,15 @@ class Reference:
         self.h = args[0]
 
     def leave(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        step, past = len(self.computed) - 1, self.r[self.branch]
         if self.computed[-1]:
-            self.r[self.branch] = output - self.h
+            past.append((step, output - self.h))
             return output
-        return self.h + self.r[self.branch]
+        last, r = past[-1]
+        if self.order and len(past) > 1:
+            before, old = past[-2]
+            r = torch.lerp(old, r, 1 + 0.75 * ((step - last) / (last - before)))
+        return self.h + r
 
 
 def inner(model: nn.Module) -> nn.Module:

@@ -37,7 +37,8 @@ def example(name: str) -> str:
 
 T2V = command("t2v-1.3B", "832*480")
 I2V = ("--image", example("i2v_input.JPG"))
-RET = "--use_ret_steps"
+RET, ORDER_1 = "--use_ret_steps", "--teacache_order=1"
+OURS = (RET, ORDER_1)
 UNIPC_FAILS = [*T2V, "--sample_steps", "80", "--sample_shift", "16"]
 SINGLE = {  # name: (row, threshold or None for the row's, flags); the first five are README's
     "t2v-1.3B": ("t2v-1.3B", 0.08, T2V),
@@ -61,6 +62,8 @@ SINGLE = {  # name: (row, threshold or None for the row's, flags); the first fiv
     "no-offload": ("t2v-1.3B", None, [*T2V, "--offload_model", "False"]),
     "guidance-1": ("t2v-1.3B", None, [*T2V, "--sample_guide_scale", "1"]),
     "guidance-1-ret": ("t2v-1.3B", None, [*T2V, "--sample_guide_scale", "1", RET]),
+    "order-1": ("t2v-1.3B", 0.1, [*T2V, ORDER_1]),
+    "order-1-ret": ("t2v-1.3B", None, [*T2V, RET, ORDER_1]),
 }
 LATER = {  # tasks that the first release does not have
     "flf2v": (
@@ -120,7 +123,7 @@ def jobs_of(name: str, case: tuple, out: Path) -> list[dict]:
     row, thresh, argv = case
     use_ret_steps = RET in argv
     made = FITS[use_ret_steps][row]
-    stock = [flag for flag in argv if flag != RET]
+    stock = [flag for flag in argv if flag not in OURS]
     ours = argv if thresh is None else [*argv, "--teacache_thresh", str(thresh)]
     planned = {"name": f"{name}.plan", "mode": "teacache", "argv": [*ours, "--teacache_plan"]}
     ending = "png" if "t2i-14B" in argv else "mp4"
@@ -132,7 +135,7 @@ def jobs_of(name: str, case: tuple, out: Path) -> list[dict]:
     method = {"coefficients": made.coefficients, "thresh": thresh or made.thresholds[-1]}
     return [
         job("teacache", [*ours, "--teacache_report", str(out / f"{name}.report.json")]),
-        job("reference", stock, use_ret_steps=use_ret_steps, **method),
+        job("reference", stock, use_ret_steps=use_ret_steps, order=ORDER_1 in argv, **method),
         job("stock", stock),
         planned,
     ]
@@ -141,7 +144,7 @@ def jobs_of(name: str, case: tuple, out: Path) -> list[dict]:
 def stock_of(name: str) -> str:
     """The case whose stock run serves: the first with the same flags of generate.py."""
     cases = {**SINGLE, **LATER}
-    flags = {other: [flag for flag in case[2] if flag != RET] for other, case in cases.items()}
+    flags = {other: [flag for flag in case[2] if flag not in OURS] for other, case in cases.items()}
     return next(other for other in cases if flags[other] == flags[name])
 
 
