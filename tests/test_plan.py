@@ -308,7 +308,7 @@ def test_a_damaged_calibration_is_refused(capsys, calibrated, tmp_path, change):
         (["--teacache_speedup", "fast"], "--teacache_speedup: fast must be 1 or more"),
         (
             ["--teacache_speedup", "2", "--teacache_thresh", "0.1"],
-            "--teacache_speedup: not allowed with argument --teacache_thresh",
+            "--teacache_thresh: not allowed with argument --teacache_speedup",
         ),
         (["--teacache_prompts", "x"], "--teacache_prompts x: is for --teacache_calibrate only"),
         (["--teacache_calibrate", "--teacache_prompts", "/none"], "/none: [Errno 2] No such file"),
