@@ -71,7 +71,7 @@ def fidelity(told: dict[str, Any]) -> Figure:
     below.set(ylabel="SSIM against stock", xlabel="speed-up of the sampling, measured")
     below.xaxis.set_major_formatter("{x:g}x")
     above.set_title(
-        f"Mean over {len(told['pairs'])} prompts and seeds; stock: {told['run']['steps']} steps",
+        f"{len(told['pairs'])} prompts and seeds; stock: {told['run']['steps']} steps",
         loc="left",
     )
     figure.legend(*above.get_legend_handles_labels(), loc="outside lower center", ncols=2)

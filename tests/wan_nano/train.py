@@ -191,7 +191,7 @@ def check(folder: Path, count: int, steps: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="of the checkpoint")
-    parser.add_argument("--vae_steps", type=int, default=2400)
+    parser.add_argument("--vae_steps", type=int, default=1600)
     parser.add_argument("--clips", type=int, default=10240, help="that the transformer is shown")
     parser.add_argument("--steps", type=int, default=12000, help="of the transformer")
     parser.add_argument("--check", type=int, default=100, help="videos at the end")
