@@ -680,7 +680,7 @@ def check_numbers(args: argparse.Namespace) -> None:
     parts = wanted in (1, processes) and min(args.ulysses_size, args.ring_size) > 0
     for right, flags, allowed in (
         (frames == below, "frame_num", f"must be 4n+1, such as {below} or {below + 4}"),
-        (frames == 81 or not only_81, "frame_num", "must be 81, as this Wan2.1 hard-codes it"),
+        (frames == 81 or not only_81, "frame_num", f"must be 81 for {args.task}, as Wan2.1 has it"),
         (args.sample_steps >= 1, "sample_steps", "must be 1 or more, such as 50"),
         (0 < args.sample_shift < math.inf, "sample_shift", "must be positive, such as 5"),
         (math.isfinite(args.sample_guide_scale), "sample_guide_scale", "must be a number, as 5"),
