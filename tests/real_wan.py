@@ -247,7 +247,7 @@ def make_checkpoint(folder: str | Path, task: str, cfg: Any, seed: int = 0) -> P
 class Reference:
     """TeaCache as its text says it, on top of a stock run: every step computes all blocks, and on
     a step that the method skips their output is thrown away for h + r; at order 1 that r is on the
-    line through the last two, three quarters of the way."""
+    line through the last two, three quarters of the way, unless they are more than 4 apart."""
 
     def __init__(self, model: nn.Module, steps: int, job: dict[str, Any]):
         self.steps, self.thresh = steps, job["thresh"]
@@ -288,7 +288,9 @@ class Reference:
         last, r = past[-1]
         if self.order and len(past) > 1:
             before, old = past[-2]
-            r = torch.lerp(old, r, 1 + 0.75 * ((step - last) / (last - before)))
+            if last - before <= 4:
+                k = (step - last) / (last - before)
+                r = torch.lerp(old, r, 1 + (1.5 if k > 2 else 0.75 * k))
         return self.h + r
 
 

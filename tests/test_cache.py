@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from teacache_generate import TeaCacheConfig, relative_l1, sdpa_attention, shadow, teacache
+from teacache_generate import (
+    TeaCacheConfig,
+    reach,
+    relative_l1,
+    sdpa_attention,
+    shadow,
+    teacache,
+)
 
 ALWAYS = [0.0, 0.0, 0.0, 0.0, 1.0]  # every distance adds 1
 NEVER = [0.0] * 5
@@ -165,6 +172,14 @@ def test_order_1_goes_on_along_the_line_through_the_last_two_residuals():
     at_2 = 3 - 0.75 * 3  # one step behind 1, as 1 is behind 0
     at_4, at_5 = 0.75 - 0.75 * 2.25 / 2, 0.75 - 0.75 * 2.25  # behind 3, which is two behind 1
     assert outputs == pytest.approx([6, 3, at_2, 0.75, at_4, at_5, 6 / 64])
+
+
+@pytest.mark.parametrize(
+    ("since", "gap", "way"),
+    [(1, 4, 0.1875), (1, 1, 0.75), (2, 1, 1.5), (3, 1, 1.5), (9, 4, 1.5), (1, 5, 0.0), (9, 5, 0.0)],
+)
+def test_order_1_goes_at_most_two_gaps_on_and_none_from_a_gap_above_4(since, gap, way):
+    assert reach(since, gap) == way
 
 
 @torch.no_grad()
