@@ -21,9 +21,30 @@ def calibrated(ckpt, tmp_path_factory) -> Path:
     return folder
 
 
+# PSNR in dB by method, order and computed steps: what bench_fidelity.py measured on assets/wan_nano
+# for its first 3 pairs (2026-11-24, 2 cores of an x86-64 machine, torch 2.13). No less than 1 dB
+# below: another CPU rounds otherwise.
+MEASURED = {
+    ("TeaCache, plain", 0, 25): 43.1,
+    ("TeaCache, plain", 0, 17): 36.9,
+    ("TeaCache, plain", 1, 25): 51.7,
+    ("TeaCache, plain", 1, 17): 43.5,
+    ("TeaCache, retention steps", 0, 25): 40.0,
+    ("TeaCache, retention steps", 0, 17): 35.2,
+    ("TeaCache, retention steps", 1, 25): 47.0,
+    ("TeaCache, retention steps", 1, 17): 41.0,
+}
+
+
 @pytest.fixture(scope="module")
 def small(calibrated) -> dict:
     return bench(calibrated, 2, (25, 17))
+
+
+def test_the_shipped_miniature_stays_as_near_to_stock_as_it_was_measured():
+    rows = bench(ASSETS / "wan_nano", 3, (25, 17))["rows"]
+    found = {(u["method"], u["order"], u["computed"]): u["psnr"] for u in rows}
+    assert not {place: found[place] for place, psnr in MEASURED.items() if found[place] < psnr - 1}
 
 
 def test_only_stock_is_at_the_cap(small):

@@ -8,7 +8,6 @@ from nano import NANO, SCRIPT, frames, python
 from torch import nn
 
 ASSETS = SCRIPT.parent / "assets" / "wan_nano"
-shipped = pytest.mark.skipif(not ASSETS.is_dir(), reason="no trained checkpoint is shipped yet")
 
 
 @pytest.fixture
@@ -90,14 +89,12 @@ def test_training_cut_to_a_few_steps_leaves_a_checkpoint_that_generates(tmp_path
     assert frames(tmp_path / "x.mp4").shape == (17, 64, 64, 3)
 
 
-@shipped
 def test_the_shipped_checkpoint_is_small_and_whole():
     files = [file for file in ASSETS.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 12e6
     assert {"README.md", "config.json", "teacache.json"} <= {file.name for file in files}
 
 
-@shipped
 def test_the_shipped_checkpoint_shows_what_prompts_say_that_it_was_not_trained_on(train):
     """With 100 videos: see assets/wan_nano/README.md."""
     found = train.check(ASSETS, count=8, steps=50)
