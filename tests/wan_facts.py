@@ -125,7 +125,7 @@ def main(repo: str, out: str, weights_file: str) -> None:
     facts = {
         "flags": flags(generate),
         "signatures": signatures(generate),
-        "outputs": outputs(weights) | ({"trained": trained()} if TRAINED.is_dir() else {}),
+        "outputs": {**outputs(weights), "trained": trained()},
         "config_keys": sorted(generate.WAN_CONFIGS[min(generate.WAN_CONFIGS)]),
     }
     torch.save(weights, path)
