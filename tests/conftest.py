@@ -1,5 +1,6 @@
 """The script at the top of the project, importable as it is, and checkpoints of the stand-in."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored, and so
+# would the runs that tests interrupt
 torch.set_num_threads(1)  # at these sizes two only wait for each other
 
 from nano import NANO, python  # noqa: E402  (it imports the script)

@@ -105,8 +105,13 @@ def outputs(weights: dict[str, dict]) -> dict[str, torch.Tensor]:
 
 
 def trained() -> torch.Tensor:
-    """What the miniature's shipped transformer gives, loaded as a pipeline loads it."""
+    """What the miniature's shipped transformer gives, loaded as a pipeline loads it.
+
+    But for one thing: Wan2.1 does not read text_dim from config.json, as its own is umT5's always.
+    """
     modules = importlib.import_module("wan.modules.model")
+    ignored = set(modules.WanModel.ignore_for_config) - {"text_dim"}
+    modules.WanModel.ignore_for_config = tuple(ignored)
     modules.flash_attention = attention
     model = modules.WanModel.from_pretrained(TRAINED, low_cpu_mem_usage=False).eval()
     generator = torch.Generator().manual_seed(3)
