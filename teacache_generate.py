@@ -33,7 +33,6 @@ import shlex
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
@@ -186,18 +185,15 @@ class Schedule:
         """What is odd about these decisions, a line each."""
         lowered = [i for i, step in enumerate(self.steps) if (step.increment or 0) < 0]
         outside = [i for i, step in enumerate(self.steps) if step.outside]
-        found = []
-        if lowered:
-            found.append(
-                f"negative increments at steps {numbers(lowered)}: the coefficients are not made "
-                "for these distances, and too many steps may be skipped"
-            )
-        if outside:
-            found.append(
-                f"steps {numbers(outside)} are computed, since their distances are outside those "
-                f"that the coefficients were fitted on: {self.config.fitted_range}"
-            )
-        return found
+        low = (
+            f"negative increments at steps {numbers(lowered)}: the coefficients are not made "
+            "for these distances, and too many steps may be skipped"
+        )
+        out = (
+            f"steps {numbers(outside)} are computed, since their distances are outside those "
+            f"that the coefficients were fitted on: {self.config.fitted_range}"
+        )
+        return [text for text, steps in ((low, lowered), (out, outside)) if steps]
 
     @property
     def longest_skip(self) -> int:
@@ -638,24 +634,22 @@ def import_wan(wan_repo: str | None, generates: bool) -> ModuleType:
     folders = [Path(wan_repo)] if wan_repo else [Path(__file__).parent, Path.cwd()]
     found = [f for f in folders if (f / "generate.py").is_file() and (f / "wan").is_dir()]
     if not found:
+        looked = " or ".join(dict.fromkeys(str(folder.resolve()) for folder in folders))
         refuse(
             f"--wan_repo {wan_repo or '(not given)'}: no generate.py beside a package wan in "
-            f"{' or '.join(dict.fromkeys(str(f.resolve()) for f in folders))}: git clone "
-            "https://github.com/Wan-Video/Wan2.1 and copy this script into it"
+            f"{looked}: git clone https://github.com/Wan-Video/Wan2.1 and copy this script into it"
         )
     sys.path.insert(0, str(found[0].resolve()))
-    usable = usable_flash_attention()
-    no_gpu = {} if generates or torch.cuda.is_available() else {"current_device": lambda: 0}
+    usable, cuda = usable_flash_attention(), torch.cuda.is_available()
+    no_gpu = {} if generates or cuda else {"current_device": lambda: 0}
     try:
         with shadow(torch.cuda, **no_gpu):  # wan/modules/t5.py asks for the device when imported
             wan_generate = importlib.import_module("generate")
     except (ImportError, AssertionError, RuntimeError) as error:
-        if torch.cuda.is_available() or not generates or isinstance(error, ImportError):
-            refuse(f"Wan2.1 cannot be imported: {error}: install what its requirements.txt lists")
-        refuse(
-            f"no CUDA device, and Wan2.1 needs one ({error}): see nvidia-smi, and whether torch "
-            f"{torch.__version__} is a CUDA build"
-        )
+        if generates and not cuda and not isinstance(error, ImportError):
+            cure = f"see nvidia-smi, and whether torch {torch.__version__} is a CUDA build"
+            refuse(f"no CUDA device, and Wan2.1 needs one ({error}): {cure}")
+        refuse(f"Wan2.1 cannot be imported: {error}: install what its requirements.txt lists")
     wan_generate._init_logging(int(os.getenv("RANK", "0")))  # only rank 0 speaks
     install_attention(usable)
     return wan_generate
@@ -677,8 +671,10 @@ def check_numbers(args: argparse.Namespace) -> None:
     below, processes = max((frames - 1) // 4, 0) * 4 + 1, int(os.getenv("WORLD_SIZE", "1"))
     pipeline = getattr(sys.modules["wan"], kind.get(args.task.split("-")[0], ""), None)
     only_81 = pipeline and "ones(1, 81" in inspect.getsource(pipeline.generate)
-    fsdp, wanted = args.t5_fsdp or args.dit_fsdp, args.ulysses_size * args.ring_size
-    parts = wanted in (1, processes) and min(args.ulysses_size, args.ring_size) > 0
+    lone_fsdp = processes == 1 and (args.t5_fsdp or args.dit_fsdp)
+    parts, torchrun = args.ulysses_size * args.ring_size, "torchrun --nproc_per_node="
+    split = parts in (1, processes) and min(args.ulysses_size, args.ring_size) > 0
+    product = f"their product must be the number of processes, {processes} here; {torchrun}{parts}"
     for right, flags, allowed in (
         (frames == below, "frame_num", f"must be 4n+1, such as {below} or {below + 4}"),
         (frames == 81 or not only_81, "frame_num", f"must be 81 for {args.task}, as Wan2.1 has it"),
@@ -686,17 +682,8 @@ def check_numbers(args: argparse.Namespace) -> None:
         (0 < args.sample_shift < math.inf, "sample_shift", "must be positive, such as 5"),
         (math.isfinite(args.sample_guide_scale), "sample_guide_scale", "must be a number, as 5"),
         (args.base_seed < 2**63, "base_seed", "must be under 2**63"),
-        (
-            processes > 1 or not fsdp,
-            "t5_fsdp dit_fsdp",
-            "must be started by torchrun --nproc_per_node=N, N above 1",
-        ),
-        (
-            parts,
-            "ulysses_size ring_size",
-            f"their product must be the number of processes, {processes} here; "
-            f"torchrun --nproc_per_node={wanted}",
-        ),
+        (not lone_fsdp, "t5_fsdp dit_fsdp", f"must be started by {torchrun}N, N above 1"),
+        (split, "ulysses_size ring_size", product),
     ):
         if not right:
             given = " ".join(f"--{name} {getattr(args, name)}" for name in flags.split())
@@ -712,30 +699,27 @@ def shards_of(folder: Path) -> dict[str, str | None]:
 
 def check_checkpoint(args: argparse.Namespace, config: dict[str, Any], all_parts: bool) -> None:
     """Every file that will be loaded is there, and the transformer is of the task's size."""
-    folder = Path(args.ckpt_dir)
+    folder, task = Path(args.ckpt_dir), args.task
     if not folder.is_dir():
-        refuse(f"--ckpt_dir {folder}: must be a folder with a checkpoint of {args.task}")
+        refuse(f"--ckpt_dir {folder}: must be a folder with a checkpoint of {task}")
     parts = [file for key, file in config.items() if key.endswith(("_checkpoint", "_tokenizer"))]
+    cure = "complete the download, or give the task that the checkpoint is of"
     with refusing(f"--ckpt_dir {folder}: its JSON files are damaged", "download it again"):
         shards = sorted(set(shards_of(folder).values()))
         for name in ("config.json", *shards, *(parts if all_parts else [])):
             if not (folder / name).exists():
                 refuse(
-                    f"--ckpt_dir {folder}: {name} is missing, and --task {args.task} needs it: "
-                    "complete the download, or give the task that the checkpoint is of"
+                    f"--ckpt_dir {folder}: {name} is missing, and --task {task} needs it: {cure}"
                 )
         told = dict(json.loads((folder / "config.json").read_text()))
-    dim, kind = told.get("dim"), args.task.split("-")[0].replace("t2i", "t2v")
+    kind, sizes = task.split("-")[0].replace("t2i", "t2v"), "(1536 is 1.3B, 5120 is 14B)"
     if told.get("model_type", kind) not in {kind, kind.replace("flf2v", "i2v")}:
-        refuse(
-            f"--ckpt_dir {folder}: a {told['model_type']} transformer, which --task {args.task} "
-            "cannot use: give the task or the folder that fits"
-        )
-    if dim != config["dim"]:
-        refuse(
-            f"--ckpt_dir {folder}: its transformer has dim {dim}, that of --task {args.task} "
-            f"{config['dim']} (1536 is 1.3B, 5120 is 14B): give the task or the folder that fits"
-        )
+        wrong = f"a {told['model_type']} transformer, which --task {task} cannot use"
+    elif (dim := told.get("dim")) != config["dim"]:
+        wrong = f"its transformer has dim {dim}, that of --task {task} {config['dim']} {sizes}"
+    else:
+        return
+    refuse(f"--ckpt_dir {folder}: {wrong}: give the task or the folder that fits")
 
 
 def check_inputs(args: argparse.Namespace, examples: dict[str, str]) -> None:
@@ -760,29 +744,24 @@ def check_inputs(args: argparse.Namespace, examples: dict[str, str]) -> None:
 def check_output(args: argparse.Namespace, wan_generate: ModuleType) -> None:
     """Two frames go through Wan2.1's own writer, into the folder and with the ending asked for."""
     image, said = args.task.startswith("t2i"), io.StringIO()
-    target = Path(args.save_file or ("image.png" if image else "video.mp4")).absolute()
-    if not is_rank_0():
-        return
-    frames = torch.linspace(-1, 1, 2).view(1, 1, 2, 1, 1).expand(1, 3, 2, 64, 64)
+    ending, write = (
+        (".png", wan_generate.cache_image) if image else (".mp4", wan_generate.cache_video)
+    )
+    target = Path(args.save_file or f"video{ending}").absolute()
+    cure = (
+        f"give a {ending} in a folder that is there, and have ffmpeg (pip install imageio-ffmpeg)"
+    )
     with (
-        refusing(
-            f"--save_file {target}: cannot be written",
-            f"give a {'.png' if image else '.mp4'} in a folder that is there, and have ffmpeg "
-            "(pip install imageio-ffmpeg)",
-        ),
+        refusing(f"--save_file {target}: cannot be written", cure),
         tempfile.TemporaryDirectory(dir=target.parent) as folder,
-        warnings.catch_warnings(),
         redirect_stderr(io.StringIO()),
         redirect_stdout(said),
     ):
-        warnings.simplefilter("ignore")
         if target.is_dir() or not target.suffix:
             raise OSError("no file with an ending")
+        frames = torch.linspace(-1, 1, 2).view(1, 1, 2, 1, 1).expand(1, 3, 2, 64, 64)
         probe = f"{folder}/probe{target.suffix}"
-        if image:
-            wan_generate.cache_image(frames[:, :, 0], probe, retry=1)
-        else:
-            wan_generate.cache_video(frames, probe, fps=8, retry=1)
+        write(frames[:, :, 0] if image else frames, probe, retry=1)
         if said.getvalue():
             raise OSError(said.getvalue())
         check_written(probe, 1 if image else 2)
@@ -794,10 +773,10 @@ def check_written(file: str, frames: int) -> None:
         with imageio.get_reader(file) as reader:
             found = sum(1 for _ in reader)
     except Exception as error:  # each decoder has its own
-        found = f"{type(error).__name__}, {str(error).strip().splitlines()[0][:100]}"
+        raise OSError(f"{file} does not hold {frames} frames: {error!r:.200}") from error
     merges_equal_ones = Path(file).suffix.lower() in (".gif", ".png")
-    if isinstance(found, str) or found < (min(frames, 2) if merges_equal_ones else frames):
-        raise OSError(f"{file} does not hold {frames} frames ({found})")
+    if found < (min(frames, 2) if merges_equal_ones else frames):
+        raise OSError(f"{file} does not hold {frames} frames, but {found}")
 
 
 def choose_row(args: argparse.Namespace) -> tuple[str, str]:
@@ -811,10 +790,8 @@ def choose_row(args: argparse.Namespace) -> tuple[str, str]:
     if args.task in BORROWED_ROWS:
         return BORROWED_ROWS[args.task], f"borrowed: nobody has fitted {args.task}"
     if args.task not in TASK_ROWS:
-        refuse(
-            f"--task {args.task}: no row is known for it; add --teacache_model, one of {ROWS}, or "
-            "make one by --teacache_calibrate"
-        )
+        cure = f"add --teacache_model, one of {ROWS}, or make one by --teacache_calibrate"
+        refuse(f"--task {args.task}: no row is known for it; {cure}")
     return TASK_ROWS[args.task], f"task {args.task}"
 
 
@@ -902,16 +879,12 @@ def speedup_thresh(
 ) -> float:
     """The threshold for ``--teacache_speedup``, said with its schedule."""
     schedule = plan_speedup(config, timesteps, distances, speedup)
-    computed, thresh = len(schedule.computed), schedule.config.thresh
-    if computed * speedup > config.steps:
-        refuse(
-            f"--teacache_speedup {speedup}: no threshold reaches it; the nearest is "
-            f"{config.steps / computed:.3g}, at --teacache_thresh {thresh:.4g}"
-        )
-    log.info(
-        f"TeaCache: speed-up {speedup:g} by thresh {thresh:.4g}: computes {computed} of "
-        f"{config.steps} steps, {schedule.marks()}"
-    )
+    computed, steps, thresh = len(schedule.computed), config.steps, schedule.config.thresh
+    if computed * speedup > steps:
+        nearest = f"the nearest is {steps / computed:.3g}, at --teacache_thresh {thresh:.4g}"
+        refuse(f"--teacache_speedup {speedup}: no threshold reaches it; {nearest}")
+    does = f"computes {computed} of {steps} steps, {schedule.marks()}"
+    log.info(f"TeaCache: speed-up {speedup:g} by thresh {thresh:.4g}: {does}")
     return thresh
 
 
@@ -923,11 +896,10 @@ def print_plan(
     ladder = {fit.thresholds[-1] * factor for factor in (0.25, 0.5, 0.75, 1.5, 2.0, 3.0)}
     for thresh in sorted({config.thresh, *fit.thresholds, *ladder}):
         schedule = plan(replace(config, thresh=thresh), timesteps, distances)
-        computed = len(schedule.computed)
+        mark, computed = "> "[thresh != config.thresh], len(schedule.computed)
         print(
-            f"{'>' if thresh == config.thresh else ' '} {thresh:7.4g}  {computed:8}  "
-            f"{config.steps - computed:7}  {config.steps / computed:7.2f}x  "
-            f"{schedule.longest_skip:12}  {schedule.marks()}"
+            f"{mark} {thresh:7.4g}  {computed:8}  {config.steps - computed:7}  "
+            f"{config.steps / computed:7.2f}x  {schedule.longest_skip:12}  {schedule.marks()}"
         )
     print("speed-up: of the transformer, if a skipped step took no time")
     for warning in plan(config, timesteps, distances).warnings():
@@ -936,26 +908,20 @@ def print_plan(
 
 def read_calibration(file: Path, mode: str) -> tuple[Fit, dict[str, Any]]:
     """The fit for a mode in a teacache.json, and the settings that it was made for."""
-    with refusing(
-        f"--teacache_coefficients {file}: damaged or not a calibration",
-        "make it again by --teacache_calibrate, or give --teacache_model",
-    ):
+    cure = "make it again by --teacache_calibrate, or give --teacache_model"
+    with refusing(f"--teacache_coefficients {file}: damaged or not a calibration", cure):
         told = json.loads(file.read_text())
         if told["version"] != CALIBRATION["version"]:
             raise ValueError(f"version {told['version']} is not {CALIBRATION['version']}")
         sizes = {"thresholds": 1, "coefficients": 5, "fitted_range": 2}
-        fits = [told["fits"][mode] for mode in MODES]
-        for made, (name, size) in itertools.product(fits, sizes.items()):
-            if len(made[name]) != size or not all(map(math.isfinite, made[name])):
+        fits = {m: Fit(**{name: told["fits"][m][name] for name in sizes}) for m in MODES}
+        for made, (name, size) in itertools.product(fits.values(), sizes.items()):
+            values = getattr(made, name)
+            if len(values) != size or not all(map(math.isfinite, values)):
                 raise ValueError(f"{name} must be {size} finite numbers")
-        made = Fit(**{name: told["fits"][mode][name] for name in sizes})
-        if made.thresholds[0] < 0 or made.fitted_range[0] >= made.fitted_range[1]:
+        if fits[mode].thresholds[0] < 0 or fits[mode].fitted_range[0] >= fits[mode].fitted_range[1]:
             raise ValueError("a threshold below 0, or an empty range")
-        return made, dict(told["settings"])
-
-
-class Calibrated(Exception):
-    """A calibration is done, and there is no video to save."""
+        return fits[mode], dict(told["settings"])
 
 
 class Calibration:
@@ -964,7 +930,8 @@ class Calibration:
     def __init__(self, own: argparse.Namespace, args: argparse.Namespace):
         self.file = Path(own.teacache_coefficients or Path(args.ckpt_dir) / "teacache.json")
         self.partial = self.file.with_name(f"{self.file.name}.partial")
-        self.prompts: list[str] = []
+        self.told = {**CALIBRATION, "settings": settings_of(args), "runs": []}
+        self.prompts = [args.prompt]  # None: Wan2.1's example
         if args.sample_steps < 7:
             refuse(f"--sample_steps {args.sample_steps}: a calibration needs 7 or more, such as 50")
         if own.teacache_prompts:
@@ -973,16 +940,11 @@ class Calibration:
                 self.prompts = [line.strip() for line in lines if line.strip()]
                 if not self.prompts:
                     raise ValueError("must hold a prompt a line")
-        self.told = {**CALIBRATION, "settings": settings_of(args), "runs": []}
         with refusing(f"--teacache_coefficients {self.file}: cannot be written", "see its folder"):
-            if self.partial.is_file():
-                told = json.loads(self.partial.read_text())
-                if told["settings"] != self.told["settings"]:
-                    raise ValueError(
-                        f"{self.partial} is of other settings; go on with those, or rm it"
-                    )
-                points = 2 * (args.sample_steps - 1)
-                self.told["runs"] = [run for run in told["runs"] if len(run["points"]) == points]
+            told = json.loads(self.partial.read_text()) if self.partial.is_file() else self.told
+            if told["settings"] != self.told["settings"]:
+                raise ValueError(f"{self.partial} is of other settings; go on with those, or rm it")
+            self.told["runs"] = told["runs"]
             self.write(self.partial)
 
     def write(self, file: Path) -> None:
@@ -994,30 +956,28 @@ class Calibration:
 
     def run(
         self, pipeline: Any, generate: Callable, prompt: str, *args: Any, **kwargs: Any
-    ) -> None:
+    ) -> Tensor:
         """Each prompt with every step computed and nothing decoded, then the fits."""
         config, seed = TeaCacheConfig(kwargs["sampling_steps"], 0.0, ()), kwargs.pop("seed")
-        for i, text in enumerate(self.prompts or [prompt]):
+        for i, text in enumerate(u or prompt for u in self.prompts):
             log.info(f"TeaCache: calibration on prompt {i + 1}: {text}")
             if any(run["prompt"] == text for run in self.told["runs"]):
                 continue  # it was recorded before
             nothing = shadow(pipeline.vae, decode=lambda latents: [torch.zeros(1)])
             with nothing, teacache(pipeline.model, config, Recorder) as recorder:
-                self.told["runs"].append(
-                    {"prompt": text, "seed": seed + i, "points": recorder.points}
-                )
-                try:
-                    generate(text, *args, seed=seed + i, **kwargs)
-                finally:
-                    self.write(self.partial)
+                generate(text, *args, seed=seed + i, **kwargs)
+            run = {"prompt": text, "seed": seed + i, "points": recorder.points}
+            self.told["runs"].append(run)
+            self.write(self.partial)
         self.finish()
+        return torch.zeros(1)
 
-    def finish(self) -> NoReturn:
+    def finish(self) -> None:
         """Fit both modes over all points."""
         points = [point for run in self.told["runs"] for point in run["points"]]
         self.told["fits"] = {}
-        for mode, use_ret_steps in zip(MODES, (False, True), strict=True):
-            made, r_squared = fit(points, use_ret_steps)
+        for use_ret_steps, mode in enumerate(MODES):
+            made, r_squared = fit(points, bool(use_ret_steps))
             self.told["fits"][mode] = {**asdict(made), "r_squared": r_squared}
             log.info(f"TeaCache: {mode}: R squared {r_squared:.3f} over {len(points)} points")
             if r_squared < 0.8:
@@ -1028,7 +988,6 @@ class Calibration:
         if is_rank_0():
             self.partial.unlink()
         log.info(f"TeaCache: wrote {self.file}; a calibration makes no video")
-        raise Calibrated
 
 
 class Job:
@@ -1036,32 +995,36 @@ class Job:
 
     def __init__(self, own: argparse.Namespace, args: argparse.Namespace, wan_generate: ModuleType):
         self.own, self.args, self.wan_generate = own, args, wan_generate
-        self.wan_config = wan_generate.WAN_CONFIGS[args.task]
         self.cache: TeaCache | None = None
         self.seconds: dict[str, float] = {}  # by phase
         self.config: TeaCacheConfig | None = None  # and what its fit is, and is to be warned of
         self.name, self.warning = "calibration", ""
         self.loading = False
 
-    def run(self, make: Callable) -> None:
-        """Wan2.1's ``generate(args)``, in whose pipelines ``make`` takes ``generate``'s place."""
-        with refusing(
-            f"--teacache_report {self.own.teacache_report}: cannot be written", "see its folder"
-        ):
+    def run(self, make: Callable, keep: Callable) -> None:
+        """Wan2.1's ``generate(args)``, with ``make(pipeline, its generate, ...)`` in place of every
+        pipeline's ``generate``, and ``keep(writer)`` in place of each writer.
+        """
+
+        def pipeline_of(kind: type, *args: Any, **kwargs: Any) -> Any:
+            self.loading = True
+            pipeline = kind(*args, **kwargs)
+            pipeline.generate = functools.partial(make, pipeline, pipeline.generate)
+            return pipeline
+
+        report = f"--teacache_report {self.own.teacache_report}"
+        with refusing(f"{report}: cannot be written", "see its folder"):
             self.write_report("started")
         wan, here, status = sys.modules["wan"], self.wan_generate, "finished"
         classes = {name: member for name, member in vars(wan).items() if inspect.isclass(member)}
-        pipelines = {
-            k: self.with_generate(v, make) for k, v in classes.items() if hasattr(v, "generate")
-        }
-        writers = {k: self.keeping(getattr(here, k)) for k in ("cache_video", "cache_image")}
+        kinds = {name: kind for name, kind in classes.items() if hasattr(kind, "generate")}
+        pipelines = {k: functools.partial(pipeline_of, kind) for k, kind in kinds.items()}
+        writers = {k: keep(getattr(here, k)) for k in ("cache_video", "cache_image")}
         try:
             with shadow(wan, **pipelines), shadow(here, **writers):
                 here.generate(self.args)
-            if self.cache is None:
+            if not self.loading:
                 raise RuntimeError("no pipeline of this Wan2.1 has run with TeaCache")
-        except Calibrated:
-            status = "calibrated"
         except BaseException as error:
             status = f"failed: {error!r}"
             if isinstance(error, KeyboardInterrupt):
@@ -1074,21 +1037,7 @@ class Job:
             try:
                 self.write_report(status)
             except OSError as full:  # which must not hide what came before
-                log.error(f"TeaCache: --teacache_report {self.own.teacache_report}: {full}")
-
-    def with_generate(self, pipeline: type, make: Callable) -> type:
-        """A pipeline class whose ``generate`` is ``make(pipeline, stock generate, ...)``."""
-        job = self
-
-        class TeaCachePipeline(pipeline):  # type: ignore[misc,valid-type]
-            def __init__(self, *args: Any, **kwargs: Any):
-                job.loading = True
-                super().__init__(*args, **kwargs)
-
-            def generate(self, *args: Any, **kwargs: Any) -> Tensor | None:
-                return make(self, super().generate, *args, **kwargs)
-
-        return TeaCachePipeline
+                log.error(f"TeaCache: {report}: {full}")
 
     def generate(
         self, pipeline: Any, generate: Callable, *args: Any, **kwargs: Any
@@ -1098,19 +1047,19 @@ class Job:
         asked = (self.own.teacache_thresh, self.own.teacache_speedup) != (None, None)
         said = "" if asked else " (default)"
         said = said if config.thresh else " (off: stock Wan2.1)"
-        mode, steps = MODES[config.use_ret_steps], config.steps
-        mode += ", order 1" if config.order else ""
-        log.info(f"TeaCache: {self.name}, thresh {config.thresh:g}{said}, {mode}, {steps} steps")
+        mode = MODES[config.use_ret_steps] + (", order 1" if config.order else "")
+        thresh = f"thresh {config.thresh:g}{said}"
+        log.info(f"TeaCache: {self.name}, {thresh}, {mode}, {config.steps} steps")
         if self.warning and config.thresh:
             log.warning(f"TeaCache: {self.name}: {self.warning}")
-        decode = self.keeping(pipeline.vae.decode, str(pipeline.device))
+        decode = self.keeping(pipeline.vae.decode)
         self.began = time.perf_counter()
         with teacache(pipeline.model, config) as self.cache, shadow(pipeline.vae, decode=decode):
             video = generate(*args, **kwargs)
         log.info(self.cache.summary())
         return video
 
-    def keeping(self, function: Callable, device: str = "cpu") -> Callable:
+    def keeping(self, function: Callable) -> Callable:
         """``vae.decode`` or a writer of Wan2.1: where it fails, what it was given is kept."""
         phase = function.__name__  # decode, cache_video, cache_image
 
@@ -1120,29 +1069,29 @@ class Job:
             try:
                 with redirect_stdout(said):  # cache_video prints its error, cache_image does not
                     result = function(*args, **kwargs)
-                if result is None and not said.getvalue():
-                    open(kwargs["save_file"], "ab").close()  # most often, this raises the reason
-                if result is None:
-                    raise OSError(said.getvalue().strip() or "its writer gives no reason")
                 if phase != "decode":
-                    tensor = kwargs["tensor"]
-                    check_written(result, tensor.size(2) if phase == "cache_video" else 1)
+                    tensor, file = kwargs["tensor"], kwargs["save_file"]
+                    if result is None and not said.getvalue():
+                        open(file, "ab").close()  # most often, this raises the reason
+                    if result is None:
+                        raise OSError(said.getvalue().strip() or "its writer gives no reason")
+                    check_written(file, tensor.size(2) if phase == "cache_video" else 1)
                 return result
             except BaseException as error:
-                self.rescue(phase, (*args, *kwargs.values())[0], device, error)
+                self.rescue(phase, (*args, *kwargs.values())[0], error)
                 raise
             finally:
                 self.seconds[phase] = time.perf_counter() - began
 
         return wrapper
 
-    def rescue(self, phase: str, tensors: Any, device: str, error: BaseException) -> None:
+    def rescue(self, phase: str, made: Any, error: BaseException) -> None:
         """Save latents or frames beside the video, else in /tmp, and say the way to a video."""
-        name, image = time.strftime("teacache_%Y%m%d_%H%M%S.pt"), self.args.task.startswith("t2i")
-        beside = Path(self.args.save_file or name).absolute().parent
+        name, args = time.strftime("teacache_%Y%m%d_%H%M%S.pt"), self.args
+        beside = Path(args.save_file or name).absolute().parent
         for path in (beside / name, Path(tempfile.gettempdir()) / name):
             try:
-                torch.save(tensors, path)
+                torch.save(made, path)
                 break
             except (OSError, RuntimeError) as full:
                 path.unlink(missing_ok=True)
@@ -1150,20 +1099,18 @@ class Job:
         else:
             log.error(f"TeaCache: {phase} failed: {error!r}, and what it was given is lost")
             return
-        target, rest = path.with_suffix(".mp4"), f", fps={self.wan_config['sample_fps']}"
-        video, writer = f'torch.load("{path}", map_location="{device}")', "cache_video"
+        image, config = args.task.startswith("t2i"), self.wan_generate.WAN_CONFIGS[args.task]
+        frames, target = f'torch.load("{path}")', path.with_suffix(".png" if image else ".mp4")
         if phase == "decode":
-            vae = Path(self.args.ckpt_dir).absolute() / self.wan_config["vae_checkpoint"]
-            video = f'WanVAE(vae_pth="{vae}", device="{device}").decode({video})[0][None]'
-            video += "[:, :, 0]" if image else ""
-        if image:
-            target, rest, writer = path.with_suffix(".png"), "", "cache_image"
+            vae = Path(args.ckpt_dir).absolute() / config["vae_checkpoint"]
+            frames = f'WanVAE(vae_pth="{vae}").decode({frames})[0][None]' + "[:, :, 0]" * image
+        write = f'cache_{"image" if image else "video"}({frames}, "{target}"'
+        write += ")" if image else f", fps={config['sample_fps']})"
         imports = "import torch; from wan.modules.vae import WanVAE; from wan.utils.utils import *"
-        folder = Path(self.wan_generate.__file__).parent
-        code = f'{imports}; {writer}({video}, "{target}"{rest})'
         log.error(
             f"TeaCache: {phase} failed: {error!r}. What it was given is in {path}; this makes "
-            f"{target} of it:\ncd {shlex.quote(str(folder))} && python -c {shlex.quote(code)}"
+            f"{target} of it:\ncd {shlex.quote(str(Path(self.wan_generate.__file__).parent))} && "
+            f"python -c {shlex.quote(f'{imports}; {write}')}"
         )
 
     def write_report(self, status: str) -> None:
@@ -1204,7 +1151,7 @@ def main(argv: list[str] | None = None) -> None:
     job = Job(own, args, wan_generate)
     if own.teacache_calibrate:
         check_inputs(args, examples[args.task])
-        job.run(Calibration(own, args).run)
+        job.run(Calibration(own, args).run, keep=lambda writer: lambda **video: None)
         return
     fit, job.name, job.warning = choose_fit(own, args)
     steps, ret = args.sample_steps, own.use_ret_steps
@@ -1223,9 +1170,10 @@ def main(argv: list[str] | None = None) -> None:
             print(f"warning: {job.warning}\n" if job.warning else "", end="")
         return
     check_inputs(args, examples[args.task])
-    check_output(args, wan_generate)
+    if is_rank_0():
+        check_output(args, wan_generate)
     job.config = config
-    job.run(job.generate)
+    job.run(job.generate, job.keeping)
 
 
 if __name__ == "__main__":
