@@ -1,5 +1,6 @@
 """The script at the top of the project, importable as it is, and checkpoints of the stand-in."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored, and so
 # would the runs that tests interrupt
-torch.set_num_threads(1)  # at these sizes two only wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # at these sizes two threads only wait for each other,
+torch.set_num_threads(1)  # in the runs that tests start as in the tests
 
 from nano import NANO, python  # noqa: E402  (it imports the script)
 
