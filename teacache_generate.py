@@ -462,19 +462,13 @@ def teacache(
         raise RuntimeError("this model is in use by another teacache(): leave that one first")
     cache = kind(model, config)
 
-    @functools.wraps(model.forward)
-    def forward(x: list[Tensor], t: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
-        return cache.forward(x, t, *args, **kwargs)
-
-    stand_ins = {"forward": forward, "blocks": (cache.blocks,)}
-    if hasattr(model, "forward_vace"):
-        stand_ins["forward_vace"] = cache.forward_vace
+    forward = functools.wraps(model.forward)(functools.partial(cache.forward))
+    stand_ins = {"forward": forward, "blocks": (cache.blocks,), "forward_vace": cache.forward_vace}
     hook = model.time_projection.register_forward_hook(cache.decide)
     try:
-        with shadow(model, **stand_ins):
+        with hook, shadow(model, **stand_ins):  # without VACE, forward_vace is never asked
             yield cache
     finally:
-        hook.remove()
         cache.release()
     if cache.calls != 2 * config.steps:
         cache.marks.append(time.perf_counter())
@@ -667,9 +661,9 @@ def parse_wan(wan_generate: ModuleType, argv: list[str]) -> argparse.Namespace:
 
 def check_numbers(args: argparse.Namespace) -> None:
     """Numbers that the VAE, the sampler and the processes of torchrun can work with."""
-    frames, kind = args.frame_num, {"i2v": "WanI2V", "flf2v": "WanFLF2V"}
-    below, processes = max((frames - 1) // 4, 0) * 4 + 1, int(os.getenv("WORLD_SIZE", "1"))
-    pipeline = getattr(sys.modules["wan"], kind.get(args.task.split("-")[0], ""), None)
+    frames, processes = args.frame_num, int(os.getenv("WORLD_SIZE", "1"))
+    below = max((frames - 1) // 4, 0) * 4 + 1
+    pipeline = getattr(sys.modules["wan"], f"Wan{args.task.split('-')[0].upper()}", None)
     only_81 = pipeline and "ones(1, 81" in inspect.getsource(pipeline.generate)
     lone_fsdp = processes == 1 and (args.t5_fsdp or args.dit_fsdp)
     parts, torchrun = args.ulysses_size * args.ring_size, "torchrun --nproc_per_node="
@@ -703,23 +697,19 @@ def check_checkpoint(args: argparse.Namespace, config: dict[str, Any], all_parts
     if not folder.is_dir():
         refuse(f"--ckpt_dir {folder}: must be a folder with a checkpoint of {task}")
     parts = [file for key, file in config.items() if key.endswith(("_checkpoint", "_tokenizer"))]
-    cure = "complete the download, or give the task that the checkpoint is of"
-    with refusing(f"--ckpt_dir {folder}: its JSON files are damaged", "download it again"):
+    what = f"--ckpt_dir {folder}: damaged, incomplete or not of --task {task}"
+    with refusing(what, "download it again, or give the task or the folder that fits"):
         shards = sorted(set(shards_of(folder).values()))
         for name in ("config.json", *shards, *(parts if all_parts else [])):
             if not (folder / name).exists():
-                refuse(
-                    f"--ckpt_dir {folder}: {name} is missing, and --task {task} needs it: {cure}"
-                )
+                raise ValueError(f"{name} is missing, and --task {task} needs it")
         told = dict(json.loads((folder / "config.json").read_text()))
-    kind, sizes = task.split("-")[0].replace("t2i", "t2v"), "(1536 is 1.3B, 5120 is 14B)"
-    if told.get("model_type", kind) not in {kind, kind.replace("flf2v", "i2v")}:
-        wrong = f"a {told['model_type']} transformer, which --task {task} cannot use"
-    elif (dim := told.get("dim")) != config["dim"]:
-        wrong = f"its transformer has dim {dim}, that of --task {task} {config['dim']} {sizes}"
-    else:
-        return
-    refuse(f"--ckpt_dir {folder}: {wrong}: give the task or the folder that fits")
+        kind = task.split("-")[0].replace("t2i", "t2v")
+        if told.get("model_type", kind) not in {kind, kind.replace("flf2v", "i2v")}:
+            raise ValueError(f"a {told['model_type']} transformer, which --task {task} cannot use")
+        if told.get("dim") != config["dim"]:
+            dims = f"dim {told.get('dim')}, that of --task {task} {config['dim']}"
+            raise ValueError(f"its transformer has {dims} (1536 is 1.3B, 5120 is 14B)")
 
 
 def check_inputs(args: argparse.Namespace, examples: dict[str, str]) -> None:
@@ -744,13 +734,9 @@ def check_inputs(args: argparse.Namespace, examples: dict[str, str]) -> None:
 def check_output(args: argparse.Namespace, wan_generate: ModuleType) -> None:
     """Two frames go through Wan2.1's own writer, into the folder and with the ending asked for."""
     image, said = args.task.startswith("t2i"), io.StringIO()
-    ending, write = (
-        (".png", wan_generate.cache_image) if image else (".mp4", wan_generate.cache_video)
-    )
+    ending, write = (".png", "cache_image") if image else (".mp4", "cache_video")
     target = Path(args.save_file or f"video{ending}").absolute()
-    cure = (
-        f"give a {ending} in a folder that is there, and have ffmpeg (pip install imageio-ffmpeg)"
-    )
+    cure = f"give a {ending} in a folder that is there; have ffmpeg (pip install imageio-ffmpeg)"
     with (
         refusing(f"--save_file {target}: cannot be written", cure),
         tempfile.TemporaryDirectory(dir=target.parent) as folder,
@@ -761,7 +747,7 @@ def check_output(args: argparse.Namespace, wan_generate: ModuleType) -> None:
             raise OSError("no file with an ending")
         frames = torch.linspace(-1, 1, 2).view(1, 1, 2, 1, 1).expand(1, 3, 2, 64, 64)
         probe = f"{folder}/probe{target.suffix}"
-        write(frames[:, :, 0] if image else frames, probe, retry=1)
+        getattr(wan_generate, write)(frames[:, :, 0] if image else frames, probe, retry=1)
         if said.getvalue():
             raise OSError(said.getvalue())
         check_written(probe, 1 if image else 2)
@@ -874,10 +860,10 @@ def distances_of(folder: Path, timesteps: Sequence[float], use_ret_steps: bool) 
     return (change / size).tolist()
 
 
-def speedup_thresh(
+def speedup_config(
     config: TeaCacheConfig, timesteps: list[int], distances: list[float], speedup: float
-) -> float:
-    """The threshold for ``--teacache_speedup``, said with its schedule."""
+) -> TeaCacheConfig:
+    """With the threshold for ``--teacache_speedup``, said with its schedule."""
     schedule = plan_speedup(config, timesteps, distances, speedup)
     computed, steps, thresh = len(schedule.computed), config.steps, schedule.config.thresh
     if computed * speedup > steps:
@@ -885,7 +871,7 @@ def speedup_thresh(
         refuse(f"--teacache_speedup {speedup}: no threshold reaches it; {nearest}")
     does = f"computes {computed} of {steps} steps, {schedule.marks()}"
     log.info(f"TeaCache: speed-up {speedup:g} by thresh {thresh:.4g}: {does}")
-    return thresh
+    return schedule.config
 
 
 def print_plan(
@@ -924,6 +910,10 @@ def read_calibration(file: Path, mode: str) -> tuple[Fit, dict[str, Any]]:
         return fits[mode], dict(told["settings"])
 
 
+class Calibrated(Exception):
+    """A calibration is done, and Wan2.1 has no video to save."""
+
+
 class Calibration:
     """A teacache.json in the making. What is recorded lies beside it in a .partial until then."""
 
@@ -931,7 +921,7 @@ class Calibration:
         self.file = Path(own.teacache_coefficients or Path(args.ckpt_dir) / "teacache.json")
         self.partial = self.file.with_name(f"{self.file.name}.partial")
         self.told = {**CALIBRATION, "settings": settings_of(args), "runs": []}
-        self.prompts = [args.prompt]  # None: Wan2.1's example
+        self.prompts: list[str] = []  # none: the one that Wan2.1 gives, which it may have extended
         if args.sample_steps < 7:
             refuse(f"--sample_steps {args.sample_steps}: a calibration needs 7 or more, such as 50")
         if own.teacache_prompts:
@@ -944,7 +934,8 @@ class Calibration:
             told = json.loads(self.partial.read_text()) if self.partial.is_file() else self.told
             if told["settings"] != self.told["settings"]:
                 raise ValueError(f"{self.partial} is of other settings; go on with those, or rm it")
-            self.told["runs"] = told["runs"]
+            whole = 2 * (args.sample_steps - 1)  # points; another version may have left fewer
+            self.told["runs"] = [run for run in told["runs"] if len(run["points"]) == whole]
             self.write(self.partial)
 
     def write(self, file: Path) -> None:
@@ -956,10 +947,10 @@ class Calibration:
 
     def run(
         self, pipeline: Any, generate: Callable, prompt: str, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    ) -> NoReturn:
         """Each prompt with every step computed and nothing decoded, then the fits."""
         config, seed = TeaCacheConfig(kwargs["sampling_steps"], 0.0, ()), kwargs.pop("seed")
-        for i, text in enumerate(u or prompt for u in self.prompts):
+        for i, text in enumerate(self.prompts or [prompt]):
             log.info(f"TeaCache: calibration on prompt {i + 1}: {text}")
             if any(run["prompt"] == text for run in self.told["runs"]):
                 continue  # it was recorded before
@@ -969,11 +960,6 @@ class Calibration:
             run = {"prompt": text, "seed": seed + i, "points": recorder.points}
             self.told["runs"].append(run)
             self.write(self.partial)
-        self.finish()
-        return torch.zeros(1)
-
-    def finish(self) -> None:
-        """Fit both modes over all points."""
         points = [point for run in self.told["runs"] for point in run["points"]]
         self.told["fits"] = {}
         for use_ret_steps, mode in enumerate(MODES):
@@ -981,13 +967,12 @@ class Calibration:
             self.told["fits"][mode] = {**asdict(made), "r_squared": r_squared}
             log.info(f"TeaCache: {mode}: R squared {r_squared:.3f} over {len(points)} points")
             if r_squared < 0.8:
-                log.warning(
-                    f"TeaCache: {mode}: a poor fit: the distance tells little of the change"
-                )
+                log.warning(f"TeaCache: {mode}: a poor fit: distances tell little of the change")
         self.write(self.file)
         if is_rank_0():
             self.partial.unlink()
         log.info(f"TeaCache: wrote {self.file}; a calibration makes no video")
+        raise Calibrated
 
 
 class Job:
@@ -1001,10 +986,8 @@ class Job:
         self.name, self.warning = "calibration", ""
         self.loading = False
 
-    def run(self, make: Callable, keep: Callable) -> None:
-        """Wan2.1's ``generate(args)``, with ``make(pipeline, its generate, ...)`` in place of every
-        pipeline's ``generate``, and ``keep(writer)`` in place of each writer.
-        """
+    def run(self, make: Callable) -> None:
+        """Wan2.1's ``generate(args)``, in whose pipelines ``make`` takes ``generate``'s place."""
 
         def pipeline_of(kind: type, *args: Any, **kwargs: Any) -> Any:
             self.loading = True
@@ -1016,15 +999,16 @@ class Job:
         with refusing(f"{report}: cannot be written", "see its folder"):
             self.write_report("started")
         wan, here, status = sys.modules["wan"], self.wan_generate, "finished"
-        classes = {name: member for name, member in vars(wan).items() if inspect.isclass(member)}
-        kinds = {name: kind for name, kind in classes.items() if hasattr(kind, "generate")}
+        kinds = {name: kind for name, kind in vars(wan).items() if hasattr(kind, "generate")}
         pipelines = {k: functools.partial(pipeline_of, kind) for k, kind in kinds.items()}
-        writers = {k: keep(getattr(here, k)) for k in ("cache_video", "cache_image")}
+        writers = {k: self.keeping(getattr(here, k)) for k in ("cache_video", "cache_image")}
         try:
             with shadow(wan, **pipelines), shadow(here, **writers):
                 here.generate(self.args)
-            if not self.loading:
+            if self.cache is None:
                 raise RuntimeError("no pipeline of this Wan2.1 has run with TeaCache")
+        except Calibrated:
+            status = "calibrated"
         except BaseException as error:
             status = f"failed: {error!r}"
             if isinstance(error, KeyboardInterrupt):
@@ -1100,10 +1084,12 @@ class Job:
             log.error(f"TeaCache: {phase} failed: {error!r}, and what it was given is lost")
             return
         image, config = args.task.startswith("t2i"), self.wan_generate.WAN_CONFIGS[args.task]
-        frames, target = f'torch.load("{path}")', path.with_suffix(".png" if image else ".mp4")
+        frames = f'torch.load("{path}", map_location="cpu")'
+        target = path.with_suffix(".png" if image else ".mp4")
         if phase == "decode":
             vae = Path(args.ckpt_dir).absolute() / config["vae_checkpoint"]
-            frames = f'WanVAE(vae_pth="{vae}").decode({frames})[0][None]' + "[:, :, 0]" * image
+            frames = f'(v := WanVAE(vae_pth="{vae}")).decode([u.to(v.device) for u in {frames}])'
+            frames += "[0][None]" + "[:, :, 0]" * image
         write = f'cache_{"image" if image else "video"}({frames}, "{target}"'
         write += ")" if image else f", fps={config['sample_fps']})"
         imports = "import torch; from wan.modules.vae import WanVAE; from wan.utils.utils import *"
@@ -1151,7 +1137,7 @@ def main(argv: list[str] | None = None) -> None:
     job = Job(own, args, wan_generate)
     if own.teacache_calibrate:
         check_inputs(args, examples[args.task])
-        job.run(Calibration(own, args).run, keep=lambda writer: lambda **video: None)
+        job.run(Calibration(own, args).run)
         return
     fit, job.name, job.warning = choose_fit(own, args)
     steps, ret = args.sample_steps, own.use_ret_steps
@@ -1161,8 +1147,7 @@ def main(argv: list[str] | None = None) -> None:
     if own.teacache_plan or own.teacache_speedup:
         distances = distances_of(Path(args.ckpt_dir), timesteps, ret)
     if own.teacache_speedup:
-        thresh = speedup_thresh(config, timesteps, distances, own.teacache_speedup)
-        config = replace(config, thresh=thresh)
+        config = speedup_config(config, timesteps, distances, own.teacache_speedup)
     if own.teacache_plan:
         if is_rank_0():
             print(f"TeaCache plan: {job.name}, {MODES[ret]}, {steps} steps")
@@ -1173,7 +1158,7 @@ def main(argv: list[str] | None = None) -> None:
     if is_rank_0():
         check_output(args, wan_generate)
     job.config = config
-    job.run(job.generate, job.keeping)
+    job.run(job.generate)
 
 
 if __name__ == "__main__":
