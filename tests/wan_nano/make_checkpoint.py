@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from wan.configs import WAN_CONFIGS
 from wan.modules.clip import PatchEncoder
 from wan.modules.model import WanModel
-from wan.modules.t5 import TEXT_DIM, WordEncoder
+from wan.modules.t5 import TEXT_DIM, WORD_DIM, WordEncoder
 from wan.modules.tokenizers import WordTokenizer
 from wan.modules.vae import VAE, Z_DIM
 
@@ -34,14 +35,14 @@ static blurred worst quality
 
 
 def new_transformer(task: str) -> WanModel:
-    """A WanModel of the task's sizes, about to be trained."""
+    """A WanModel of the task's sizes, about to be trained, on words without the zeros behind."""
     config = WAN_CONFIGS[task]
     i2v = "i2v" in task
     names = ("text_len", "dim", "ffn_dim", "freq_dim", "num_heads", "num_layers")
     return WanModel(
         model_type="i2v" if i2v else "t2v",
         in_dim=2 * Z_DIM + config.vae_stride[0] if i2v else Z_DIM,
-        text_dim=TEXT_DIM,
+        text_dim=WORD_DIM,
         out_dim=Z_DIM,
         **{name: config[name] for name in names},
     )
@@ -63,6 +64,14 @@ def random_transformer(task: str) -> WanModel:
     return model
 
 
+def save_transformer(model: WanModel, folder: Path) -> None:
+    """Widen the model for words with the zeros behind, as any WanModel is made, and save it."""
+    layer = model.text_embedding[0]
+    layer.weight = nn.Parameter(F.pad(layer.weight, (0, TEXT_DIM - WORD_DIM)))
+    layer.in_features = TEXT_DIM
+    model.save_pretrained(folder)
+
+
 def write_vocabulary(folder: Path, words: Sequence[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
@@ -74,7 +83,7 @@ def make_checkpoint(folder: Path, task: str = "t2v-nano", seed: int = 0) -> None
     torch.manual_seed(seed)
     write_vocabulary(folder / config.t5_tokenizer, VOCABULARY.split())
     words = WordTokenizer(folder / config.t5_tokenizer, config.text_len).vocab_size
-    random_transformer(task).save_pretrained(folder)
+    save_transformer(random_transformer(task), folder)
     torch.save(WordEncoder(words, config.text_len).state_dict(), folder / config.t5_checkpoint)
     torch.save(VAE().state_dict(), folder / config.vae_checkpoint)
     if "clip_checkpoint" in config:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from clips import Scene, draw, pick, seen, vocabulary
-from make_checkpoint import new_transformer, write_vocabulary
+from make_checkpoint import new_transformer, save_transformer, write_vocabulary
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of the checkpoint")
     parser.add_argument("--vae_steps", type=int, default=1600)
     parser.add_argument("--clips", type=int, default=10240, help="that the transformer is shown")
-    parser.add_argument("--steps", type=int, default=12000, help="of the transformer")
+    parser.add_argument("--steps", type=int, default=14000, help="of the transformer")
     parser.add_argument("--check", type=int, default=100, help="videos at the end")
     args = parser.parse_args()
     folder = args.folder
@@ -208,7 +208,7 @@ def main() -> None:
         torch.save(encode(vae, args.clips), latent_file)
     prompts, latents = torch.load(latent_file, map_location=DEVICE)
     trained = train_transformer(tokenizer, prompts, latents, args.steps, state)
-    trained.transformer.save_pretrained(folder)
+    save_transformer(trained.transformer, folder)
     torch.save(trained.text_encoder.state_dict(), folder / CONFIG.t5_checkpoint)
     latent_file.unlink()
 

@@ -195,8 +195,7 @@ class MLPProj(nn.Module):
 class WanModel(ModelMixin, ConfigMixin):
     """The transformer of text-to-video ("t2v") and image-to-video ("i2v")."""
 
-    # Unlike in Wan2.1, text_dim goes into config.json: here it is not that of umT5.
-    ignore_for_config = ("patch_size", "cross_attn_norm", "qk_norm", "window_size")
+    ignore_for_config = ("patch_size", "cross_attn_norm", "qk_norm", "text_dim", "window_size")
     _no_split_modules = ("WanAttentionBlock",)
 
     @register_to_config

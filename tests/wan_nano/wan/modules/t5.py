@@ -1,19 +1,24 @@
-"""The text encoder in T5's place: a learned vector for each word, and one for its place."""
+"""The text encoder in T5's place: a learned vector for each word, and one for its place.
+
+Behind a vector stand zeros, as many as make it as wide as one of umT5.
+"""
 
 import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .tokenizers import WordTokenizer
 
-TEXT_DIM = 64
+TEXT_DIM = 4096  # channels of umT5, and so what every WanModel expects
+WORD_DIM = 64
 
 
 class WordEncoder(nn.Module):
-    def __init__(self, vocab_size: int, text_len: int, dim: int = TEXT_DIM):
+    def __init__(self, vocab_size: int, text_len: int, dim: int = WORD_DIM):
         super().__init__()
         self.word = nn.Embedding(vocab_size, dim)
         self.place = nn.Embedding(text_len, dim)
@@ -44,5 +49,5 @@ class T5EncoderModel:
     def __call__(self, texts: list[str], device: torch.device | str) -> list[Tensor]:
         """Each text as [its tokens, TEXT_DIM]."""
         ids, lengths = self.tokenizer(texts)
-        vectors = self.model(ids.to(device))
+        vectors = F.pad(self.model(ids.to(device)), (0, TEXT_DIM - WORD_DIM))
         return [u[:n] for u, n in zip(vectors, lengths.tolist(), strict=True)]
