@@ -209,9 +209,10 @@ def reach(since: int, gap: int) -> float:
     """For order 1: how far to go on along the line through the last two computed residuals.
 
     since: steps since the last one; gap: steps between the two. Not all the way, which overshoots,
-    and nowhere from two that are far apart (measured: tests/bench_order.py).
+    at most two gaps or 4 steps on, and nowhere from two that are more than 4 steps apart (measured:
+    tests/bench_order.py).
     """
-    return 0.75 * min(since / gap, 2.0) if gap <= 4 else 0.0
+    return 0.75 * min(since, 2 * gap, 4) / gap if gap <= 4 else 0.0
 
 
 def numbers(steps: Sequence[int]) -> str:

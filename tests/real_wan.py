@@ -288,9 +288,11 @@ class Reference:
         last, r = past[-1]
         if self.order and len(past) > 1:
             before, old = past[-2]
-            if last - before <= 4:
-                k = (step - last) / (last - before)
-                r = torch.lerp(old, r, 1 + (1.5 if k > 2 else 0.75 * k))
+            gap, ahead = last - before, step - last
+            if gap <= 4:
+                ahead = 4 if ahead > 4 else ahead
+                ahead = 2 * gap if ahead > 2 * gap else ahead
+                r = torch.lerp(old, r, 1 + 0.75 * ahead / gap)
         return self.h + r
 
 

@@ -176,9 +176,16 @@ def test_order_1_goes_on_along_the_line_through_the_last_two_residuals():
 
 @pytest.mark.parametrize(
     ("since", "gap", "way"),
-    [(1, 4, 0.1875), (1, 1, 0.75), (2, 1, 1.5), (3, 1, 1.5), (9, 4, 1.5), (1, 5, 0.0), (9, 5, 0.0)],
+    [
+        *((1, 4, 0.1875), (1, 1, 0.75)),
+        *((2, 1, 1.5), (3, 1, 1.5), (9, 1, 1.5)),  # two gaps at most
+        *((4, 3, 1.0), (5, 3, 1.0), (9, 4, 0.75)),  # and 4 steps
+        *((1, 5, 0.0), (9, 5, 0.0)),
+    ],
 )
-def test_order_1_goes_at_most_two_gaps_on_and_none_from_a_gap_above_4(since, gap, way):
+def test_order_1_goes_at_most_two_gaps_or_4_steps_on_and_nowhere_from_a_gap_above_4(
+    since, gap, way
+):
     assert reach(since, gap) == way
 
 
