@@ -504,7 +504,7 @@ def test_a_pipeline_that_is_made_and_never_generates_is_an_error(wan, ckpt, tmp_
     config = generate.WAN_CONFIGS["t2v-nano"]
     monkeypatch.setattr(generate, "generate", lambda args: package.WanT2V(config, args.ckpt_dir))
     argv = ["--ckpt_dir", ckpt, *ROW, *PROMPT, "--save_file", tmp_path / "x.mp4"]
-    with pytest.raises(RuntimeError, match="no pipeline of this Wan2.1 has run with TeaCache"):
+    with pytest.raises(RuntimeError, match="no pipeline of this"):
         main(["--wan_repo", str(NANO), *map(str, argv)])
 
 
