@@ -935,7 +935,7 @@ class Calibration:
             told = json.loads(self.partial.read_text()) if self.partial.is_file() else self.told
             if told["settings"] != self.told["settings"]:
                 raise ValueError(f"{self.partial} is of other settings; go on with those, or rm it")
-            whole = 2 * (args.sample_steps - 1)  # points; another version may have left fewer
+            whole = 2 * (args.sample_steps - 1)  # points; an interrupted run has fewer
             self.told["runs"] = [run for run in told["runs"] if len(run["points"]) == whole]
             self.write(self.partial)
 
@@ -957,10 +957,12 @@ class Calibration:
                 continue  # it was recorded before
             nothing = shadow(pipeline.vae, decode=lambda latents: [torch.zeros(1)])
             with nothing, teacache(pipeline.model, config, Recorder) as recorder:
-                generate(text, *args, seed=seed + i, **kwargs)
-            run = {"prompt": text, "seed": seed + i, "points": recorder.points}
-            self.told["runs"].append(run)
-            self.write(self.partial)
+                run = {"prompt": text, "seed": seed + i, "points": recorder.points}
+                self.told["runs"].append(run)
+                try:
+                    generate(text, *args, seed=seed + i, **kwargs)
+                finally:
+                    self.write(self.partial)
         points = [point for run in self.told["runs"] for point in run["points"]]
         self.told["fits"] = {}
         for use_ret_steps, mode in enumerate(MODES):
