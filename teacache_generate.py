@@ -1,40 +1,48 @@
-"""TeaCache for Wan2.1: nearly the same video, much sooner. This one file is the whole of it.
+"""TeaCache for Wan2.1 and Wan2.2: nearly the same video, much sooner. This one file is all of it.
 
-Copy it beside Wan2.1's generate.py and run it with generate.py's flags and its own (--help):
+Copy it beside Wan's generate.py and run it with generate.py's flags and its own (--help):
 
     python teacache_generate.py --task t2v-1.3B --size 832*480 --ckpt_dir ./Wan2.1-T2V-1.3B \\
         --prompt "Two cats box on a spotlighted stage." --teacache_thresh 0.08
 
-It reads in the order in which it runs, in layers that do not know each other:
-  policy        numbers in, decisions out: which steps are computed; plan, target speed-up, fit
-  cache         tensors: one residual a branch, put in place of the blocks of one WanModel
+It reads in the order in which it runs. Each section knows only those above it:
+  policy        numbers in, decisions out: which steps are computed, and the plan of all of them
+  cache         tensors: one residual a branch, put in place of the blocks of a model
   attention     PyTorch's, where flash-attn cannot be had
-  command line  flags, every check before a weight is loaded, then Wan2.1's own generate()
+  Wan           what the script needs of Wan2.1 and Wan2.2, and checks before a weight is loaded
+  jobs          runs of Wan's own generate(args), one or many, with one pipeline; comparison
+  command line  flags, what is refused, main
 
 TeaCache: Liu et al., "Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model",
-arXiv 2411.19108. Wan2.1: https://github.com/Wan-Video/Wan2.1.
+arXiv 2411.19108. Wan: https://github.com/Wan-Video/Wan2.1 and Wan2.2.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
+import gc
 import hashlib
 import importlib
+import importlib.util
 import inspect
 import io
-import itertools
 import json
 import logging
 import math
 import os
 import re
 import shlex
+import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -44,53 +52,72 @@ import imageio
 import numpy as np
 import safetensors
 import torch
-from PIL import Image
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageSequence
 from torch import Tensor, nn
 
 log = logging.getLogger("teacache")
 
 # ---------------------------------------------------------------------------------------- policy
+# Owns the published polynomials, the settings of a run, and the decision of each step. Knows
+# numbers only: no tensors, no models, no files.
+
+PLAIN, RETENTION, SIGMA = "plain", "retention", "sigma"  # the modes of a schedule
+RETENTION_STEPS = 5
+TRAIN_TIMESTEPS = 1000  # of Wan's schedulers: a timestep is 1000 times the noise level
 
 
 @dataclass(frozen=True)
-class Fit:
-    """A polynomial of degree 4, highest power first, with thresholds that were tried with it.
+class Polynomial:
+    """From a relative L1 distance to an increment: degree 4, highest power first.
 
-    The last threshold is the default. fitted_range: distances that it was fitted on, if known.
+    thresholds: those that were tried with it; the last is the default.
     """
 
-    thresholds: Sequence[float]
     coefficients: Sequence[float]
-    fitted_range: Sequence[float] | None = None
+    thresholds: Sequence[float]
 
 
-# FITS[use_ret_steps][row], all as published by the authors of TeaCache for Wan2.1.
+@dataclass(frozen=True)
+class Row:
+    """What was fitted for one model: a polynomial for each mode, at these sampling settings."""
+
+    plain: Polynomial
+    retention: Polynomial
+    steps: int
+    shift: float
+    solver: str = "unipc"
+
+
+# Published by the authors of TeaCache for Wan2.1, fitted at generate.py's defaults.
 # fmt: off
-FITS: dict[bool, dict[str, Fit]] = {
-    False: {
-        "t2v-1.3B": Fit((0.05, 0.07, 0.08), (
-            2396.76752, -1311.10545, 201.331979, -8.29855975, 0.137887774)),
-        "t2v-14B": Fit((0.14, 0.15, 0.2), (
-            -5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404)),
-        "i2v-14B-480P": Fit((0.13, 0.19, 0.26), (
-            -302.331670, 223.948934, -52.5463970, 5.87348440, -0.201973289)),
-        "i2v-14B-720P": Fit((0.18, 0.2, 0.3), (
-            -114.36346466, 65.26524496, -18.82220707, 4.91518089, -0.23412683)),
-    },
-    True: {
-        "t2v-1.3B": Fit((0.05, 0.1), (
-            -52186.2437, 9230.41404, -528.275948, 13.6987616, -0.0499875664)),
-        "t2v-14B": Fit((0.1, 0.2), (
-            -303318.725, 49053.7029, -2655.30556, 58.7365115, -0.315583525)),
-        "i2v-14B-480P": Fit((0.2, 0.3), (
-            257151.496, -35422.9917, 1402.86849, -13.5890334, 0.132517977)),
-        "i2v-14B-720P": Fit((0.2, 0.3), (
-            8107.05460, 2133.93892, -372.934672, 16.6203073, -0.0417769401)),
-    },
+ROWS: dict[str, Row] = {
+    "t2v-1.3B": Row(
+        Polynomial((2396.76752, -1311.10545, 201.331979, -8.29855975, 0.137887774),
+                   (0.05, 0.07, 0.08)),
+        Polynomial((-52186.2437, 9230.41404, -528.275948, 13.6987616, -0.0499875664),
+                   (0.05, 0.1)),
+        steps=50, shift=5.0),
+    "t2v-14B": Row(
+        Polynomial((-5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404),
+                   (0.14, 0.15, 0.2)),
+        Polynomial((-303318.725, 49053.7029, -2655.30556, 58.7365115, -0.315583525),
+                   (0.1, 0.2)),
+        steps=50, shift=5.0),
+    "i2v-14B-480P": Row(
+        Polynomial((-302.331670, 223.948934, -52.5463970, 5.87348440, -0.201973289),
+                   (0.13, 0.19, 0.26)),
+        Polynomial((257151.496, -35422.9917, 1402.86849, -13.5890334, 0.132517977),
+                   (0.2, 0.3)),
+        steps=40, shift=3.0),
+    "i2v-14B-720P": Row(
+        Polynomial((-114.36346466, 65.26524496, -18.82220707, 4.91518089, -0.23412683),
+                   (0.18, 0.2, 0.3)),
+        Polynomial((8107.05460, 2133.93892, -372.934672, 16.6203073, -0.0417769401),
+                   (0.2, 0.3)),
+        steps=40, shift=5.0),
 }
 # fmt: on
-ROWS = tuple(FITS[False])
-RETENTION_STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -98,51 +125,79 @@ class TeaCacheConfig:
     """Settings of one generation.
 
     steps: the pipeline's ``sampling_steps``.
-    thresh: a step is computed once the accumulated distance reaches it; 0 computes every step.
-    coefficients: a polynomial, relative L1 distance to increment, highest power first.
-    use_ret_steps: compare e0 [1, 6, dim] and always compute the first 5 steps; else compare
-        e [1, dim] and always compute the first and the last step.
-    guide_scale: the pipeline's; Wan2.1 multiplies the unconditional output by 0 where it is 1.
-    fitted_range: a step whose distance is outside is computed.
+    thresh: a step is computed once the accumulated increments reach it; 0 computes every step.
+    mode: where increments come from, and which steps are always computed.
+        "plain": coefficients at the distance of e [dim]; the first and the last step.
+        "retention": coefficients at the distance of e0 [6 * dim]; the first 5 steps.
+        "sigma": the noise level alone (``residual_norm``); the first fifth and the last step.
+    coefficients: of the polynomial, highest power first; not used by "sigma".
+    guided_steps: on so many steps, the first ones, the unconditional branch runs; after them it
+        returns the conditional output, as at guidance scale 1. None: on all, as stock.
     order: a skipped step holds the last residual (0, as published), or goes on along the line
         through the last two computed ones (1).
-    ValueError: thresh is negative, infinite or not a number.
+    switch: the first step of Wan2.2's second model, which is always computed.
+    ValueError: a threshold that is negative, infinite or not a number.
     """
 
     steps: int
     thresh: float
-    coefficients: Sequence[float]
-    use_ret_steps: bool = False
-    guide_scale: float = 5.0
-    fitted_range: Sequence[float] | None = None
+    mode: str = PLAIN
+    coefficients: Sequence[float] = ()
+    guided_steps: int | None = None
     order: int = 0
+    switch: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.thresh < math.inf:
             raise ValueError(f"thresh {self.thresh} must be 0 (off) or a positive number")
 
     @classmethod
-    def from_fit(
-        cls, fit: Fit, steps: int, thresh: float | None = None, **others: Any
+    def from_row(
+        cls,
+        row: Row | None,
+        steps: int,
+        thresh: float | None = None,
+        use_ret_steps: bool = False,
+        **others: Any,
     ) -> TeaCacheConfig:
-        """The settings for a fit, such as ``FITS[False]["t2v-1.3B"]``; ``others`` by name."""
-        thresh = fit.thresholds[-1] if thresh is None else thresh
-        return cls(steps, thresh, fit.coefficients, fitted_range=fit.fitted_range, **others)
+        """The settings for a row, such as ``ROWS["t2v-1.3B"]``; None is the row "sigma".
 
-    @property
-    def one_branch(self) -> bool:
-        """Whether the unconditional branch is left out. At thresh 0 it is not: stock to the bit."""
-        return self.guide_scale == 1 and self.thresh > 0
+        thresh: the row's default if None; "sigma" has none, see ``plan_speedup``.
+        """
+        if row is None:
+            return cls(steps, 0.0 if thresh is None else thresh, SIGMA, **others)
+        polynomial = row.retention if use_ret_steps else row.plain
+        thresh = polynomial.thresholds[-1] if thresh is None else thresh
+        mode = RETENTION if use_ret_steps else PLAIN
+        return cls(steps, thresh, mode, polynomial.coefficients, **others)
 
     def always_computes(self, step: int) -> bool:
-        """Whether a step is computed whatever the distances say, as one after the last would be."""
-        first = step < RETENTION_STEPS if self.use_ret_steps else step == 0
-        last = self.steps if self.use_ret_steps else self.steps - 1
-        return first or step >= last or self.thresh == 0
+        """Whether a step is computed whatever comes before, as one after the last would be."""
+        if self.mode == RETENTION:
+            first, last = RETENTION_STEPS, self.steps
+        elif self.mode == SIGMA:
+            first, last = math.ceil(self.steps / 5), self.steps - 1
+        else:
+            first, last = 1, self.steps - 1
+        return step < first or step >= last or step == self.switch or self.thresh == 0
 
-    def keeps(self, step: int) -> bool:
-        """Whether a residual of this step may be of use on a later one."""
-        return not (self.always_computes(step + 1) and self.always_computes(step + 1 + self.order))
+    def is_guided(self, step: int) -> bool:
+        """Whether the unconditional branch runs on a step."""
+        return self.guided_steps is None or step < self.guided_steps
+
+    def keeps(self, step: int, branch: int) -> bool:
+        """Whether a residual that is there after this step may be of use on a later one."""
+        following = [self.always_computes(step + 1), self.always_computes(step + 1 + self.order)]
+        return not all(following) and (branch == 0 or self.is_guided(step + 1))
+
+
+def residual_norm(timestep: float) -> float:
+    """The norm of the blocks' residual at a timestep, against that at pure noise.
+
+    One line for all models: the norms that are published with MagCache for five Wan2.1 models are
+    within 0.5 to 2.5 % of lines like it, between noise levels .2 and .93, whatever the shift.
+    """
+    return 0.33 + 0.66 * timestep / TRAIN_TIMESTEPS
 
 
 @dataclass(frozen=True)
@@ -150,15 +205,19 @@ class Step:
     """What was decided at one step, and from what."""
 
     timestep: float
-    distance: float | None  # relative L1 distance of the signal to the step before; None at step 0
-    increment: float | None  # the polynomial at the distance; None on an always computed step
+    distance: float | None  # relative L1 distance of the signal to the step before, if there is one
+    increment: float | None  # None on an always computed step
     accumulated: float  # what is held against the threshold; 0 on an always computed step
     computed: bool
-    outside: bool = False  # of the fitted range, and computed for that
 
 
 class Schedule:
-    """The decisions of one generation, step by step (arXiv 2411.19108, section 3)."""
+    """The decisions of one generation, step by step.
+
+    By the polynomials it is TeaCache's rule (arXiv 2411.19108, section 3). By "sigma" it is that of
+    MagCache (arXiv 2506.09045): the increment is by how much the residual's norm will have changed
+    since the last computed step, with ``residual_norm`` in place of a table for each model.
+    """
 
     def __init__(self, config: TeaCacheConfig):
         self.config, self.steps = config, list[Step]()
@@ -168,32 +227,42 @@ class Schedule:
         if self.config.always_computes(len(self.steps)):
             self.steps.append(Step(timestep, distance, None, 0.0, computed=True))
             return True
-        increment, before = float(np.polyval(self.config.coefficients, distance)), self.steps[-1]
+        increment, before = self.increment(timestep, distance), self.steps[-1]
         accumulated = increment + (0.0 if before.computed else before.accumulated)
-        low, high = self.config.fitted_range or (-math.inf, math.inf)
-        outside = not low <= distance <= high
-        computed = outside or not accumulated < self.config.thresh  # so not-a-number computes
-        self.steps.append(Step(timestep, distance, increment, accumulated, computed, outside))
+        computed = not accumulated < self.config.thresh  # so not-a-number computes
+        self.steps.append(Step(timestep, distance, increment, accumulated, computed))
         return computed
+
+    def increment(self, timestep: float, distance: float | None) -> float:
+        """What a step adds to the accumulated value."""
+        if self.config.mode == SIGMA:
+            last_computed = next(step for step in reversed(self.steps) if step.computed)
+            return abs(1 - residual_norm(timestep) / residual_norm(last_computed.timestep))
+        return float(np.polyval(self.config.coefficients, distance))
+
+    def overrule(self, computed: bool) -> None:
+        """Put another decision in the place of the last one: that of rank 0."""
+        self.steps[-1] = replace(self.steps[-1], computed=computed)
 
     @property
     def computed(self) -> list[int]:
         """The numbers of the computed steps."""
         return [i for i, step in enumerate(self.steps) if step.computed]
 
-    def warnings(self) -> list[str]:
-        """What is odd about these decisions, a line each."""
-        lowered = [i for i, step in enumerate(self.steps) if (step.increment or 0) < 0]
-        outside = [i for i, step in enumerate(self.steps) if step.outside]
-        low = (
-            f"negative increments at steps {numbers(lowered)}: the coefficients are not made "
-            "for these distances, and too many steps may be skipped"
-        )
-        out = (
-            f"steps {numbers(outside)} are computed, since their distances are outside those "
-            f"that the coefficients were fitted on: {self.config.fitted_range}"
-        )
-        return [text for text, steps in ((low, lowered), (out, outside)) if steps]
+    @property
+    def passes(self) -> int:
+        """How often the blocks run: once or twice on a computed step; 2 * steps for stock."""
+        return sum(1 + self.config.is_guided(i) for i in self.computed)
+
+    @property
+    def speedup(self) -> float:
+        """Of the transformer against stock's 2 * steps passes, if a skipped step took no time."""
+        return 2 * len(self.steps) / self.passes
+
+    @property
+    def negative(self) -> list[int]:
+        """The steps with a negative increment, for which the polynomial was not made."""
+        return [i for i, step in enumerate(self.steps) if (step.increment or 0) < 0]
 
     @property
     def longest_skip(self) -> int:
@@ -204,71 +273,129 @@ class Schedule:
         """The schedule as a line, # computed and . skipped."""
         return "".join("#" if step.computed else "." for step in self.steps)
 
+    def summary(self) -> str:
+        """How much is computed: "25 of 50 steps (about 2.0x)"."""
+        steps = f"{len(self.computed)} of {len(self.steps)} steps"
+        if self.passes != 2 * len(self.computed):
+            steps += f", {self.passes} of {2 * len(self.steps)} passes"
+        return f"{steps} (about {self.speedup:.1f}x)"
 
-def reach(since: int, gap: int) -> float:
-    """For order 1: how far to go on along the line through the last two computed residuals.
+    def faults(self) -> list[str]:
+        """Why this schedule should not be run unseen, a phrase each."""
+        found = []
+        if self.negative:
+            found.append(f"its increments are negative at steps {ranges(self.negative)}")
+        if self.longest_skip > len(self.steps) / 4:
+            found.append(f"it skips {self.longest_skip} steps in a row")
+        return found
 
-    since: steps since the last one; gap: steps between the two. Not all the way, which overshoots,
-    at most two gaps or 4 steps on, and nowhere from two that are more than 4 steps apart (measured:
-    tests/bench_order.py).
-    """
-    return 0.75 * min(since, 2 * gap, 4) / gap if gap <= 4 else 0.0
 
-
-def numbers(steps: Sequence[int]) -> str:
-    return " ".join(map(str, steps))
+def ranges(steps: Sequence[int]) -> str:
+    """Numbers in a few words: 1 2 3 7 is "1-3 7"."""
+    runs: list[list[int]] = []
+    for step in steps:
+        if runs and step == runs[-1][1] + 1:
+            runs[-1][1] = step
+        else:
+            runs.append([step, step])
+    return " ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def plan(
-    config: TeaCacheConfig, timesteps: Sequence[float], distances: Sequence[float]
+    config: TeaCacheConfig, timesteps: Sequence[float], distances: Sequence[float | None]
 ) -> Schedule:
-    """All decisions at once: distances are those of the second step and on."""
+    """All decisions at once. distances: of each step to the one before; the first is None."""
     schedule = Schedule(config)
-    for timestep, distance in zip(timesteps, [None, *distances], strict=True):
+    for timestep, distance in zip(timesteps, distances, strict=True):
         schedule.decide(timestep, distance)
     return schedule
 
 
+def accumulated_sums(
+    config: TeaCacheConfig, timesteps: Sequence[float], distances: Sequence[float | None]
+) -> list[float]:
+    """Every value that can be held against a threshold, in order: a decision changes only there."""
+    sums = set[float]()
+    norms = np.array([residual_norm(timestep) for timestep in timesteps])
+    known = [math.nan if distance is None else distance for distance in distances]
+    increments = np.polyval(config.coefficients, known) if config.mode != SIGMA else norms
+    for computed in range(len(timesteps) - 1):
+        following = increments[computed + 1 :]
+        if config.mode == SIGMA:
+            following = np.abs(1 - following / norms[computed])
+        sums.update(float(total) for total in np.cumsum(following) if total > 0)
+    return sorted(sums)
+
+
 def plan_speedup(
-    config: TeaCacheConfig, timesteps: Sequence[float], distances: Sequence[float], speedup: float
+    config: TeaCacheConfig,
+    timesteps: Sequence[float],
+    distances: Sequence[float | None],
+    speedup: float,
 ) -> Schedule:
-    """The plan of the smallest threshold that computes at most steps / speedup, else of the fewest.
+    """The plan with 2 * steps / speedup passes, or the nearest more that a threshold gives.
 
-    A decision changes only where the threshold passes a sum of increments in a row, so it is enough
-    to look right above each of these: 0.01 % above, for the rounding of another machine.
+    Its threshold is the middle of all that give the same plan, so that the rounding of another
+    machine or of bfloat16 does not change it. Where even the largest threshold has more passes,
+    the plan is that one's: see ``Schedule.passes``.
+    ValueError: an increment is negative, and no threshold can be trusted.
     """
-    increments = np.polyval(config.coefficients, distances)
-    sums = {float(u) for i in range(len(increments)) for u in np.cumsum(increments[i:]) if u > 0}
-    edges = [0.0, *sorted(sums)]
-    above = [min(1.0001 * low, (low + high) / 2) for low, high in itertools.pairwise(edges)]
-    fewest = plan(replace(config, thresh=0.0), timesteps, distances)
-    for thresh in [edges[-1] / 1e6, *above[1:], 1.0001 * edges[-1]]:
-        if len(fewest.computed) * speedup <= config.steps:
-            break
-        schedule = plan(replace(config, thresh=thresh), timesteps, distances)
-        fewest = min(fewest, schedule, key=lambda u: len(u.computed))
-    return fewest
+
+    def at(thresh: float) -> Schedule:
+        return plan(replace(config, thresh=thresh), timesteps, distances)
+
+    edges = accumulated_sums(config, timesteps, distances)
+    fewest = at(2 * edges[-1] if edges else 1.0)
+    if fewest.negative:
+        raise ValueError(f"the increments are negative at steps {ranges(fewest.negative)}")
+    wanted = 2 * config.steps / speedup - 1e-9
+    if fewest.passes >= wanted:
+        return at(middle_threshold(fewest))
+    found, low, high = at(0.0), 0, len(edges)
+    while low < high:  # passes never grow with the threshold: bisection
+        middle = (low + high) // 2
+        schedule = at(edges[middle])
+        if schedule.passes >= wanted:
+            found, low = schedule, middle + 1
+        else:
+            high = middle
+    return at(middle_threshold(found))
 
 
-def fit(points: Sequence[Sequence[float]], use_ret_steps: bool) -> tuple[Fit, float]:
-    """Least squares of degree 4 over all of ``Recorder.points``, and its R squared.
+def middle_threshold(schedule: Schedule) -> float:
+    """The middle of the thresholds that give a schedule; 0 where it skips nothing."""
+    free = [step for step in schedule.steps if step.increment is not None]
+    skipped = [step.accumulated for step in free if not step.computed]
+    computed = [step.accumulated for step in free if step.computed]
+    if not skipped:
+        return 0.0
+    return (max(skipped) + min(computed)) / 2 if computed else 2 * max(skipped)
 
-    Its threshold is the smallest that computes half of the steps, or as few as can be. The range is
-    0.1 % wider than the points, for the rounding of another machine.
+
+def log_snr(timestep: float) -> float:
+    """log(sigma / (1 - sigma)) of a timestep's noise level sigma, which is kept off 0 and 1.
+
+    Along it the residual changes most evenly: on the published norms of the real models a line in
+    log SNR or in sigma is three to four times nearer than one in the step's number.
     """
-    x = np.array([point[3 if use_ret_steps else 2] for point in points])
-    y = np.array([point[4] for point in points])
-    coefficients = np.polyfit(x, y, 4)
-    unexplained = np.square(y - np.polyval(coefficients, x)).sum()
-    r_squared = float(1 - unexplained / np.square(y - y.mean()).sum())
-    made = Fit((0.0,), coefficients.tolist(), (0.999 * x.min(), 1.001 * x.max()))
-    of_one_run = {int(point[0]): float(u) for point, u in zip(points, x, strict=True)}
-    config = TeaCacheConfig.from_fit(made, len(of_one_run) + 1, use_ret_steps=use_ret_steps)
-    schedule = plan_speedup(config, range(config.steps), list(of_one_run.values()), 2.0)
-    return replace(made, thresholds=(schedule.config.thresh,)), r_squared
+    sigma = min(max(timestep / TRAIN_TIMESTEPS, 0.001), 0.999)
+    return math.log(sigma / (1 - sigma))
+
+
+def reach(x: float, last: float, before: float) -> float:
+    """For order 1: how far x is beyond the last computed step, in units of the gap before it.
+
+    Each is a ``log_snr``. 0, to hold, where the two computed ones are at one place.
+    """
+    return (x - last) / (last - before) if last != before else 0.0
 
 
 # ----------------------------------------------------------------------------------------- cache
+# Owns the residuals of one generation and what stands in for a model's methods during it. Knows
+# WanModel's forward, blocks and time_projection; no flags, files or pipelines.
+
+SAMPLE_TOKENS = 1024  # about so many tokens are measured: a video of 32,760 tokens, every 32nd
+FIRST_GAIN = 1.0  # of the line, until one was measured
 
 
 def relative_l1(signal: Tensor, previous: Tensor) -> Tensor:
@@ -293,195 +420,350 @@ def shadow(target: object, **attributes: Any) -> Iterator[None]:
         namespace.update(before)
 
 
-class TeaCache:
-    """The state of one generation, and what stands in place of the model's methods during it.
+def across_ranks() -> bool:
+    """Whether several processes make this video together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
-    Wan2.1 calls the model twice a step: first with the prompt (branch 0), then without (branch 1).
+
+def as_rank_0(decision: bool, device: torch.device) -> bool:
+    """Rank 0's decision, on every rank: ranks that decide by themselves may differ, and hang."""
+    if not across_ranks():
+        return decision
+    flag = torch.tensor([int(decision)], device=device)
+    dist.broadcast(flag, src=0)
+    return bool(flag.item())
+
+
+def totals(*terms: Tensor) -> Tensor:
+    """The sum of each tensor, float64 on the device, over the tokens of all ranks."""
+    sums = torch.stack([term.sum(dtype=torch.float64) for term in terms])
+    if across_ranks():  # where each rank has all tokens all sums grow alike, and ratios stay
+        dist.all_reduce(sums)
+    return sums
+
+
+@dataclass
+class Anchor:
+    """The residual of a computed step."""
+
+    x: float  # the step's log SNR
+    sample: Tensor  # every n-th token in float32, [1, up to 1024, dim]
+    residual: Tensor | None  # all tokens, [1, tokens, dim]; None where no later step needs them
+
+
+class Branch:
+    """The last two anchors of a branch, newest first, and how well the line through them does.
+
+    gain: g = <R - R_last, D> / (k <D, D>), measured when R was computed, with D the difference of
+    the two residuals before it and k its ``reach``; between 0 (hold) and 1 (all along the line).
+    A scalar on the model's device: nothing here waits for the GPU.
     """
 
-    def __init__(self, model: nn.Module, config: TeaCacheConfig):
-        self.config, self.schedule = config, Schedule(config)
-        # By branch, of the last 1 + order computed steps, newest first: step and B(h) - h,
-        # [1, tokens, dim].
-        self.residuals: dict[int, list[tuple[int, Tensor]]] = {}
-        self.marks: list[float] = []  # seconds: begin of sampling, each decision, end of sampling
-        self.calls, self.computing = 0, True
-        self.signal: Tensor | None = None
-        self.model_forward, self.model_blocks = model.forward, model.blocks
-        self.model_forward_vace = getattr(model, "forward_vace", None)
+    def __init__(self) -> None:
+        self.anchors: list[Anchor] = []
+        self.gain: Tensor | float = FIRST_GAIN
 
-    def forward(self, x: list[Tensor], t: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
-        """In place of ``model.forward``, and around it: stock, VACE's or Ulysses/ring's."""
+    def line(self, x: float, newest: Tensor, older: Tensor) -> Tensor:
+        """The residual at x, along the line from the older anchor's to the newest's."""
+        last, before = self.anchors
+        weight = self.gain * reach(x, last.x, before.x)
+        return (newest - older).mul_(weight).add_(newest)
+
+    def guess(self, x: float, order: int) -> Tensor:
+        """The residual [1, tokens, dim] for a skipped step."""
+        newest, *older = (anchor.residual for anchor in self.anchors)
+        if order == 0 or not older or older[0] is None:
+            return newest
+        return self.line(x, newest, older[0])
+
+    def make_room(self, residuals: int) -> None:
+        """Let go of all residuals but so many, before the blocks need the memory."""
+        for anchor in self.anchors[residuals:]:
+            anchor.residual = None
+
+    def measure(self, x: float, sample: Tensor) -> Tensor | None:
+        """Hold a true residual against the guesses, and measure the gain anew.
+
+        Returns [sum|R|, sum|R - held|, sum|R - line|], float64 on the device, over the tokens of
+        all ranks; None if no residual was there to hold.
+        """
+        if not self.anchors:
+            return None
+        held = sample - self.anchors[0].sample
+        if len(self.anchors) == 1:
+            return totals(sample.abs(), held.abs(), held.abs())
+        newest, older = (anchor.sample for anchor in self.anchors)
+        line = sample - self.line(x, newest, older)
+        difference = newest - older
+        sums = totals(
+            *(sample.abs(), held.abs(), line.abs()), held * difference, difference * difference
+        )
+        ahead = reach(x, self.anchors[0].x, self.anchors[1].x)
+        if ahead != 0:
+            self.gain = (sums[3] / (ahead * sums[4])).nan_to_num(0.0).clamp(0, 1).float()
+        return sums[:3]
+
+    def add(self, anchor: Anchor) -> None:
+        self.anchors = [anchor, *self.anchors[:1]]
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far reused residuals were off, told at the computed step that came after them."""
+
+    step: int
+    hold: float  # mean|true - last| / mean|true|
+    line: float  # the same for the line through the last two
+
+
+class ModelParts(SimpleNamespace):
+    """What a model had before the stand-ins: forward, blocks, forward_vace."""
+
+
+class TeaCache:
+    """The state of one generation, and what stands in place of the models' methods during it.
+
+    Wan calls a model twice a step: first with the prompt (branch 0), then without (branch 1).
+    Wan2.2 begins with one model and goes on with another, from ``config.switch`` on; residuals
+    never cross from one to the other.
+    """
+
+    def __init__(self, config: TeaCacheConfig):
+        self.config, self.schedule = config, Schedule(config)
+        self.branches = Branch(), Branch()
+        self.drifts: list[Drift] = []
+        self.measured: list[tuple[int, Tensor]] = []  # step, and what Branch.measure gave
+        self.marks: list[float] = []  # seconds: begin of sampling, each decision, end of sampling
+        self.calls, self.computing, self.asked = 0, True, False
+        self.active: ModelParts | None = None
+        self.signal: Tensor | None = None
+
+    def forward(
+        self, parts: ModelParts, x: list[Tensor], t: Tensor, *args: Any, **kwargs: Any
+    ) -> list[Tensor]:
+        """In place of a model's forward, and around it: stock, VACE's or that of Ulysses/ring.
+
+        t: [1], or [1, tokens] as Wan2.2's ti2v has it.
+        RuntimeError: calls that are not two a step, on as many steps as configured.
+        """
+        self.begin_call(parts, t)
+        if self.branch == 0 or self.config.is_guided(self.step):
+            self.asked = False
+            self.output = parts.forward(x, t, *args, **kwargs)
+            if not self.asked or len(self.schedule.steps) != self.step + 1:
+                raise RuntimeError(
+                    "TeaCache: this model's forward went past the stand-in for its blocks, so "
+                    "nothing would be skipped: wrap blocks, not the model, in torch.compile"
+                )
+        if self.calls == 2 * self.config.steps:
+            self.end_sampling()
+        return self.output
+
+    def begin_call(self, parts: ModelParts, t: Tensor) -> None:
+        """Count the call, and see whether it is the one that was expected."""
         self.step, self.branch = divmod(self.calls, 2)
         if self.step == self.config.steps:
             raise RuntimeError(
                 f"TeaCache is set up for {self.step} steps, and the pipeline takes more: make "
                 "TeaCacheConfig.steps the pipeline's sampling_steps"
             )
+        if self.branch == 1 and t is not self.timestep and not torch.equal(t, self.timestep):
+            raise RuntimeError(
+                "TeaCache needs two calls of the model a step, with the prompt and then without; "
+                "this pipeline's second call has another timestep: it is of a distilled model?"
+            )
         self.marks = self.marks or [time.perf_counter()]
         self.calls, self.timestep = self.calls + 1, t
-        if self.branch == 0 or not self.config.one_branch:
-            self.output = self.model_forward(x, t, *args, **kwargs)
-        if self.calls == 2 * self.config.steps:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.marks.append(time.perf_counter())
-        return self.output
+        if parts is not self.active:
+            self.active, self.signal, self.branches = parts, None, (Branch(), Branch())
+
+    def end_sampling(self) -> None:
+        """Take the time, read what was measured, and let go of all tensors: the VAE is next."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.marks.append(time.perf_counter())
+        self.read_drifts()
+        self.release()
+
+    def read_drifts(self) -> None:
+        """Bring what was measured to the host; both branches of a step together."""
+        if not self.measured:
+            return
+        by_step: dict[int, np.ndarray] = {}
+        rows = torch.stack([sums for _, sums in self.measured]).tolist()
+        for (step, _), sums in zip(self.measured, rows, strict=True):
+            by_step[step] = by_step.get(step, 0) + np.array(sums)
+        for step, (size, held, line) in by_step.items():
+            if size > 0:
+                self.drifts.append(Drift(step, held / size, line / size))
+        self.measured.clear()
 
     def decide(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        """Forward hook of time_projection, which takes e [1, dim] to e0 [1, 6 * dim].
+        """Forward hook of time_projection, which takes e to e0; both still as the model made them.
 
-        It sees both as the model made them, before any block runs, and decides at the conditional
-        call for both branches, with the one host synchronisation of a step.
+        e and e0 are [1, dim] and [1, 6 * dim], or [1, tokens, ...] in Wan2.2: the last token tells.
+        It decides at the conditional call for both branches, with the one host synchronisation
+        of a step; among several processes rank 0 decides.
         """
         if self.branch == 1:
             return
-        signal = output if self.config.use_ret_steps else inputs[0]
-        scalars = [self.timestep.flatten()[0].double()]
+        signal = output if self.config.mode == RETENTION else inputs[0]
+        signal = signal.flatten(0, -2)[-1]
+        scalars = [self.timestep.flatten()[-1].double()]
         if self.signal is not None:
             scalars.append(relative_l1(signal, self.signal).double())
         timestep, *distance = torch.stack(scalars).tolist()
-        self.signal = signal
-        self.computing = self.schedule.decide(timestep, distance[0] if distance else None)
+        self.signal = signal.clone()  # a view would keep all tokens' alive
+        decision = self.schedule.decide(timestep, distance[0] if distance else None)
+        decision |= not self.branches[0].anchors and self.config.thresh > 0  # nothing to reuse
+        self.computing = as_rank_0(decision, self.timestep.device)
+        self.schedule.overrule(self.computing)
+        self.x = log_snr(timestep)
         self.marks.append(time.perf_counter())
 
-    def forward_vace(self, *args: Any, **kwargs: Any) -> list[Tensor] | None:
+    def forward_vace(self, parts: ModelParts, *args: Any, **kwargs: Any) -> list[Tensor] | None:
         """In place of ``model.forward_vace``: its hints are for the blocks that are skipped."""
-        return self.model_forward_vace(*args, **kwargs) if self.computing else None
+        return parts.forward_vace(*args, **kwargs) if self.computing else None
 
-    def blocks(self, h: Tensor, **kwargs: Any) -> Tensor:
+    def blocks(self, parts: ModelParts, h: Tensor, **kwargs: Any) -> Tensor:
         """In place of all blocks, h [1, tokens, dim] to B(h): computed, or h + residual.
 
         Out of place: under autocast h is bfloat16, B(h) and the residual are float32, and so the
         head gets float32 on every step.
         """
-        kept = self.residuals.pop(self.branch, [])
-        if self.computing:
-            del kept[self.config.order :]  # before the blocks need the memory
-            out = h
-            for block in self.model_blocks:
-                out = block(out, **kwargs)
-            if self.config.keeps(self.step):
-                kept.insert(0, (self.step, out - h))
+        self.asked = True
+        branch, keeps = self.branches[self.branch], self.config.keeps(self.step, self.branch)
+        if not self.computing:
+            out = h + branch.guess(self.x, self.config.order)
         else:
-            out = h + self.residual(kept)
-        if self.config.keeps(self.step):
-            self.residuals[self.branch] = kept
+            branch.make_room(self.config.order)
+            out = h
+            for block in parts.blocks:
+                out = block(out, **kwargs)
+            if self.config.thresh > 0:
+                self.learn(branch, h, out, keeps)
+        if not keeps:
+            branch.make_room(0)
         return out
 
-    def residual(self, kept: list[tuple[int, Tensor]]) -> Tensor:
-        """For a skipped step: the last one, or on the line through the last two."""
-        (last, newest), *older = kept
-        if not older:
-            return newest
-        before, oldest = older[0]
-        return oldest.lerp(newest, 1 + reach(self.step - last, last - before))
+    def learn(self, branch: Branch, h: Tensor, out: Tensor, keeps: bool) -> None:
+        """Take the residual of a computed step, and measure the guesses against it."""
+        every = math.ceil(h.size(1) / SAMPLE_TOKENS)
+        sample = (out[:, ::every] - h[:, ::every]).float()
+        sums = branch.measure(self.x, sample)
+        if sums is not None and not self.schedule.steps[self.step - 1].computed:
+            self.measured.append((self.step, sums))
+        branch.add(Anchor(self.x, sample, out - h if keeps else None))
 
     def release(self) -> None:
-        """Let go of model and tensors; decisions and times stay."""
-        self.residuals.clear()
-        self.model_forward = self.model_blocks = self.model_forward_vace = None
-        self.signal = self.output = self.timestep = None
+        """Let go of models and tensors; decisions, times and drifts stay."""
+        self.branches = Branch(), Branch()
+        self.measured.clear()
+        self.signal = self.timestep = None
 
     @property
     def seconds(self) -> float:
         """Of the sampling, so far or in all."""
-        return self.marks[-1] - self.marks[0]
+        return self.marks[-1] - self.marks[0] if self.marks else 0.0
 
     @property
-    def step_seconds(self) -> np.ndarray:
-        """From each decision to the next; the last to the end of the sampling."""
-        return np.diff(self.marks[1:])
+    def speedup(self) -> float:
+        """Against stock's 2 * steps passes, at the median seconds of the passes that were run."""
+        seconds = np.diff(self.marks[1:])  # of each step: from its decision to the next
+        passes = [seconds[i] / (1 + self.config.is_guided(i)) for i in self.schedule.computed]
+        return float(np.median(passes)) * 2 * len(seconds) / self.seconds
+
+    def drift(self, order: int) -> float | None:
+        """The mean drift by an order; None if no step was computed after a skipped one."""
+        errors = [drift.line if order else drift.hold for drift in self.drifts]
+        return float(np.mean(errors)) if errors else None
 
     def summary(self) -> str:
-        """What was computed, how long it took, and what it saved, in one line."""
-        computed, seconds = self.schedule.computed, self.step_seconds
-        if not computed:
+        """What was computed, how long it took, what it saved and how far off it was, in a line."""
+        schedule = self.schedule
+        if not schedule.computed:
             return "TeaCache: no step was taken"
-        stock = np.median(seconds[computed]) * len(seconds) * (1 + self.config.one_branch)
+        text = (
+            f"TeaCache: computed {len(schedule.computed)} of {len(schedule.steps)} steps "
+            f"({' '.join(map(str, schedule.computed))}), sampling {self.seconds:.1f} s, "
+            f"about {self.speedup:.2f}x of stock (estimated from the computed steps)"
+        )
+        if self.config.guided_steps is not None and self.config.guided_steps < len(schedule.steps):
+            text += f"; {schedule.passes} of {2 * len(schedule.steps)} passes"
+        if not self.drifts:
+            return text
+        order, other = self.config.order, 1 - self.config.order
+        worst = max(self.drifts, key=lambda drift: drift.line if order else drift.hold)
+        largest = worst.line if order else worst.hold
         return (
-            f"TeaCache: computed {len(computed)} of {len(seconds)} steps "
-            f"({numbers(computed)}), sampling {self.seconds:.1f} s, "
-            f"about {stock / self.seconds:.2f}x of stock (estimated from the computed steps)"
+            f"{text}; reused residuals were off by {percent(self.drift(order))} (largest "
+            f"{percent(largest)} at step {worst.step}); by order {other} they would have been by "
+            f"{percent(self.drift(other))}"
         )
 
 
-class Recorder(TeaCache):
-    """Records, at thresh 0, what a polynomial is fitted to: for calibration.
-
-    points: [step, branch, distance of e, distance of e0, relative L1 change of the residual], each
-    to the step before. The residuals of the step before are in the CPU's memory, and go through the
-    GPU's in 16 parts.
-    """
-
-    def __init__(self, model: nn.Module, config: TeaCacheConfig):
-        super().__init__(model, config)
-        self.points: list[list[float]] = []
-        self.signals: list[Tensor] = []
-        self.last: dict[int, Tensor] = {}
-
-    def decide(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        super().decide(module, inputs, output)
-        if self.branch == 0:
-            before, self.signals = self.signals, [inputs[0], output]
-            pairs = zip(self.signals, before, strict=False)
-            self.distances = [relative_l1(now, then).item() for now, then in pairs]
-
-    def blocks(self, h: Tensor, **kwargs: Any) -> Tensor:
-        out = super().blocks(h, **kwargs)
-        if self.branch not in self.last:
-            self.last[self.branch] = torch.zeros(out.shape, dtype=torch.float32)
-        parts = (u.split(-(-out.size(1) // 16), dim=1) for u in (h, out, self.last[self.branch]))
-        sums = torch.zeros(2, dtype=torch.float64, device=out.device)  # of the change, of the size
-        for h_part, out_part, last in zip(*parts, strict=True):
-            residual, before = (out_part - h_part).float(), last.to(out.device)
-            sums += torch.stack([(residual - before).abs().sum(), before.abs().sum()])
-            last.copy_(residual)
-        if self.step > 0:
-            change, size = sums.tolist()
-            self.points.append([self.step, self.branch, *self.distances, change / size])
-        return out
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 @contextmanager
-def teacache(
-    model: nn.Module, config: TeaCacheConfig, kind: type[TeaCache] = TeaCache
-) -> Iterator[TeaCache]:
-    """Let one ``generate`` of a Wan2.1 pipeline skip steps.
+def teacache(models: nn.Module | Sequence[nn.Module], config: TeaCacheConfig) -> Iterator[TeaCache]:
+    """Let one ``generate`` of a Wan pipeline skip steps.
 
-        config = TeaCacheConfig.from_fit(FITS[False]["t2v-1.3B"], steps=50)
+        config = TeaCacheConfig.from_row(ROWS["t2v-1.3B"], steps=50)
         with teacache(pipeline.model, config) as cache:
             video = pipeline.generate(prompt, size=(832, 480), sampling_steps=50)
         print(cache.summary())
 
-    model: the pipeline's WanModel or VaceWanModel, or the FSDP wrapper of one. This instance only
-        is touched, and left as it was, also after an error.
-    RuntimeError: the model is in use by another ``teacache``, or takes more steps than configured.
+    models: the pipeline's WanModel or VaceWanModel, or the FSDP wrapper of one; for Wan2.2's
+        A14B both of its models. These instances only are touched, and left as they were, also
+        after an error.
+    Among several processes all must take the same steps, as Wan's own do.
+    RuntimeError: a model is in use by another ``teacache``, takes more steps than configured, or
+        is called otherwise than twice a step.
     """
-    model = getattr(model, "module", model)  # FSDP's
+    cache = TeaCache(config)
+    with ExitStack() as stack:
+        for model in [models] if isinstance(models, nn.Module) else models:
+            stack.enter_context(stand_ins(getattr(model, "module", model), cache))  # FSDP's
+        try:
+            yield cache
+            if cache.calls != 2 * config.steps:
+                cache.end_sampling()
+        finally:
+            cache.release()
+    if cache.calls != 2 * config.steps:
+        log.warning(f"TeaCache: set up for {config.steps} steps, but saw {cache.calls / 2:g}")
+    if cache.schedule.negative:
+        log.warning(
+            f"TeaCache: negative increments at steps {ranges(cache.schedule.negative)}: the "
+            "coefficients are not made for these distances, and too many steps may be skipped"
+        )
+
+
+@contextmanager
+def stand_ins(model: nn.Module, cache: TeaCache) -> Iterator[None]:
+    """Put a cache in the way of one model's forward, blocks and forward_vace."""
     if "blocks" in vars(model):
         raise RuntimeError("this model is in use by another teacache(): leave that one first")
-    cache = kind(model, config)
-
-    forward = functools.wraps(model.forward)(functools.partial(cache.forward))
-    stand_ins = {"forward": forward, "blocks": (cache.blocks,), "forward_vace": cache.forward_vace}
+    parts = ModelParts(
+        forward=model.forward,
+        blocks=model.blocks,
+        forward_vace=getattr(model, "forward_vace", None),  # without VACE it is never asked
+    )
+    forward = functools.wraps(model.forward)(functools.partial(cache.forward, parts))
+    blocks = (functools.partial(cache.blocks, parts),)
+    forward_vace = functools.partial(cache.forward_vace, parts)
     hook = model.time_projection.register_forward_hook(cache.decide)
-    try:
-        with hook, shadow(model, **stand_ins):  # without VACE, forward_vace is never asked
-            yield cache
-    finally:
-        cache.release()
-    if cache.calls != 2 * config.steps:
-        cache.marks.append(time.perf_counter())
-        log.warning(f"TeaCache: set up for {config.steps} steps, but saw {cache.calls / 2:g}")
-    for warning in cache.schedule.warnings():
-        log.warning(f"TeaCache: {warning}")
+    with hook, shadow(model, forward=forward, blocks=blocks, forward_vace=forward_vace):
+        yield
 
 
 # ------------------------------------------------------------------------------------- attention
+# Owns PyTorch's attention in flash-attn's place. Knows the names of Wan's modules.
 
-
-FLASH_ATTENTION = ("flash_attn", "flash_attn_interface")  # 2 and 3; CLIP asks for 2
+FLASH_ATTENTION = {"flash_attn": (8, 0), "flash_attn_interface": (9, 0)}  # 2 and 3, and the
+# compute capability below which their kernels refuse
 
 
 def sdpa_attention(
@@ -494,10 +776,10 @@ def sdpa_attention(
     window_size: tuple[int, int] = (-1, -1),
     version: int | None = None,
 ) -> Tensor:
-    """Wan2.1's ``flash_attention`` by scaled_dot_product_attention, computed in v's dtype.
+    """Wan's ``flash_attention`` by scaled_dot_product_attention, computed in v's dtype.
 
     q [B, Lq, N, C], k and v [B, Lk, N, C], k_lens [B] valid keys; [B, Lq, N, C] in q's dtype comes
-    back. ``version``, of flash-attn, is ignored. NotImplementedError: a window; Wan2.1 has none.
+    back. ``version``, of flash-attn, is ignored. NotImplementedError: a window; Wan has none.
     """
     if tuple(window_size) != (-1, -1):
         raise NotImplementedError(f"window_size {window_size} needs flash-attn")
@@ -505,63 +787,72 @@ def sdpa_attention(
     if k_lens is not None and int(k_lens.min()) < k.size(1):
         mask = torch.arange(k.size(1), device=q.device) < k_lens.to(q.device)[:, None]
         mask = mask[:, None, None]  # [B, 1, 1, Lk]
-    heads_first = (u.to(v.dtype).transpose(1, 2) for u in (q, k, v))
+    heads_first = (heads.to(v.dtype).transpose(1, 2) for heads in (q, k, v))
     out = nn.functional.scaled_dot_product_attention(*heads_first, mask, dropout_p, causal)
     return out.transpose(1, 2).to(q.dtype)
 
 
-def usable_flash_attention() -> list[str]:
-    """Which of flash-attn 2 and 3 can be used; the others are hidden from Wan2.1's import."""
+def usable_flash_attention(capability: tuple[int, int] | None) -> list[str]:
+    """Which of flash-attn 2 and 3 can compute here; the others are hidden from Wan's import.
+
+    capability: the GPU's compute capability; None without one. A package of another torch or CUDA
+    can fail at import with any exception.
+    """
     usable = []
-    for name in FLASH_ATTENTION:
-        try:
-            importlib.import_module(name)
-            usable.append(name)
-        except ImportError:  # also a wheel for another torch; Wan2.1 expects ModuleNotFoundError,
-            sys.modules[name] = None  # type: ignore[assignment]  # which this makes of it
+    for name, needed in FLASH_ATTENTION.items():
+        with suppress(Exception):
+            if capability is not None and capability >= needed:
+                importlib.import_module(name)
+                usable.append(name)
+        if name not in usable:  # Wan expects ModuleNotFoundError, which this makes of an import
+            sys.modules[name] = None  # type: ignore[assignment]
     return usable
 
 
-def install_attention(usable: list[str]) -> None:
-    """Give every module of Wan2.1 an attention that works here."""
+def install_attention(usable: Sequence[str]) -> None:
+    """Give every module of Wan an attention that works here; call it after ``import wan``.
+
+    usable: what ``usable_flash_attention`` gave, [] where there is no flash-attn.
+    """
     if "flash_attn_interface" in usable:
         interface = sys.modules["flash_attn_interface"]
         varlen = interface.flash_attn_varlen_func
 
         @functools.wraps(varlen)
         def in_tuple(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-            out = varlen(*args, **kwargs)  # a tensor from newer versions; Wan2.1 takes [0] of it
+            out = varlen(*args, **kwargs)  # a tensor from newer versions; Wan takes [0] of it
             return out if isinstance(out, tuple) else (out,)
 
         interface.flash_attn_varlen_func = in_tuple
-    wanted = {"wan.modules.clip": {"flash_attn"}, "wan.modules.model": set(FLASH_ATTENTION)}
-    without = [name for name, any_of in wanted.items() if not any_of & set(usable)]
-    for name in without:
-        if name in sys.modules:
-            sys.modules[name].flash_attention = sdpa_attention
-    if without:
-        log.info(f"no flash-attn for {' and '.join(without)}: scaled_dot_product_attention instead")
+    replaced = []
+    for name, module in list(sys.modules.items()):
+        if name.startswith("wan.") and hasattr(module, "flash_attention"):
+            only_2 = name == "wan.modules.clip"  # its calls ask for flash-attn 2
+            if not ({"flash_attn"} if only_2 else set(FLASH_ATTENTION)) & set(usable):
+                module.flash_attention = sdpa_attention
+                replaced.append(name)
+    if replaced:
+        where = " for CLIP" if replaced == ["wan.modules.clip"] else ""
+        log.info(f"TeaCache: no usable flash-attn{where}: scaled_dot_product_attention instead")
 
 
-# ---------------------------------------------------------------------------------- command line
-
-# The row of a task. That of i2v-14B depends on the resolution; VACE and FLF2V borrow theirs.
-TASK_ROWS = {"t2v-1.3B": "t2v-1.3B", "t2v-14B": "t2v-14B", "t2i-14B": "t2v-14B"}
-BORROWED_ROWS = {"vace-1.3B": "t2v-1.3B", "vace-14B": "t2v-14B", "flf2v-14B": "i2v-14B-720P"}
-CALIBRATION = {"version": 1}  # what a teacache.json begins with
-MODES = ("plain", "retention steps")
+# ------------------------------------------------------------------------------------------- Wan
+# Owns what the script needs of a checkout of Wan2.1 or Wan2.2 (import, parser, timesteps, models
+# of a pipeline, VAE) and of a checkpoint (time embedding), and the checks before a weight is
+# loaded. Knows no jobs.
 
 
-def is_rank_0() -> bool:
-    """Whether this process speaks and writes, of all that torchrun has started."""
-    return os.getenv("RANK", "0") == "0"
+class Refused(Exception):
+    """What is wrong with the command, found before any weight is loaded: a line each, exit 2."""
+
+    def __init__(self, *messages: str):
+        super().__init__(*(" ".join(message.split()) for message in messages))
 
 
-def refuse(message: str) -> NoReturn:
-    """Say in one line what is wrong with the command, before any weight is loaded; exit with 2."""
-    if os.getenv("LOCAL_RANK", "0") == "0":
-        print(f"teacache_generate.py: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+def require(condition: Any, message: str) -> None:
+    """Refuse the command unless the condition holds."""
+    if not condition:
+        raise Refused(message)
 
 
 @contextmanager
@@ -569,24 +860,1162 @@ def refusing(what: str, cure: str) -> Iterator[None]:
     """Refuse what cannot be read or written; each decoder and writer has its own exceptions."""
     try:
         yield
+    except Refused:
+        raise
     except Exception as error:
         reason = str(error).strip() or type(error).__name__
-        refuse(f"{what}: {reason.splitlines()[0][:200]}: {cure}")
+        raise Refused(f"{what}: {reason.splitlines()[0][:200]}: {cure}") from error
+
+
+def environment(name: str, default: int) -> int:
+    """A number that torchrun sets for its processes."""
+    return int(os.getenv(name) or default)
+
+
+def is_rank_0() -> bool:
+    """Whether this process speaks and writes, of all that torchrun has started."""
+    return environment("RANK", 0) == 0
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that objects in one line."""
 
     def error(self, message: str) -> NoReturn:
-        refuse(f"{message.removeprefix('argument ')} (see --help)")
+        raise Refused(f"{message.removeprefix('argument ')} (see --help)")
 
 
-def at_least(low: float, allowed: str) -> Callable[[str], float]:
-    """The type of a flag: a finite number from ``low`` on."""
+@dataclass(frozen=True)
+class Release:
+    """What is named otherwise in Wan2.1 and in Wan2.2. All other differences follow from the task's
+    config (``boundary``, ``high_noise_checkpoint``) or from which flags the parser has."""
+
+    name: str
+    video_writer: str  # of generate.py
+    image_writer: str | None
+    vaes: dict[str, str]  # a config's vae_checkpoint: the class in wan.modules.MODULE
+    no_cache: Sequence[str] = ()  # tasks that sample clip after clip, with other models
+
+
+RELEASES = (
+    Release("Wan2.1", "cache_video", "cache_image", {"": "vae.WanVAE"}),
+    Release(
+        "Wan2.2",
+        "save_video",
+        None,
+        {"Wan2.1_VAE.pth": "vae2_1.Wan2_1_VAE", "Wan2.2_VAE.pth": "vae2_2.Wan2_2_VAE"},
+        no_cache=("s2v-14B", "animate-14B"),
+    ),
+)
+
+
+class Wan:
+    """A checkout of Wan2.1 or Wan2.2, imported.
+
+    generate_py: its generate.py. release: what differs.
+    """
+
+    def __init__(self, generate_py: ModuleType, release: Release):
+        self.generate_py, self.release = generate_py, release
+        self.package = sys.modules["wan"]
+        self.writers = [w for w in (release.video_writer, release.image_writer) if w]
+        self.folder = Path(generate_py.__file__).parent
+
+    def config(self, task: str) -> dict[str, Any]:
+        """The model's config of a task: sizes, names of files."""
+        return self.generate_py.WAN_CONFIGS[task]
+
+    def examples(self, task: str) -> dict[str, str]:
+        """The prompt and inputs that generate.py takes where none are given."""
+        return getattr(self.generate_py, "EXAMPLE_PROMPT", {}).get(task, {})
+
+    def pipelines(self) -> dict[str, type]:
+        """The pipeline classes that generate.py looks up in the package when it runs."""
+        return {n: kind for n, kind in vars(self.package).items() if hasattr(kind, "generate")}
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """generate.py's parser and assertions, with their objections in our form."""
+        our_argparse = SimpleNamespace(**{**vars(argparse), "ArgumentParser": Parser})
+        argv = [sys.argv[0], *argv]
+        with shadow(self.generate_py, argparse=our_argparse), shadow(sys, argv=argv):
+            try:
+                args = self.generate_py._parse_args()
+            except AssertionError as error:
+                what = "--ckpt_dir, --task, --size or --frame_num"
+                raise Refused(f"{what}: {error} (see --help)") from error
+        require(
+            args.task not in self.release.no_cache,
+            f"--task {args.task}: it samples clip after clip with other models, which TeaCache is "
+            "not made for: run generate.py itself",
+        )
+        return args
+
+    def vae(self, args: argparse.Namespace) -> Any:
+        """The VAE of a task alone, on the GPU if there is one."""
+        file = self.config(args.task)["vae_checkpoint"]
+        module, kind = self.release.vaes.get(file, next(iter(self.release.vaes.values()))).split(
+            "."
+        )
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        make = getattr(importlib.import_module(f"wan.modules.{module}"), kind)
+        return make(vae_pth=str(Path(args.ckpt_dir) / file), device=device)
+
+    def timesteps(self, args: argparse.Namespace) -> list[int]:
+        """The timesteps of a run, by Wan's own schedulers."""
+        solvers = importlib.import_module("wan.utils.fm_solvers")
+        train = self.config(args.task)["num_train_timesteps"]
+        common = {"num_train_timesteps": train, "shift": 1, "use_dynamic_shifting": False}
+        if args.sample_solver != "unipc":
+            scheduler = solvers.FlowDPMSolverMultistepScheduler(**common)
+            sigmas = solvers.get_sampling_sigmas(args.sample_steps, args.sample_shift)
+            return solvers.retrieve_timesteps(scheduler, device="cpu", sigmas=sigmas)[0].tolist()
+        unipc = importlib.import_module("wan.utils.fm_solvers_unipc")
+        scheduler = unipc.FlowUniPCMultistepScheduler(**common)
+        scheduler.set_timesteps(args.sample_steps, device="cpu", shift=args.sample_shift)
+        timesteps = scheduler.timesteps.tolist()
+        require(
+            timesteps[:1] != timesteps[1:2],
+            f"--sample_steps {args.sample_steps} --sample_shift {args.sample_shift}: the first two "
+            "timesteps are equal, with which unipc fails at the last step: fewer steps, or dpm++",
+        )
+        return timesteps
+
+
+def models_of(pipeline: Any) -> list[nn.Module]:
+    """The transformers of a pipeline, in the order in which they sample."""
+    if hasattr(pipeline, "high_noise_model"):
+        return [pipeline.high_noise_model, pipeline.low_noise_model]
+    return [pipeline.model]
+
+
+def transformer_folders(ckpt_dir: str, config: dict[str, Any]) -> list[Path]:
+    """The folders of a checkpoint's transformers, in the order in which they sample."""
+    names = [config.get(f"{noise}_noise_checkpoint") for noise in ("high", "low")]
+    return [Path(ckpt_dir) / name for name in names if name] or [Path(ckpt_dir)]
+
+
+def switch_of(timesteps: Sequence[float], config: dict[str, Any]) -> int | None:
+    """The first step of the second of two transformers, None if only one samples."""
+    boundary = config.get("boundary", 0) * TRAIN_TIMESTEPS
+    switch = sum(timestep >= boundary for timestep in timesteps)
+    return switch if 0 < switch < len(timesteps) else None
+
+
+def guided_steps(
+    scale: float | Sequence[float], steps: int, switch: int | None, until: float
+) -> int | None:
+    """On how many steps guidance needs the unconditional branch; None for all of them.
+
+    scale: Wan's guide_scale, of Wan2.2 a pair (low noise, high noise). At 1 the unconditional
+    output is multiplied by 0. until: the share of the steps that are asked for.
+    """
+    low, high = (scale, scale) if isinstance(scale, (int, float)) else scale
+    guided = steps if low != 1 else (0 if high == 1 else switch or steps)
+    guided = min(guided, round(until * steps))
+    return None if guided == steps else guided
+
+
+PACKAGES = {"cv2": "opencv-python", "PIL": "pillow", "skimage": "scikit-image"}  # by other names
+
+
+def import_wan(wan_repo: str | None, generates: bool) -> Wan:
+    """Wan's generate.py, imported. Only to generate does it need and touch CUDA."""
+    script = Path(__file__)
+    folders = [Path(wan_repo)] if wan_repo else [script.parent, script.resolve().parent, Path.cwd()]
+    found = [f for f in folders if (f / "generate.py").is_file() and (f / "wan").is_dir()]
+    looked = " or ".join(dict.fromkeys(str(folder.resolve()) for folder in folders))
+    require(
+        found,
+        f"--wan_repo {wan_repo or '(not given)'}: no generate.py beside a package wan in {looked}: "
+        "git clone https://github.com/Wan-Video/Wan2.1 and copy this script into it",
+    )
+    sys.path.insert(0, str(found[0].resolve()))
+    cuda = generates and torch.cuda.is_available()
+    usable = usable_flash_attention(compute_capability() if cuda else None)
+    no_gpu = {} if generates else {"current_device": lambda: 0}
+    with shadow(torch.cuda, **no_gpu):  # wan/modules/t5.py asks for the device when imported
+        try:
+            generate_py = importlib.import_module("generate")
+        except Exception as error:
+            raise Refused(why_no_import(error, cuda_needed=generates and not cuda)) from error
+    releases = [r for r in RELEASES if hasattr(generate_py, r.video_writer)]
+    needed = ("_parse_args", "generate", "WAN_CONFIGS")
+    missing = [name for name in needed if not hasattr(generate_py, name)]
+    missing += [] if releases else [" or ".join(release.video_writer for release in RELEASES)]
+    require(
+        not missing,
+        f"--wan_repo {found[0]}: its generate.py has no {', '.join(missing)}: it is not that of "
+        "Wan2.1 or Wan2.2, or a fork too far from them",
+    )
+    if hasattr(generate_py, "_init_logging"):
+        generate_py._init_logging(environment("RANK", 0))  # only rank 0 speaks
+    install_attention(usable)
+    return Wan(generate_py, releases[0])
+
+
+def compute_capability() -> tuple[int, int]:
+    """That of this process's GPU."""
+    device, there = environment("LOCAL_RANK", 0), torch.cuda.device_count()
+    require(
+        device < there,
+        f"LOCAL_RANK {device}: there are {there} GPUs: start by torchrun, or unset LOCAL_RANK",
+    )
+    return torch.cuda.get_device_capability(device)
+
+
+def why_no_import(error: Exception, cuda_needed: bool) -> str:
+    """What to do about an exception from importing Wan, in one line."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.split(".")[0]
+        install = PACKAGES.get(package, package)
+        return f"Wan cannot be imported: {reason}: pip install {install}"
+    if "torchvision" in reason:
+        cure = f"install the torchvision that was built for torch {torch.__version__}"
+        return f"Wan cannot be imported: {reason}: {cure}"
+    if cuda_needed and not isinstance(error, ImportError) and re.search("(?i)cuda|nvidia", reason):
+        cure = f"see nvidia-smi, and whether torch {torch.__version__} is a CUDA build"
+        return f"no CUDA device, and Wan needs one ({reason}): {cure}"
+    cure = "install what its requirements.txt lists"
+    return f"Wan cannot be imported: {type(error).__name__}: {reason}: {cure}"
+
+
+# What the time embedding of a checkpoint says, for the plan
+
+
+def tensor_files(folder: Path) -> dict[str | None, Path]:
+    """The file of each of a transformer's tensors; {None: file} where one file has them all."""
+    names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+    for name in names:  # in the order in which from_pretrained looks
+        index = folder / f"{name}.index.json"
+        if (folder / name).exists():
+            return {None: folder / name}
+        if index.is_file():
+            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return {tensor: folder / file for tensor, file in files.items()}
+    return {None: folder / names[0]}
+
+
+def read_tensor(folder: Path, name: str) -> Any:
+    """One tensor of a transformer, of which nothing is read before it is sliced."""
+    files = tensor_files(folder)
+    file = files.get(name) or files[None]
+    if file.suffix == ".safetensors":
+        return safetensors.safe_open(file, "pt").get_slice(name)
+    return torch.load(file, mmap=True, weights_only=True, map_location="cpu")[name]
+
+
+def signal_distances(folder: Path, timesteps: Sequence[float], mode: str) -> list[float]:
+    """The relative L1 distances of one transformer's signal, one less than timesteps."""
+
+    def linear(x: Tensor, layer: str, rows: slice = slice(None)) -> Tensor:
+        weight, bias = (read_tensor(folder, f"{layer}.{p}")[rows] for p in ("weight", "bias"))
+        return nn.functional.linear(x, weight.float(), bias.float())
+
+    sinusoid = sys.modules["wan.modules.model"].sinusoidal_embedding_1d
+    freq_dim = read_tensor(folder, "time_embedding.0.weight")[:1].shape[1]
+    e = linear(sinusoid(freq_dim, torch.tensor(timesteps)).float(), "time_embedding.0")
+    signals = [linear(nn.functional.silu(e), "time_embedding.2")]
+    if mode == RETENTION:  # e0, one of its six parts at a time: for 14B it has 0.6 GB of weights
+        e, dim = nn.functional.silu(signals[0]), signals[0].size(1)
+        sixths = (slice(i * dim, (i + 1) * dim) for i in range(6))
+        signals = (linear(e, "time_projection.1", rows) for rows in sixths)
+    change, size = 0.0, 0.0
+    for part in signals:
+        change = change + part.diff(dim=0).abs().sum(1)
+        size = size + part[:-1].abs().sum(1)
+    return (change / size).tolist()
+
+
+def distances_of(
+    folders: Sequence[Path], timesteps: Sequence[float], mode: str, switch: int | None = None
+) -> list[float | None]:
+    """The distance of each step to the one before, read out of the weights; the first is None.
+
+    mode: that of the config; "sigma" has no distances, and reads nothing. switch: the first step of
+    the second folder's transformer, whose distances begin anew.
+    """
+    if mode == SIGMA:
+        return [None] * len(timesteps)
+    halves = [timesteps[:switch], timesteps[switch:]] if switch else [timesteps]
+    distances: list[float | None] = []
+    for folder, part in zip(folders, halves, strict=False):
+        with refusing(
+            f"--ckpt_dir {folder}: its time embedding cannot be read",
+            "download it again, or take --teacache_model sigma, which needs none",
+        ):
+            distances += [None, *signal_distances(folder, part, mode)]
+    return distances
+
+
+# Checks before a weight is loaded
+
+
+def check_numbers(wan: Wan, args: argparse.Namespace) -> None:
+    """Numbers that the VAE, the sampler and the processes of torchrun can work with."""
+    frames, processes = args.frame_num, environment("WORLD_SIZE", 1)
+    below = max((frames - 1) // 4, 0) * 4 + 1
+    require(frames == below, f"--frame_num {frames}: must be 4n+1, such as {below} or {below + 4}")
+    pipeline = wan.pipelines().get(f"Wan{args.task.split('-')[0].upper()}")
+    only_81 = pipeline is not None and "ones(1, 81" in inspect.getsource(pipeline.generate)
+    require(
+        frames == 81 or not only_81,
+        f"--frame_num {frames}: must be 81 for {args.task}, as Wan2.1 has it",
+    )
+    steps, shift, scale = args.sample_steps, args.sample_shift, args.sample_guide_scale
+    require(steps >= 1, f"--sample_steps {steps}: must be 1 or more, such as 50")
+    require(0 < shift < math.inf, f"--sample_shift {shift}: must be positive, such as 5")
+    require(np.isfinite(scale).all(), f"--sample_guide_scale {scale}: must be a number, as 5")
+    require(args.base_seed < 2**63, f"--base_seed {args.base_seed}: must be under 2**63")
+    require(
+        processes > 1 or not (args.t5_fsdp or args.dit_fsdp),
+        f"--t5_fsdp {args.t5_fsdp} --dit_fsdp {args.dit_fsdp}: must be started by "
+        "torchrun --nproc_per_node=N, N above 1",
+    )
+    ulysses, ring = args.ulysses_size, getattr(args, "ring_size", 1)
+    require(
+        ulysses * ring in (1, processes) and min(ulysses, ring) > 0,
+        f"--ulysses_size {ulysses} --ring_size {ring}: their product must be the number of "
+        f"processes, {processes} here; torchrun --nproc_per_node={ulysses * ring}",
+    )
+    needs_xfuser = ulysses * ring > 1 and hasattr(args, "ring_size")
+    require(
+        not needs_xfuser or importlib.util.find_spec("xfuser"),
+        f"--ulysses_size {ulysses} --ring_size {ring}: No module named 'xfuser': "
+        "pip install 'xfuser>=0.4.1'",
+    )
+
+
+def damage(file: Path) -> str | None:
+    """What is wrong with a file of weights, by its size and its ends; None if nothing is seen."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        head = opened.read(64)
+        if size == 0:
+            return "is empty: download this file again"
+        if head.startswith(b"version https://git-lfs"):
+            return "is a git-lfs pointer, not the file: run git lfs pull in its folder"
+        if file.suffix == ".safetensors":
+            header = int.from_bytes(head[:8], "little")
+            if header > size:
+                return "is cut short: download this file again"
+            opened.seek(8)
+            ends = [
+                t["data_offsets"][1]
+                for t in json.loads(opened.read(header)).values()
+                if "data_offsets" in t
+            ]
+            expected = 8 + header + max(ends, default=0)
+            if size != expected:
+                return f"has {size:,} bytes of {expected:,}: download this file again"
+        elif head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(file):
+            return "is cut short: download this file again"  # an older pickle has no such sign
+    return None
+
+
+def foreign_checkpoint(folder: Path, config: dict[str, Any]) -> str | None:
+    """What a folder is that other code is for."""
+    if (folder / "model_index.json").is_file():
+        return "is a -Diffusers checkpoint: download the one of the same name without -Diffusers"
+    if (folder / "high_noise_model").is_dir() and "high_noise_checkpoint" not in config:
+        return "is a Wan2.2 A14B checkpoint: give its task, with --wan_repo a checkout of Wan2.2"
+    if (folder / "Wan2.2_VAE.pth").is_file() and config["vae_checkpoint"] != "Wan2.2_VAE.pth":
+        return "is a Wan2.2 5B checkpoint: give its task, with --wan_repo a checkout of Wan2.2"
+    return None
+
+
+def check_checkpoint(args: argparse.Namespace, config: dict[str, Any], all_parts: bool) -> None:
+    """Every file that will be loaded is there and whole, and the transformer is the task's."""
+    folder = Path(args.ckpt_dir)
+    require(
+        folder.is_dir(), f"--ckpt_dir {folder}: must be a folder with a checkpoint of {args.task}"
+    )
+    foreign = foreign_checkpoint(folder, config)
+    require(not foreign, f"--ckpt_dir {folder}: {foreign}")
+    for transformer in transformer_folders(args.ckpt_dir, config):
+        check_transformer(args, transformer, config)
+    if not all_parts:
+        return
+    parts = [file for key, file in config.items() if key.endswith(("_checkpoint", "_tokenizer"))]
+    for name in parts:
+        if "noise" not in name:
+            check_part(args, folder / name)
+
+
+def check_part(args: argparse.Namespace, path: Path) -> None:
+    """A file of weights, or a folder of a tokenizer, is there and whole."""
+    what = f"--ckpt_dir {args.ckpt_dir}: {path.name}"
+    require(path.exists(), f"{what} is missing, and --task {args.task} needs it: download it")
+    files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
+    require(files, f"{what} is an empty folder: download it again")
+    for file in files:
+        with refusing(f"--ckpt_dir {args.ckpt_dir}: {file.name}", "download this file again"):
+            fault = damage(file)
+        require(not fault, f"--ckpt_dir {args.ckpt_dir}: {file.name} {fault}")
+
+
+def check_transformer(args: argparse.Namespace, folder: Path, config: dict[str, Any]) -> None:
+    """A transformer's files are there and whole, and it is of the task's kind and size."""
+    what = f"--ckpt_dir {folder}: damaged, incomplete or not of --task {args.task}"
+    with refusing(what, "download it again, or give the task or the folder that fits"):
+        for file in [folder / "config.json", *sorted(set(tensor_files(folder).values()))]:
+            check_part(args, file)
+        found = dict(json.loads((folder / "config.json").read_text(encoding="utf-8-sig")))
+        kind = args.task.split("-")[0].replace("t2i", "t2v")
+        if found.get("model_type", kind) not in {kind, kind.replace("flf2v", "i2v")}:
+            raise ValueError(f"a {found['model_type']} transformer, not one of --task {args.task}")
+        if found.get("dim") != config["dim"]:
+            dims = f"dim {found.get('dim')}, that of --task {args.task} {config['dim']}"
+            raise ValueError(f"its transformer has {dims} (1536 is 1.3B, 3072 5B, 5120 14B)")
+
+
+INPUTS = ("image", "first_frame", "last_frame", "src_video", "src_mask", "src_ref_images")
+
+
+def inputs_of(args: argparse.Namespace, examples: dict[str, str]) -> dict[str, str]:
+    """The flags whose files generate.py will open, with their files."""
+    kind = args.task.split("-")[0]
+    used = {
+        "i2v": ("image",),
+        "ti2v": ("image",),
+        "flf2v": ("first_frame", "last_frame"),
+        "vace": ("src_video", "src_mask", "src_ref_images"),
+    }.get(kind, ())
+    found = {}
+    for name in used:
+        value = getattr(args, name, None)
+        if value is None and (kind != "vace" or args.prompt is None):
+            value = examples.get(name)
+        if value is not None:
+            found[name] = value
+    return found
+
+
+def check_inputs(args: argparse.Namespace, examples: dict[str, str]) -> None:
+    """Every image and video that generate.py will open is there and can be read."""
+    for name in ("ckpt_dir", "save_file", *INPUTS):
+        require(
+            getattr(args, name, None) != "",
+            f'--{name} "": is empty, as of an unset shell variable: give a file or leave it out',
+        )
+    if args.task.startswith("flf2v"):
+        require(
+            bool(args.first_frame) == bool(args.last_frame),
+            "--first_frame, --last_frame: give both, or Wan2.1 takes its example for both",
+        )
+    for name in ("src_video", "src_mask", "src_ref_images"):
+        value = getattr(args, name, None)
+        require(
+            value is None or args.prompt is not None or not args.task.startswith("vace"),
+            f"--{name} {value}: needs --prompt, or Wan2.1 takes its example instead",
+        )
+    for name, value in inputs_of(args, examples).items():
+        for file in value.split(",") if name == "src_ref_images" else [value]:
+            with refusing(f"--{name} {file}: cannot be read", "give a file that is there"):
+                if name in ("src_video", "src_mask"):  # as Wan2.1 reads them, and does not require
+                    video_reader()(file)[0]
+                else:
+                    Image.open(file).convert("RGB")
+
+
+def video_reader() -> Any:
+    try:
+        return importlib.import_module("decord").VideoReader
+    except ImportError as error:
+        raise ImportError(f"{error}: pip install decord") from error
+
+
+def check_prompt_extension(wan: Wan, args: argparse.Namespace) -> None:
+    """What a prompt expander needs is there, as far as can be told without loading it."""
+    if not args.use_prompt_extend:
+        return
+    flags = f"--use_prompt_extend --prompt_extend_method {args.prompt_extend_method}"
+    if args.prompt_extend_method == "dashscope":
+        require(importlib.util.find_spec("dashscope"), f"{flags}: pip install dashscope")
+        require(
+            os.getenv("DASH_API_KEY"),
+            f"{flags}: needs a key: export DASH_API_KEY=..., or --prompt_extend_method local_qwen",
+        )
+        return
+    model = args.prompt_extend_model
+    known = getattr(getattr(wan.generate_py, "QwenPromptExpander", None), "model_dict", {})
+    is_hub_name = model and re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith(".")
+    require(
+        model is None or model in known or is_hub_name or Path(model).exists(),
+        f"--prompt_extend_model {model}: is neither a folder nor one of {', '.join(known)}",
+    )
+
+
+def check_target(wan: Wan, args: argparse.Namespace) -> None:
+    """Two frames go through Wan's own writer, into the folder and with the ending asked for."""
+    image, printed = args.task.startswith("t2i"), io.StringIO()
+    target = Path(args.save_file).absolute()
+    ending, cure = (".png", "") if image else (".mp4", "; have ffmpeg (pip install imageio-ffmpeg)")
+    with (
+        refusing(
+            f"--save_file {target}: cannot be written",
+            f"give a {ending} in a folder that is there{cure}",
+        ),
+        tempfile.TemporaryDirectory(dir=target.parent) as folder,
+        redirect_stderr(io.StringIO()),
+        redirect_stdout(printed),
+    ):
+        if target.is_dir() or not target.suffix:
+            raise OSError("no file with an ending")
+        if target.exists():
+            target.open("r+b").close()
+        frames = torch.linspace(-1, 1, 2).view(1, 1, 2, 1, 1).expand(1, 3, 2, 64, 64)
+        probe = f"{folder}/probe{target.suffix}"
+        write_video(wan, frames[0, :, :1] if image else frames[0], probe, 16, image)
+
+
+# Writing, and reading back what was written
+
+
+def write_video(wan: Wan, video: Tensor, file: str, fps: int, image: bool) -> None:
+    """A video [3, F, H, W] in [-1, 1], or its one frame, by Wan's writer. OSError: not all."""
+    options = {"nrow": 1, "normalize": True, "value_range": (-1, 1)}
+    if image:
+        write = getattr(wan.generate_py, wan.release.image_writer)
+        checked(write, tensor=video.squeeze(1)[None], save_file=file, **options)
+    else:
+        write = getattr(wan.generate_py, wan.release.video_writer)
+        checked(write, tensor=video[None], save_file=file, fps=fps, **options)
+
+
+def checked(write: Callable, *args: Any, **kwargs: Any) -> str:
+    """Call a writer of Wan, which hides its errors. OSError: the file does not hold the frames."""
+    call = inspect.signature(write).bind(*args, **kwargs)
+    if "retry" in inspect.signature(write).parameters:
+        call.arguments["retry"] = 1  # a second try of Wan2.1's overwrites the reason of the first
+    tensor, file = call.arguments["tensor"], str(call.arguments["save_file"])
+    with logged_and_printed() as printed:
+        write(*call.args, **call.kwargs)
+    try:
+        check_written(file, tensor.size(2) if tensor.dim() == 5 else 1)
+    except OSError as error:
+        raise OSError(f"{error}: {why_not_written(file, printed.getvalue())}") from error
+    return file
+
+
+@contextmanager
+def logged_and_printed() -> Iterator[io.StringIO]:
+    """What is printed and logged meanwhile: Wan2.1's writer prints its error, Wan2.2's logs it."""
+    text = io.StringIO()
+    handler = logging.StreamHandler(text)
+    logging.getLogger().addHandler(handler)
+    try:
+        with redirect_stdout(text):
+            yield text
+    finally:
+        logging.getLogger().removeHandler(handler)
+
+
+def why_not_written(file: str, printed: str) -> str:
+    """The reason, as far as anybody tells it."""
+    folder = Path(file).absolute().parent
+    if folder.is_dir() and shutil.disk_usage(folder).free < 2**20:
+        return "the disk is full (No space left on device)"
+    try:
+        open(file, "ab").close()
+    except OSError as error:
+        return str(error)
+    return printed.strip() or "its writer gives no reason"
+
+
+def check_written(file: str, frames: int) -> None:
+    """OSError: the file does not hold the frames, since the disk was full, or ffmpeg failed."""
+    try:
+        if Path(file).suffix.lower() in Image.registered_extensions():
+            with Image.open(file) as picture:
+                found = sum(frame.load() is not None for frame in ImageSequence.Iterator(picture))
+            found = frames if found else 0  # equal frames are merged into one
+        else:
+            with imageio.get_reader(file) as reader:
+                found = sum(1 for _ in reader)
+    except Exception as error:  # each decoder has its own
+        raise OSError(f"{file} does not hold {frames} frames: {error!r:.200}") from error
+    if found < frames:
+        raise OSError(f"{file} does not hold {frames} frames, but {found}")
+
+
+# ------------------------------------------------------------------------------------------ jobs
+# Owns runs of Wan's own generate(args), one or many with one pipeline: latents on disk before they
+# are decoded, the table, the comparison, the report. Knows no flags of ours but as settings.
+
+
+@dataclass
+class Job:
+    """One video to be made: generate.py's flags, and how TeaCache is set."""
+
+    args: argparse.Namespace
+    config: TeaCacheConfig
+    row: str  # whose coefficients, and why
+    planned: Schedule
+    by_default: bool = False  # neither a threshold nor a speed-up was asked for
+    label: str = ""  # in a comparison
+    noise: float = 0.0  # added to the latents that the model sees at the first step
+
+    @property
+    def is_image(self) -> bool:
+        return self.args.task.startswith("t2i")
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, or a signal that ends a process."""
+
+    def __init__(self, number: int):
+        self.number = number
+        super().__init__(signal.Signals(number).name)
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a run as Ctrl-C does. What was ignored (nohup) stays ignored."""
+
+    def stop(number: int, frame: Any) -> NoReturn:
+        raise Stopped(number)
+
+    numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    before = {n: signal.getsignal(n) for n in numbers if n is not None}
+    try:
+        for number, handler in before.items():
+            if handler != signal.SIG_IGN:
+                signal.signal(number, stop)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """A path, and then the same with a number before its ending: x.mp4, x.2.mp4, x.3.mp4."""
+    yield path
+    stem, dot, ending = path.name.partition(".")
+    for i in range(2, 1000):
+        yield path.with_name(f"{stem}.{i}{dot}{ending}")
+
+
+def default_target(args: argparse.Namespace, prompt: str, mark: str) -> str:
+    """A name for a video, told by what it is of; ``mark`` tells it from others."""
+    words = "_".join(re.findall(r"\w+", prompt))[:50]
+    ending = ".png" if args.task.startswith("t2i") else ".mp4"
+    return f"{args.task}_{args.size.replace('*', 'x')}_{words}_{mark}{ending}"
+
+
+def latents_path(target: Path) -> Path:
+    return target.with_name(f"{target.name.removesuffix(target.suffix)}.latents.pt")
+
+
+def write_ahead(latents: Sequence[Tensor], job: Job, fps: int) -> Path | None:
+    """Put latents, and what it takes to make the video of them, on disk: beside the target, or in
+    the folder for temporary files. None, and an error in the log, if neither can be written.
+
+    Plain types only, for ``torch.load(weights_only=True)``.
+    """
+    target = Path(job.args.save_file).absolute()
+    content = {
+        "version": 1,
+        "latents": [latent.detach().cpu() for latent in latents],
+        "task": job.args.task,
+        "ckpt_dir": str(Path(job.args.ckpt_dir).absolute()),
+        "save_file": str(target),
+        "fps": fps,
+        "seed": job.args.base_seed,
+        "prompt": job.args.prompt,
+    }
+    for folder in (target.parent, Path(tempfile.gettempdir())):
+        try:
+            return write_exclusively(content, latents_path(folder / target.name))
+        except (OSError, RuntimeError) as error:
+            log.error(f"TeaCache: latents cannot be kept in {folder}: {error}")
+    return None
+
+
+def write_exclusively(content: dict[str, Any], path: Path) -> Path:
+    """torch.save under a name that nobody has: a second run gets another one."""
+    for free in numbered(path):
+        with suppress(FileExistsError), free.open("xb") as file:
+            try:
+                torch.save(content, file)
+                return free
+            except BaseException:
+                free.unlink()
+                raise
+    raise OSError(f"{path} and 998 more are there")
+
+
+def decode_command(wan: Wan, latents: Path) -> str:
+    """The command line that makes a video of kept latents, quoted for this system's shell."""
+    script = str(Path(__file__).absolute())
+    argv = [
+        sys.executable,
+        script,
+        "--wan_repo",
+        str(wan.folder),
+        "--teacache_decode",
+        str(latents),
+    ]
+    return subprocess.list2cmdline(argv) if os.name == "nt" else shlex.join(argv)
+
+
+def synchronize() -> None:
+    """Wait for the GPU, so that the next mark of time is of what was asked before it."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def nudged(models: Sequence[nn.Module], std: float) -> Iterator[None]:
+    """Noise on the latents that the model sees at the first step: on both branches and all ranks
+    the same."""
+    calls = iter(range(2))
+
+    def add(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if std == 0 or next(calls, None) is None:
+            return None
+        generator = torch.Generator().manual_seed(0)
+        latents = [x + std * torch.randn(x.shape, generator=generator).to(x) for x in args[0]]
+        return (latents, *args[1:])
+
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(model.register_forward_pre_hook(add))
+        yield
+
+
+class Run:
+    """One run of generate(args), and what stands in its way: what was measured and made."""
+
+    def __init__(self, wan: Wan, job: Job, keep_frames: bool = False):
+        self.wan, self.job, self.keep_frames = wan, job, keep_frames
+        self.cache: TeaCache | None = None
+        self.frames: np.ndarray | None = None  # uint8 [F, H, W, 3], if they are kept
+        self.latents: Path | None = None
+        self.seconds: dict[str, float] = {}  # by phase
+        self.failure: Exception | None = None
+        self.status = "started"
+
+    def sample(self, pipeline: Any, generate: Callable, *args: Any, **kwargs: Any) -> Tensor | None:
+        """In place of a pipeline's ``generate``, and around it."""
+        models, job = models_of(pipeline), self.job
+        decode = functools.partial(self.decode, pipeline.vae.decode)
+        began = time.perf_counter()
+        with (
+            nudged(models, job.noise),
+            teacache(models, job.config) as self.cache,
+            shadow(pipeline.vae, decode=decode),
+        ):
+            video = generate(*args, **kwargs)
+        if self.cache.marks:
+            self.seconds["encode"] = self.cache.marks[0] - began
+            self.seconds["sampling"] = self.cache.seconds
+        if job.config.thresh > 0 or not job.label:
+            log.info(self.cache.summary())
+        if job.planned.computed != self.cache.schedule.computed:
+            log.warning(
+                f"TeaCache: planned were {len(job.planned.computed)} steps, {job.planned.marks()}, "
+                f"and computed {len(self.cache.schedule.computed)}, {self.cache.schedule.marks()}"
+            )
+        return video
+
+    def decode(self, decode: Callable, latents: list[Tensor], *args: Any) -> list[Tensor]:
+        """In place of ``vae.decode``, on rank 0. A failure waits until the ranks are together."""
+        synchronize()
+        began = time.perf_counter()
+        try:
+            fps = self.wan.config(self.job.args.task)["sample_fps"]
+            self.latents = write_ahead(latents, self.job, fps)
+            if not all(latent.isfinite().all() for latent in latents):
+                raise FloatingPointError("the latents are not finite: a video of them is black")
+            video = decode(latents, *args)
+            synchronize()
+            if self.keep_frames:
+                self.frames = to_bytes(video[0])
+            return video
+        except Exception as error:
+            self.failure = error
+            return [torch.zeros(3, 1, 16, 16)]
+        finally:
+            self.seconds["decode"] = time.perf_counter() - began
+
+    def write(self, write: Callable, *args: Any, **kwargs: Any) -> str | None:
+        """In place of Wan's writer, on rank 0: the file is read back, then the latents go."""
+        if self.failure:
+            return None
+        began = time.perf_counter()
+        try:
+            file = checked(write, *args, **kwargs)
+        except Exception as error:
+            self.failure = error
+            return None
+        finally:
+            self.seconds[write.__name__] = time.perf_counter() - began
+        if self.latents:
+            self.latents.unlink(missing_ok=True)
+            self.latents = None
+        return file
+
+    def explain(self, error: BaseException) -> None:
+        """Say what went wrong, and how to go on."""
+        log.error(f"TeaCache: {self.job.args.save_file}: failed: {error!r}")
+        if self.latents:
+            log.error(
+                f"TeaCache: its latents are in {self.latents}; this makes the video of them:\n"
+                f"{decode_command(self.wan, self.latents)}"
+            )
+
+    def report(self) -> dict[str, Any]:
+        """All that is known, as far as the run came."""
+        job, cache = self.job, self.cache
+        report = {
+            "status": self.status,
+            "file": job.args.save_file,
+            "settings": vars(job.args),
+            "row": job.row,
+            "config": asdict(job.config),
+            "seconds": self.seconds,
+            "latents": str(self.latents) if self.latents else None,
+        }
+        if job.label:
+            report["label"] = job.label
+        if cache and cache.marks:
+            drifts = {
+                drift.step: {"hold": drift.hold, "line": drift.line} for drift in cache.drifts
+            }
+            report["computed"] = cache.schedule.computed
+            report["passes"] = cache.schedule.passes
+            report["drift"] = {"hold": cache.drift(0), "line": cache.drift(1)}
+            report["steps"] = [
+                {**asdict(step), "drift": drifts.get(i)}
+                for i, step in enumerate(cache.schedule.steps)
+            ]
+        return report
+
+
+def to_bytes(video: Tensor) -> np.ndarray:
+    """[3, F, H, W] in [-1, 1] to uint8 [F, H, W, 3] in the CPU's memory, as Wan's writer does."""
+    levels = (video.cpu().clamp(-1, 1) + 1) / 2 * 255
+    return levels.byte().permute(1, 2, 3, 0).numpy()
+
+
+def once(make: Callable) -> Callable:
+    """A function whose first result is that of all its calls."""
+    made: list[Any] = []
+
+    @functools.wraps(make)
+    def maker(*args: Any, **kwargs: Any) -> Any:
+        if not made:
+            made.append(make(*args, **kwargs))
+        return made[0]
+
+    return maker
+
+
+class Session:
+    """Runs in this process, with one pipeline, one process group and one prompt expander.
+
+    report: a file that says what is known, from the beginning on. settings: what it says of all.
+    """
+
+    def __init__(self, wan: Wan, report: str | None, settings: dict[str, Any]):
+        self.wan, self.settings = wan, settings
+        self.report = Path(report) if report and is_rank_0() else None
+        self.runs: list[Run] = []
+        self.pipelines = {name: once(kind) for name, kind in wan.pipelines().items()}
+        self.loading = False
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Around all runs: what generate(args) makes each time is made once."""
+        generate_py, destroyed = self.wan.generate_py, []
+        names = ("DashScopePromptExpander", "QwenPromptExpander")
+        expanders = {n: once(getattr(generate_py, n)) for n in names if hasattr(generate_py, n)}
+        with ExitStack() as stack:
+            stack.enter_context(shadow(generate_py, **expanders))
+            group = {
+                "init_process_group": once(dist.init_process_group),
+                "destroy_process_group": lambda *args: destroyed.append(args),
+            }
+            stack.enter_context(shadow(dist, **group))
+            if "xfuser" in self.settings["parallel"]:
+                xfuser = importlib.import_module("xfuser.core.distributed")
+                makers = ("init_distributed_environment", "initialize_model_parallel")
+                stack.enter_context(
+                    shadow(xfuser, **{name: once(getattr(xfuser, name)) for name in makers})
+                )
+            yield
+        if destroyed and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def pipeline(self, name: str, run: Run, *args: Any, **kwargs: Any) -> Any:
+        """In place of a pipeline class: the one that is there, or a new one."""
+        self.loading = True
+        pipeline = self.pipelines[name](*args, **kwargs)
+        generate = functools.partial(type(pipeline).generate, pipeline)
+        pipeline.generate = functools.partial(run.sample, pipeline, generate)
+        return pipeline
+
+    def run(self, job: Job, keep_frames: bool = False) -> Run:
+        """One video. Whatever goes wrong is raised, when all ranks are past it."""
+        run = Run(self.wan, job, keep_frames)
+        self.runs.append(run)
+        generate_py = self.wan.generate_py
+        pipelines = {n: functools.partial(self.pipeline, n, run) for n in self.pipelines}
+        writers = {n: self.writer(run, getattr(generate_py, n)) for n in self.wan.writers}
+        try:
+            with shadow(self.wan.package, **pipelines), shadow(generate_py, **writers):
+                generate_py.generate(job.args)
+            if run.failure:
+                raise run.failure
+            if run.cache is None:
+                raise RuntimeError("no pipeline of this Wan has run with TeaCache")
+            run.status = "finished"
+        except BaseException as error:
+            run.status = f"failed: {error!r}"
+            if isinstance(error, Exception) and not self.loading:
+                raise Refused(f"{type(error).__name__}: {error} (see --help)") from error
+            run.explain(error)
+            raise
+        finally:
+            self.write_report()
+        return run
+
+    @staticmethod
+    def writer(run: Run, write: Callable) -> Callable:
+        return functools.wraps(write)(functools.partial(run.write, write))
+
+    def run_all(self, jobs: Sequence[Job]) -> list[Run]:
+        """One video after the other; the runs that failed. Only one process goes on after one."""
+        failed, seconds = [], []
+        for i, job in enumerate(jobs):
+            if len(jobs) > 1:
+                to_go = np.mean(seconds) * (len(jobs) - i) / 60 if seconds else 0
+                eta = f", about {to_go:.0f} min to go" if seconds else ""
+                log.info(f"TeaCache: video {i + 1} of {len(jobs)}{eta}: {job.args.save_file}")
+            began = time.perf_counter()
+            try:
+                self.run(job)
+            except Exception as error:
+                run = self.runs[-1]
+                if isinstance(error, Refused) or (across_ranks() and error is not run.failure):
+                    raise  # the other ranks are somewhere else
+                log.error("TeaCache: here is where:", exc_info=error)
+                failed.append(run)
+                error = None
+                gc.collect()
+                torch.cuda.empty_cache()
+            seconds.append(time.perf_counter() - began)
+        if len(jobs) > 1:
+            for line in table(self.runs):
+                log.info(line)
+        return failed
+
+    def write_report(self) -> None:
+        """For --teacache_report; what cannot be written is said, and hides nothing."""
+        if not self.report:
+            return
+        cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+        common = {
+            **self.settings,
+            "device": torch.cuda.get_device_name() if cuda else "cpu",
+            "peak_gpu_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
+            "versions": {"python": sys.version, "torch": torch.__version__},
+        }
+        reports = [run.report() for run in self.runs]
+        content = {**common, "videos": reports}
+        if len(reports) == 1:
+            content |= reports[0]
+        try:
+            self.report.write_text(json.dumps(content, indent=1, default=str))
+        except OSError as error:
+            log.error(f"TeaCache: --teacache_report {self.report}: {error}")
+
+
+def table(runs: Sequence[Run]) -> list[str]:
+    """What a batch made, a line a video."""
+    lines = ["TeaCache: computed  sampling  speed-up   drift  file"]
+    for run in runs:
+        cache = run.cache
+        if run.status != "finished" or not cache:
+            lines.append(f"TeaCache: {run.status[:40]:>36}  {run.job.args.save_file}")
+            continue
+        drift = cache.drift(cache.config.order)
+        lines.append(
+            f"TeaCache: {len(cache.schedule.computed):5}/{len(cache.schedule.steps):<2}  "
+            f"{cache.seconds:6.1f} s  {cache.speedup:7.2f}x  "
+            f"{percent(drift) if drift is not None else '':>6}  {run.job.args.save_file}"
+        )
+    return lines
+
+
+# Comparison: stock, stock with a little noise, and every setting asked for
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One video, held against stock's of the same prompt and seed."""
+
+    label: str
+    computed: int
+    steps: int
+    seconds: float  # of the sampling
+    speedup: float
+    drift: float | None
+    psnr: float  # dB; infinite where the frames are equal
+    ssim: float | None  # None without scikit-image
+
+
+def psnr(frames: np.ndarray, stock: np.ndarray) -> float:
+    """Of two videos, uint8 [F, H, W, 3], in dB."""
+    error = torch.from_numpy(frames).double() - torch.from_numpy(stock).double()
+    mean_square = float(error.square().mean())
+    return 10 * math.log10(255**2 / mean_square) if mean_square else math.inf
+
+
+def ssim(frames: np.ndarray, stock: np.ndarray) -> float | None:
+    """The mean over the frames, by scikit-image."""
+    if importlib.util.find_spec("skimage") is None:
+        return None
+    similarity = importlib.import_module("skimage.metrics").structural_similarity
+    pairs = zip(frames, stock, strict=True)
+    return float(np.mean([similarity(a, b, channel_axis=2, data_range=255) for a, b in pairs]))
+
+
+def compare(session: Session, jobs: Sequence[Job], target: Path) -> list[Compared]:
+    """Run the jobs of one prompt and seed, the first of them stock; write what compares them."""
+    compared, frames, stock_seconds = [], [], 0.0
+    for job in jobs:
+        run = session.run(job, keep_frames=True)
+        cache = run.cache
+        if run.frames is None:  # not rank 0
+            continue
+        frames.append(run.frames)
+        is_stock = job.config.thresh == 0 and job.config.guided_steps is None
+        if is_stock:  # the faster of the two: the first one warms up
+            stock_seconds = min(stock_seconds or math.inf, cache.seconds)
+        compared.append(
+            Compared(
+                label=job.label,
+                computed=len(cache.schedule.computed),
+                steps=len(cache.schedule.steps),
+                seconds=cache.seconds,
+                speedup=stock_seconds / cache.seconds,
+                drift=cache.drift(job.config.order),
+                psnr=psnr(run.frames, frames[0]),
+                ssim=ssim(run.frames, frames[0]),
+            )
+        )
+        run.frames = None
+    if frames:
+        fps = session.wan.config(jobs[0].args.task)["sample_fps"]
+        write_comparison(compared, frames, target, fps)
+    return compared
+
+
+def write_comparison(
+    compared: Sequence[Compared], frames: Sequence[np.ndarray], target: Path, fps: int
+) -> None:
+    """NAME.compare.mp4, all side by side; .png, a strip of frames; .json, the table."""
+    name = target.name.removesuffix(target.suffix)
+    files = {e: target.with_name(f"{name}.compare.{e}") for e in ("mp4", "png", "json")}
+    panels = [labelled(video, row) for video, row in zip(frames, compared, strict=True)]
+    side_by_side = np.concatenate(panels, axis=2)
+    if len(side_by_side) > 1:
+        with imageio.get_writer(files["mp4"], fps=fps, macro_block_size=2) as writer:
+            for frame in side_by_side:
+                writer.append_data(frame)
+        check_written(str(files["mp4"]), len(side_by_side))
+    moments = np.linspace(0, len(side_by_side) - 1, min(6, len(side_by_side))).round().astype(int)
+    Image.fromarray(strip(panels, moments)).save(files["png"])
+    files["json"].write_text(json.dumps([asdict(row) for row in compared], indent=1))
+    log.info(f"TeaCache: side by side in {', '.join(str(f) for f in files.values() if f.exists())}")
+
+
+def labelled(video: np.ndarray, row: Compared) -> np.ndarray:
+    """Frames [F, H, W, 3] of about 480 pixels, and above them which they are."""
+    height, width = video.shape[1:3]
+    width, height = (2 * round(side * 240 / max(width, 192)) for side in (width, height))
+    fidelity = "" if row.label == "stock" else f"{row.psnr:.1f} dB"
+    lines = (row.label, f"{row.seconds:.1f} s   {row.speedup:.2f}x", fidelity)
+    head = Image.new("RGB", (width, 84), "white")
+    draw = ImageDraw.Draw(head)
+    for i, text in enumerate(lines):
+        draw.text((8, 4 + 26 * i), text, fill="black", font_size=20)
+    resized = [np.vstack([head, Image.fromarray(frame).resize((width, height))]) for frame in video]
+    return np.stack(resized)
+
+
+def strip(panels: Sequence[np.ndarray], moments: Sequence[int]) -> np.ndarray:
+    """A row a video, a column a moment; the labels stand over the first column."""
+    return np.vstack([np.hstack([panel[moment] for moment in moments]) for panel in panels])
+
+
+def comparison_table(by_line: Sequence[Sequence[Compared]]) -> list[str]:
+    """The mean over the lines, with the standard deviation where there are several."""
+    rows = list(zip(*by_line, strict=True))
+    with_ssim = rows[0][0].ssim is not None
+    wide = max(len(row[0].label) for row in rows) + 2
+    lines = [
+        f"{'':{wide}}computed  sampling  speed-up   drift         PSNR"
+        + "          SSIM" * with_ssim
+    ]
+    for row in rows:
+        lines.append(comparison_line(row, wide, with_ssim))
+    floor = np.mean([one.psnr for one in rows[1]])
+    above = [row[0].label for row in rows[2:] if np.mean([one.psnr for one in row]) >= floor]
+    lines.append(
+        f"the floor, stock with noise of 1e-4: {floor:.1f} dB; at it or above: "
+        f"{', '.join(above) or 'none'}"
+    )
+    if not with_ssim:
+        lines.append("for the SSIM: pip install scikit-image")
+    return lines
+
+
+def comparison_line(row: Sequence[Compared], wide: int, with_ssim: bool) -> str:
+    """One label's line of the table."""
+
+    def mean(values: Sequence[float | None], digits: int) -> str:
+        known = [value for value in values if value is not None]
+        if not known:
+            return ""
+        spread = (
+            f" ± {np.std(known):.{digits}f}" if len(known) > 1 and np.isfinite(known).all() else ""
+        )
+        return f"{np.mean(known):.{digits}f}{spread}"
+
+    drifts = [one.drift for one in row]
+    drift = f"{100 * np.mean(drifts):.1f} %" if None not in drifts else ""
+    computed = np.mean([one.computed for one in row])
+    text = (
+        f"{row[0].label:{wide}}{computed:4.0f}/{row[0].steps:<3}  "
+        f"{np.mean([one.seconds for one in row]):6.1f} s  "
+        f"{np.mean([one.speedup for one in row]):7.2f}x  {drift:>6}  "
+        f"{mean([one.psnr for one in row], 1):>11}"
+    )
+    return text + (f"  {mean([one.ssim for one in row], 3):>12}" if with_ssim else "")
+
+
+# ---------------------------------------------------------------------------------- command line
+# Owns our flags, what becomes of them, and main.
+
+TASK_ROWS = {"t2v-1.3B": "t2v-1.3B", "t2v-14B": "t2v-14B", "t2i-14B": "t2v-14B"}
+FOR_ALL_LINES = (  # what the loaded model depends on
+    *("task", "ckpt_dir", "ulysses_size", "ring_size", "t5_fsdp", "dit_fsdp", "t5_cpu"),
+    *("convert_model_dtype", "prompt_extend_method", "prompt_extend_model"),
+)
+OF_A_LINE = (  # of our flags; the others are for the whole command
+    *("teacache_thresh", "teacache_speedup", "teacache_model", "teacache_coefficients"),
+    *("use_ret_steps", "teacache_order", "teacache_guide_until"),
+)
+
+
+def at_least(low: float, allowed: str, high: float = math.inf) -> Callable[[str], float]:
+    """The type of a flag: a finite number from ``low`` to ``high``."""
 
     def number(text: str) -> float:
         with suppress(ValueError):
-            if low <= float(text) < math.inf:
+            if low <= float(text) <= high and math.isfinite(float(text)):
                 return float(text)
         raise argparse.ArgumentTypeError(f"{text} must be {allowed}")
 
@@ -596,572 +2025,579 @@ def at_least(low: float, allowed: str) -> Callable[[str], float]:
 def own_parser() -> Parser:
     """The flags that generate.py does not have."""
     parser = Parser(allow_abbrev=False, add_help=False, description="TeaCache for generate.py")
-    add, either = parser.add_argument, parser.add_mutually_exclusive_group
+    schedule = parser.add_argument_group("which steps are computed")
+    how_much = schedule.add_mutually_exclusive_group().add_argument
     thresh, speedup = at_least(0, "0 (off) or more, such as 0.08"), at_least(1, "1 or more, as 2.0")
-    how_much, whose, instead = (either().add_argument for _ in range(3))
     how_much("--teacache_thresh", type=thresh, metavar="X", help="higher is faster, 0 is off")
     how_much("--teacache_speedup", type=speedup, metavar="X", help="or: a threshold that gives X")
-    add("--teacache_order", type=int, default=0, choices=(0, 1), help="1: extrapolate residuals")
-    add("--use_ret_steps", action="store_true", help="compare e0, always compute the first 5 steps")
-    whose("--teacache_model", choices=ROWS, help="row of coefficients; default: as the task")
+    whose = schedule.add_mutually_exclusive_group().add_argument
+    rows = (SIGMA, *ROWS)
+    whose("--teacache_model", choices=rows, help="row of coefficients; default: as the task")
     whose("--teacache_coefficients", metavar="FILE", help="default: teacache.json in --ckpt_dir")
-    instead("--teacache_plan", action="store_true", help="print what thresholds do, and no more")
-    instead("--teacache_calibrate", action="store_true", help="fit coefficients: teacache.json")
-    add("--teacache_prompts", metavar="FILE", help="for the calibration, one a line")
+    add = schedule.add_argument
+    add("--use_ret_steps", action="store_true", help="compare e0, always compute the first 5 steps")
+    skipped = parser.add_argument_group("what the other steps do").add_argument
+    orders = {"type": int, "nargs": "+", "choices": (0, 1), "metavar": "0|1"}
+    skipped("--teacache_order", **orders, help="1: extrapolate residuals; default: 0")
+    share = at_least(0, "from 0 to 1, such as 0.6", high=1)
+    guide = "SHARE of the steps, the first ones, that are guided; default: 1"
+    skipped("--teacache_guide_until", type=share, metavar="SHARE", help=guide)
+    instead = parser.add_argument_group("instead of one video").add_mutually_exclusive_group()
+    add = instead.add_argument
+    add("--teacache_plan", action="store_true", help="print what thresholds do, and no more")
+    entry = "stock, and each entry, such as 0.08, 2x or sigma:2x"
+    add("--teacache_compare", nargs="+", metavar="ENTRY", help=entry)
+    add("--teacache_decode", metavar="FILE", help="make the video of kept latents")
+    add = parser.add_argument_group("files").add_argument
+    add("--teacache_jobs", metavar="FILE", help="a video a line, each with its flags")
     add("--teacache_report", metavar="FILE", help="write what was decided and measured, as JSON")
-    add("--wan_repo", metavar="DIR", help="Wan2.1; default: this script's folder, else the current")
+    add("--wan_repo", metavar="DIR", help="Wan; default: this script's folder, else the current")
     return parser
 
 
-def parse_own(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Our flags, and those that are left for generate.py."""
-    own, rest = own_parser().parse_known_args(argv)
-    for name in ("thresh", "speedup", "model"):
-        if own.teacache_calibrate and getattr(own, f"teacache_{name}") is not None:
-            refuse(f"--teacache_calibrate, --teacache_{name}: give one of them")
-    if own.teacache_prompts and not own.teacache_calibrate:
-        refuse(f"--teacache_prompts {own.teacache_prompts}: is for --teacache_calibrate only")
-    return own, rest
+@dataclass(frozen=True)
+class Choice:
+    """Whose coefficients a run uses. row: None is "sigma"."""
+
+    row: Row | None
+    name: str
+    why: str
+    insisted: bool = False  # by --teacache_model: what would be refused is only warned of
+
+    @property
+    def text(self) -> str:
+        return f"row {self.name} ({self.why})"
 
 
-def import_wan(wan_repo: str | None, generates: bool) -> ModuleType:
-    """Wan2.1's generate.py as a module. Only to generate does it need CUDA."""
-    folders = [Path(wan_repo)] if wan_repo else [Path(__file__).parent, Path.cwd()]
-    found = [f for f in folders if (f / "generate.py").is_file() and (f / "wan").is_dir()]
-    if not found:
-        looked = " or ".join(dict.fromkeys(str(folder.resolve()) for folder in folders))
-        refuse(
-            f"--wan_repo {wan_repo or '(not given)'}: no generate.py beside a package wan in "
-            f"{looked}: git clone https://github.com/Wan-Video/Wan2.1 and copy this script into it"
-        )
-    sys.path.insert(0, str(found[0].resolve()))
-    usable, cuda = usable_flash_attention(), torch.cuda.is_available()
-    no_gpu = {} if generates or cuda else {"current_device": lambda: 0}
-    try:
-        with shadow(torch.cuda, **no_gpu):  # wan/modules/t5.py asks for the device when imported
-            wan_generate = importlib.import_module("generate")
-    except (ImportError, AssertionError, RuntimeError) as error:
-        if generates and not cuda and not isinstance(error, ImportError):
-            cure = f"see nvidia-smi, and whether torch {torch.__version__} is a CUDA build"
-            refuse(f"no CUDA device, and Wan2.1 needs one ({error}): {cure}")
-        refuse(f"Wan2.1 cannot be imported: {error}: install what its requirements.txt lists")
-    wan_generate._init_logging(int(os.getenv("RANK", "0")))  # only rank 0 speaks
-    install_attention(usable)
-    return wan_generate
-
-
-def parse_wan(wan_generate: ModuleType, argv: list[str]) -> argparse.Namespace:
-    """generate.py's parser and assertions, with their objections in our form."""
-    our_argparse = SimpleNamespace(**{**vars(argparse), "ArgumentParser": Parser})
-    with shadow(wan_generate, argparse=our_argparse), shadow(sys, argv=[sys.argv[0], *argv]):
-        try:
-            return wan_generate._parse_args()
-        except AssertionError as error:
-            refuse(f"--ckpt_dir, --task, --size or --frame_num: {error} (see --help)")
-
-
-def check_numbers(args: argparse.Namespace) -> None:
-    """Numbers that the VAE, the sampler and the processes of torchrun can work with."""
-    frames, processes = args.frame_num, int(os.getenv("WORLD_SIZE", "1"))
-    below = max((frames - 1) // 4, 0) * 4 + 1
-    pipeline = getattr(sys.modules["wan"], f"Wan{args.task.split('-')[0].upper()}", None)
-    only_81 = pipeline and "ones(1, 81" in inspect.getsource(pipeline.generate)
-    lone_fsdp = processes == 1 and (args.t5_fsdp or args.dit_fsdp)
-    parts, torchrun = args.ulysses_size * args.ring_size, "torchrun --nproc_per_node="
-    split = parts in (1, processes) and min(args.ulysses_size, args.ring_size) > 0
-    product = f"their product must be the number of processes, {processes} here; {torchrun}{parts}"
-    for right, flags, allowed in (
-        (frames == below, "frame_num", f"must be 4n+1, such as {below} or {below + 4}"),
-        (frames == 81 or not only_81, "frame_num", f"must be 81 for {args.task}, as Wan2.1 has it"),
-        (args.sample_steps >= 1, "sample_steps", "must be 1 or more, such as 50"),
-        (0 < args.sample_shift < math.inf, "sample_shift", "must be positive, such as 5"),
-        (math.isfinite(args.sample_guide_scale), "sample_guide_scale", "must be a number, as 5"),
-        (args.base_seed < 2**63, "base_seed", "must be under 2**63"),
-        (not lone_fsdp, "t5_fsdp dit_fsdp", f"must be started by {torchrun}N, N above 1"),
-        (split, "ulysses_size ring_size", product),
-    ):
-        if not right:
-            given = " ".join(f"--{name} {getattr(args, name)}" for name in flags.split())
-            refuse(f"{given}: {allowed}")
-
-
-def shards_of(folder: Path) -> dict[str, str | None]:
-    """The file of each of the transformer's tensors; {None: file} where one file has them all."""
-    weights = "diffusion_pytorch_model.safetensors"
-    index = folder / f"{weights}.index.json"
-    return json.loads(index.read_text())["weight_map"] if index.is_file() else {None: weights}
-
-
-def check_checkpoint(args: argparse.Namespace, config: dict[str, Any], all_parts: bool) -> None:
-    """Every file that will be loaded is there, and the transformer is of the task's size."""
-    folder, task = Path(args.ckpt_dir), args.task
-    if not folder.is_dir():
-        refuse(f"--ckpt_dir {folder}: must be a folder with a checkpoint of {task}")
-    parts = [file for key, file in config.items() if key.endswith(("_checkpoint", "_tokenizer"))]
-    what = f"--ckpt_dir {folder}: damaged, incomplete or not of --task {task}"
-    with refusing(what, "download it again, or give the task or the folder that fits"):
-        shards = sorted(set(shards_of(folder).values()))
-        for name in ("config.json", *shards, *(parts if all_parts else [])):
-            if not (folder / name).exists():
-                raise ValueError(f"{name} is missing, and --task {task} needs it")
-        told = dict(json.loads((folder / "config.json").read_text()))
-        kind = task.split("-")[0].replace("t2i", "t2v")
-        if told.get("model_type", kind) not in {kind, kind.replace("flf2v", "i2v")}:
-            raise ValueError(f"a {told['model_type']} transformer, which --task {task} cannot use")
-        if told.get("dim") != config["dim"]:
-            dims = f"dim {told.get('dim')}, that of --task {task} {config['dim']}"
-            raise ValueError(f"its transformer has {dims} (1536 is 1.3B, 5120 is 14B)")
-
-
-def check_inputs(args: argparse.Namespace, examples: dict[str, str]) -> None:
-    """Every image and video that generate.py will open is there and can be read."""
-    frames, videos = ("image", "first_frame", "last_frame"), ("src_video", "src_mask")
-    if examples.get("first_frame") and bool(args.first_frame) != bool(args.last_frame):
-        refuse("--first_frame, --last_frame: give both, or Wan2.1 takes its example for both")
-    for name in (*frames, *videos, "src_ref_images"):
-        value = getattr(args, name, None)
-        if value and name not in frames and args.prompt is None:
-            refuse(f"--{name} {value}: needs --prompt, or Wan2.1 takes its example instead")
-        if value is None and (name in frames or args.prompt is None):
-            value = examples.get(name)
-        for file in value.split(",") if value else ():
-            with refusing(f"--{name} {file}: cannot be read", "give a file that is there"):
-                if name in videos:  # as Wan2.1 reads them, although it does not require decord
-                    importlib.import_module("decord").VideoReader(file)[0]
-                else:
-                    Image.open(file).convert("RGB")
-
-
-def check_output(args: argparse.Namespace, wan_generate: ModuleType) -> None:
-    """Two frames go through Wan2.1's own writer, into the folder and with the ending asked for."""
-    image, said = args.task.startswith("t2i"), io.StringIO()
-    ending, write = (".png", "cache_image") if image else (".mp4", "cache_video")
-    target = Path(args.save_file or f"video{ending}").absolute()
-    cure = f"give a {ending} in a folder that is there; have ffmpeg (pip install imageio-ffmpeg)"
-    with (
-        refusing(f"--save_file {target}: cannot be written", cure),
-        tempfile.TemporaryDirectory(dir=target.parent) as folder,
-        redirect_stderr(io.StringIO()),
-        redirect_stdout(said),
-    ):
-        if target.is_dir() or not target.suffix:
-            raise OSError("no file with an ending")
-        frames = torch.linspace(-1, 1, 2).view(1, 1, 2, 1, 1).expand(1, 3, 2, 64, 64)
-        probe = f"{folder}/probe{target.suffix}"
-        getattr(wan_generate, write)(frames[:, :, 0] if image else frames, probe, retry=1)
-        if said.getvalue():
-            raise OSError(said.getvalue())
-        check_written(probe, 1 if image else 2)
-
-
-def check_written(file: str, frames: int) -> None:
-    """OSError: the file does not hold the frames, since the disk was full, or ffmpeg failed."""
-    try:
-        with imageio.get_reader(file) as reader:
-            found = sum(1 for _ in reader)
-    except Exception as error:  # each decoder has its own
-        raise OSError(f"{file} does not hold {frames} frames: {error!r:.200}") from error
-    merges_equal_ones = Path(file).suffix.lower() in (".gif", ".png")
-    if found < (min(frames, 2) if merges_equal_ones else frames):
-        raise OSError(f"{file} does not hold {frames} frames, but {found}")
-
-
-def choose_row(args: argparse.Namespace) -> tuple[str, str]:
-    """The row for a run, and why that one."""
-    if args.task == "i2v-14B":
-        name = Path(args.ckpt_dir).absolute().name  # a parent folder may say anything
-        said = {"480p", "720p"} & set(re.split("[^0-9a-z]+", name.lower()))
-        small = said == {"480p"} if len(said) == 1 else args.size in ("832*480", "480*832")
-        why = f"checkpoint {name}" if len(said) == 1 else f"size {args.size}"
-        return "i2v-14B-480P" if small else "i2v-14B-720P", why
-    if args.task in BORROWED_ROWS:
-        return BORROWED_ROWS[args.task], f"borrowed: nobody has fitted {args.task}"
-    if args.task not in TASK_ROWS:
-        cure = f"add --teacache_model, one of {ROWS}, or make one by --teacache_calibrate"
-        refuse(f"--task {args.task}: no row is known for it; {cure}")
-    return TASK_ROWS[args.task], f"task {args.task}"
-
-
-def choose_fit(own: argparse.Namespace, args: argparse.Namespace) -> tuple[Fit, str, str]:
-    """The fit of a run, what it is, and what to warn of: as asked, the checkpoint's, or a row."""
-    ret, file = own.use_ret_steps, Path(args.ckpt_dir) / "teacache.json"
-    if own.teacache_model:
-        return FITS[ret][own.teacache_model], f"row {own.teacache_model} (as asked)", ""
+def choose_row(own: argparse.Namespace, args: argparse.Namespace) -> Choice:
+    """As asked, the checkpoint's teacache.json, the task's published row, or "sigma"."""
+    name, file = own.teacache_model, Path(args.ckpt_dir) / "teacache.json"
+    if name:
+        return Choice(ROWS.get(name), name, "as asked", insisted=True)
     if own.teacache_coefficients or file.is_file():
         file = Path(own.teacache_coefficients or file)
-        made, made_for = read_calibration(file, MODES[ret])
-        now = settings_of(args)
-        other = [f"{k} {made_for.get(k)}, now {v}" for k, v in now.items() if made_for.get(k) != v]
-        return made, f"calibration {file}", f"made for {'; '.join(other)}" if other else ""
-    row, why = choose_row(args)
-    warning = "compare with --teacache_thresh 0 before you trust it" if "borrow" in why else ""
-    return FITS[ret][row], f"row {row} ({why})", warning
+        return Choice(read_coefficients(file), str(file), "its coefficients")
+    if args.task == "i2v-14B":
+        return choose_i2v_row(args)
+    if args.task in TASK_ROWS:
+        return Choice(ROWS[TASK_ROWS[args.task]], TASK_ROWS[args.task], f"task {args.task}")
+    return Choice(None, SIGMA, f"nobody has fitted {args.task}")
 
 
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """All that the distances and residuals of a run depend on, but for the prompt.
-
-    The model is told by the sizes of its files, and 4 KiB at 64 places of each.
-    """
-    folder, digest = Path(args.ckpt_dir), hashlib.sha256()
-    for name in sorted(set(shards_of(folder).values())):
-        with open(folder / name, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            digest.update(str(size).encode())
-            for place in range(64):
-                file.seek(size * place // 64)
-                digest.update(file.read(4096))
-    names = ("task", "size", "sample_steps", "sample_shift", "sample_solver")
-    return {**{k: getattr(args, k) for k in names}, "model": digest.hexdigest()[:16]}
+def choose_i2v_row(args: argparse.Namespace) -> Choice:
+    """By the name that the checkpoint was downloaded as, else by the size of the video."""
+    for name in download_names(Path(args.ckpt_dir)):
+        said = {"480p", "720p"} & set(re.split("[^0-9a-z]+", name.lower()))
+        if len(said) == 1:
+            row = f"i2v-14B-{said.pop().upper()}"
+            return Choice(ROWS[row], row, f"checkpoint {name}")
+    row = "i2v-14B-480P" if args.size in ("832*480", "480*832") else "i2v-14B-720P"
+    why = f"a guess from the size {args.size}: name it by --teacache_model"
+    return Choice(ROWS[row], row, why)
 
 
-def timesteps_of(args: argparse.Namespace, train_timesteps: int) -> list[int]:
-    """The timesteps of a run, by Wan2.1's own schedulers."""
-    solvers = importlib.import_module("wan.utils.fm_solvers")
-    common = {"num_train_timesteps": train_timesteps, "shift": 1, "use_dynamic_shifting": False}
-    if args.sample_solver != "unipc":
-        scheduler = solvers.FlowDPMSolverMultistepScheduler(**common)
-        sigmas = solvers.get_sampling_sigmas(args.sample_steps, args.sample_shift)
-        return solvers.retrieve_timesteps(scheduler, device="cpu", sigmas=sigmas)[0].tolist()
-    unipc = importlib.import_module("wan.utils.fm_solvers_unipc")
-    scheduler = unipc.FlowUniPCMultistepScheduler(**common)
-    scheduler.set_timesteps(args.sample_steps, device="cpu", shift=args.sample_shift)
-    timesteps = scheduler.timesteps.tolist()
-    if timesteps[:1] == timesteps[1:2]:
-        refuse(
-            f"--sample_steps {args.sample_steps} --sample_shift {args.sample_shift}: the first two "
-            "timesteps are equal, with which unipc fails at the last step: fewer steps, or dpm++"
-        )
-    return timesteps
+def download_names(folder: Path) -> list[str]:
+    """The names that may tell what a checkpoint folder holds: its own, that of the folder that a
+    link leads to, and for a hub's cache (NAME/snapshots/COMMIT) that above it. No parents."""
+    names = []
+    for path in (folder.absolute(), folder.resolve()):
+        names.append(path.name)
+        if path.parent.name == "snapshots":
+            names.append(path.parent.parent.name)
+    return names
 
 
-def distances_of(folder: Path, timesteps: Sequence[float], use_ret_steps: bool) -> list[float]:
-    """The distances of a run, one less than steps, from the weights of the time embedding alone."""
-    shards = shards_of(folder)
-
-    def linear(x: Tensor, layer: str, rows: slice = slice(None)) -> Tensor:
-        weight, bias = (tensor(f"{layer}.{part}")[rows].float() for part in ("weight", "bias"))
-        return nn.functional.linear(x, weight, bias)
-
-    def tensor(name: str) -> Any:
-        file = folder / (shards.get(None) or shards[name])
-        return safetensors.safe_open(file, "pt").get_slice(name)  # reads nothing yet
-
-    with refusing(f"--ckpt_dir {folder}: its time embedding cannot be read", "download it again"):
-        freq_dim = tensor("time_embedding.0.weight").get_shape()[1]
-        sinusoid = sys.modules["wan.modules.model"].sinusoidal_embedding_1d
-        e = linear(sinusoid(freq_dim, torch.tensor(timesteps)).float(), "time_embedding.0")
-        signals = [linear(nn.functional.silu(e), "time_embedding.2")]
-        if use_ret_steps:  # e0, one of its six parts at a time: for 14B it has 0.6 GB of weights
-            e, dim = nn.functional.silu(signals[0]), signals[0].size(1)
-            parts = (slice(i * dim, (i + 1) * dim) for i in range(6))
-            signals = (linear(e, "time_projection.1", rows) for rows in parts)
-        sums = [(u.diff(dim=0).abs().sum(1), u[:-1].abs().sum(1)) for u in signals]
-    change, size = (torch.stack(u).sum(0) for u in zip(*sums, strict=True))
-    return (change / size).tolist()
+def read_coefficients(file: Path) -> Row:
+    """A Row as JSON: {"steps", "shift", "solver", "plain": {"coefficients", "thresholds"},
+    "retention": the same}."""
+    cure = "give one as the README has it, or --teacache_model sigma"
+    with refusing(f"--teacache_coefficients {file}: cannot be used", cure):
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        modes = {}
+        for mode in (PLAIN, RETENTION):
+            modes[mode] = Polynomial(**content.pop(mode))
+            lists = {"coefficients": 5, "thresholds": None}
+            for name, length in lists.items():
+                values = getattr(modes[mode], name)
+                if not values or length not in (None, len(values)):
+                    raise ValueError(f"{mode}: {name} must be {length or 'some'} numbers")
+                if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
+                    raise ValueError(f"{mode}: {name} must be finite numbers")
+            if min(modes[mode].thresholds) < 0:
+                raise ValueError(f"{mode}: a threshold is below 0")
+        return Row(**modes, **content)
 
 
-def speedup_config(
-    config: TeaCacheConfig, timesteps: list[int], distances: list[float], speedup: float
+def settle(wan: Wan, own: argparse.Namespace, args: argparse.Namespace, label: str = "") -> Job:
+    """The settings of a run and its plan, before a weight is loaded. Refused: they are no good."""
+    choice, timesteps = choose_row(own, args), wan.timesteps(args)
+    wan_config = wan.config(args.task)
+    switch = switch_of(timesteps, wan_config)
+    require(
+        not (own.use_ret_steps and choice.row is None),
+        f"--use_ret_steps: is not for {choice.text}: leave it out, or give --teacache_model, one "
+        f"of {', '.join(ROWS)}",
+    )
+    config = TeaCacheConfig.from_row(
+        choice.row,
+        args.sample_steps,
+        own.teacache_thresh,
+        own.use_ret_steps,
+        order=(own.teacache_order or [0])[0],
+        switch=switch,
+    )
+    until = 1.0 if own.teacache_guide_until is None else own.teacache_guide_until
+    scale = (
+        0 if own.teacache_thresh == 0 else args.sample_guide_scale
+    )  # off is stock, which computes what it drops
+    guided = guided_steps(scale, args.sample_steps, switch, until)
+    folders = transformer_folders(args.ckpt_dir, wan_config)
+    distances = distances_of(folders, timesteps, config.mode, switch)
+    if own.teacache_speedup:
+        config = replace(config, guided_steps=guided)
+        config = for_speedup(config, timesteps, distances, own.teacache_speedup, choice)
+    elif choice.row is None and own.teacache_thresh is None:
+        config = plan_speedup(config, timesteps, distances, 2.0).config  # half of them
+    config = replace(config, guided_steps=guided)
+    planned = plan(config, timesteps, distances)
+    check_plan(planned, own, args, choice)
+    asked = (own.teacache_thresh, own.teacache_speedup) != (None, None)
+    return Job(args, config, choice.text, planned, by_default=not asked, label=label)
+
+
+def for_speedup(
+    config: TeaCacheConfig,
+    timesteps: Sequence[float],
+    distances: Sequence[float | None],
+    speedup: float,
+    choice: Choice,
 ) -> TeaCacheConfig:
-    """With the threshold for ``--teacache_speedup``, said with its schedule."""
-    schedule = plan_speedup(config, timesteps, distances, speedup)
-    computed, steps, thresh = len(schedule.computed), config.steps, schedule.config.thresh
-    if computed * speedup > steps:
-        nearest = f"the nearest is {steps / computed:.3g}, at --teacache_thresh {thresh:.4g}"
-        refuse(f"--teacache_speedup {speedup}: no threshold reaches it; {nearest}")
-    does = f"computes {computed} of {steps} steps, {schedule.marks()}"
-    log.info(f"TeaCache: speed-up {speedup:g} by thresh {thresh:.4g}: {does}")
+    """With the threshold for --teacache_speedup."""
+    try:
+        schedule = plan_speedup(config, timesteps, distances, speedup)
+    except ValueError as error:
+        raise Refused(
+            f"--teacache_speedup {speedup:g}: with {choice.text} {error}, and no threshold can be "
+            "trusted: take --teacache_model sigma"
+        ) from error
+    fewest = plan(replace(config, thresh=1e9), timesteps, distances)
+    require(
+        fewest.passes <= math.ceil(2 * config.steps / speedup - 1e-9),
+        f"--teacache_speedup {speedup:g}: no threshold reaches it; the nearest is "
+        f"{fewest.speedup:.3g}, at --teacache_thresh {schedule.config.thresh:.4g}",
+    )
     return schedule.config
 
 
-def print_plan(
-    fit: Fit, config: TeaCacheConfig, timesteps: list[int], distances: list[float]
+def check_plan(
+    planned: Schedule, own: argparse.Namespace, args: argparse.Namespace, choice: Choice
 ) -> None:
-    """What the thresholds around the current one do."""
+    """Refuse a schedule that skips nearly everything, unless it is as published or insisted on."""
+    faults, row = planned.faults(), choice.row
+    default = row is None and (own.teacache_thresh, own.teacache_speedup) == (None, None)
+    if not faults or default or own.teacache_plan:
+        return
+    now = (args.sample_steps, args.sample_shift, args.sample_solver)
+    fitted = row is not None and now == (row.steps, row.shift, row.solver)
+    what = f"{choice.text} would compute {planned.summary()}: {' and '.join(faults)}"
+    if fitted or choice.insisted:
+        log.warning(f"TeaCache: {what}")
+        return
+    made_for = (
+        ""
+        if row is None
+        else (f"; it was fitted at {row.steps} steps, shift {row.shift:g}, {row.solver}")
+    )
+    insist = f", or insist by --teacache_model {choice.name}" if choice.name in ROWS else ""
+    raise Refused(
+        f"--teacache_thresh {planned.config.thresh:g}: {what}{made_for}: take --teacache_model "
+        f"sigma, another number of --sample_steps, --teacache_thresh 0{insist}"
+    )
+
+
+def announce(job: Job) -> None:
+    """What will be computed, in one line, before anything is loaded."""
+    config, planned = job.config, job.planned
+    if config.thresh == 0 and config.guided_steps is None:
+        does = "off: stock Wan"
+    elif planned.passes == 2 * config.steps:
+        does = f"computes all {config.steps} steps: nothing is gained"
+    else:
+        does = f"will compute {planned.summary()}"
+    default = " (default)" if job.by_default else ""
+    order = ", order 1" if config.order else ""
+    label = f"{job.label}: " if job.label else ""
+    log.info(
+        f"TeaCache: {label}{job.row}, thresh {config.thresh:.4g}{default}, {config.mode}{order}: "
+        f"{does}"
+    )
+
+
+# Plan
+
+
+def plan_rows(wan: Wan, own: argparse.Namespace, job: Job) -> list[Schedule]:
+    """What the thresholds around the current one do, and those that were tried by others."""
+    args, config = job.args, job.config
+    row, timesteps = choose_row(own, args).row, wan.timesteps(args)
+    folders = transformer_folders(args.ckpt_dir, wan.config(args.task))
+    distances = distances_of(folders, timesteps, config.mode, config.switch)
+    tried = (
+        [config.thresh or 0.1]
+        if row is None
+        else [*(row.retention if config.mode == RETENTION else row.plain).thresholds]
+    )
+    ladder = [tried[-1] * factor for factor in (0.25, 0.5, 0.75, 1.5, 2.0, 3.0)]
+    by_text = {f"{thresh:.4g}": thresh for thresh in [*ladder, *tried, config.thresh]}
+    thresholds = sorted(by_text.values())
+    return [plan(replace(config, thresh=t), timesteps, distances) for t in thresholds]
+
+
+def print_plan(wan: Wan, own: argparse.Namespace, job: Job) -> None:
+    """For --teacache_plan, on rank 0; as JSON too, for --teacache_report."""
+    rows = plan_rows(wan, own, job)
+    current = job.config.thresh
+    print(f"TeaCache plan: {job.row}, {job.config.mode}, {job.config.steps} steps")
     print("   thresh  computed  skipped  speed-up  longest skip  schedule (# computed, . skipped)")
-    ladder = {fit.thresholds[-1] * factor for factor in (0.25, 0.5, 0.75, 1.5, 2.0, 3.0)}
-    for thresh in sorted({config.thresh, *fit.thresholds, *ladder}):
-        schedule = plan(replace(config, thresh=thresh), timesteps, distances)
-        mark, computed = "> "[thresh != config.thresh], len(schedule.computed)
+    for schedule in rows:
+        thresh, computed = schedule.config.thresh, len(schedule.computed)
+        mark = ">" if thresh == current else " "
         print(
-            f"{mark} {thresh:7.4g}  {computed:8}  {config.steps - computed:7}  "
-            f"{config.steps / computed:7.2f}x  {schedule.longest_skip:12}  {schedule.marks()}"
+            f"{mark} {thresh:7.4g}  {computed:8}  {job.config.steps - computed:7}  "
+            f"{schedule.speedup:7.2f}x  {schedule.longest_skip:12}  {schedule.marks()}"
         )
     print("speed-up: of the transformer, if a skipped step took no time")
-    for warning in plan(config, timesteps, distances).warnings():
-        print(f"warning: {warning}")
-
-
-def read_calibration(file: Path, mode: str) -> tuple[Fit, dict[str, Any]]:
-    """The fit for a mode in a teacache.json, and the settings that it was made for."""
-    cure = "make it again by --teacache_calibrate, or give --teacache_model"
-    with refusing(f"--teacache_coefficients {file}: damaged or not a calibration", cure):
-        told = json.loads(file.read_text())
-        if told["version"] != CALIBRATION["version"]:
-            raise ValueError(f"version {told['version']} is not {CALIBRATION['version']}")
-        sizes = {"thresholds": 1, "coefficients": 5, "fitted_range": 2}
-        fits = {m: Fit(**{name: told["fits"][m][name] for name in sizes}) for m in MODES}
-        for made, (name, size) in itertools.product(fits.values(), sizes.items()):
-            values = getattr(made, name)
-            if len(values) != size or not all(map(math.isfinite, values)):
-                raise ValueError(f"{name} must be {size} finite numbers")
-        if fits[mode].thresholds[0] < 0 or fits[mode].fitted_range[0] >= fits[mode].fitted_range[1]:
-            raise ValueError("a threshold below 0, or an empty range")
-        return fits[mode], dict(told["settings"])
-
-
-class Calibrated(Exception):
-    """A calibration is done, and Wan2.1 has no video to save."""
-
-
-class Calibration:
-    """A teacache.json in the making. What is recorded lies beside it in a .partial until then."""
-
-    def __init__(self, own: argparse.Namespace, args: argparse.Namespace):
-        self.file = Path(own.teacache_coefficients or Path(args.ckpt_dir) / "teacache.json")
-        self.partial = self.file.with_name(f"{self.file.name}.partial")
-        self.told = {**CALIBRATION, "settings": settings_of(args), "runs": []}
-        self.prompts: list[str] = []  # none: the one that Wan2.1 gives, which it may have extended
-        if args.sample_steps < 7:
-            refuse(f"--sample_steps {args.sample_steps}: a calibration needs 7 or more, such as 50")
-        if own.teacache_prompts:
-            with refusing(f"--teacache_prompts {own.teacache_prompts}", "give a file of prompts"):
-                lines = Path(own.teacache_prompts).read_text(encoding="utf-8").splitlines()
-                self.prompts = [line.strip() for line in lines if line.strip()]
-                if not self.prompts:
-                    raise ValueError("must hold a prompt a line")
-        with refusing(f"--teacache_coefficients {self.file}: cannot be written", "see its folder"):
-            told = json.loads(self.partial.read_text()) if self.partial.is_file() else self.told
-            if told["settings"] != self.told["settings"]:
-                raise ValueError(f"{self.partial} is of other settings; go on with those, or rm it")
-            whole = 2 * (args.sample_steps - 1)  # points; an interrupted run has fewer
-            self.told["runs"] = [run for run in told["runs"] if len(run["points"]) == whole]
-            self.write(self.partial)
-
-    def write(self, file: Path) -> None:
-        """All of it or nothing, and on rank 0 only."""
-        if is_rank_0():
-            written = file.with_name(f"{file.name}.tmp")
-            written.write_text(json.dumps(self.told))
-            os.replace(written, file)
-
-    def run(
-        self, pipeline: Any, generate: Callable, prompt: str, *args: Any, **kwargs: Any
-    ) -> NoReturn:
-        """Each prompt with every step computed and nothing decoded, then the fits."""
-        config, seed = TeaCacheConfig(kwargs["sampling_steps"], 0.0, ()), kwargs.pop("seed")
-        for i, text in enumerate(self.prompts or [prompt]):
-            log.info(f"TeaCache: calibration on prompt {i + 1}: {text}")
-            if any(run["prompt"] == text for run in self.told["runs"]):
-                continue  # it was recorded before
-            nothing = shadow(pipeline.vae, decode=lambda latents: [torch.zeros(1)])
-            with nothing, teacache(pipeline.model, config, Recorder) as recorder:
-                run = {"prompt": text, "seed": seed + i, "points": recorder.points}
-                self.told["runs"].append(run)
-                try:
-                    generate(text, *args, seed=seed + i, **kwargs)
-                finally:
-                    self.write(self.partial)
-        points = [point for run in self.told["runs"] for point in run["points"]]
-        self.told["fits"] = {}
-        for use_ret_steps, mode in enumerate(MODES):
-            made, r_squared = fit(points, bool(use_ret_steps))
-            self.told["fits"][mode] = {**asdict(made), "r_squared": r_squared}
-            log.info(f"TeaCache: {mode}: R squared {r_squared:.3f} over {len(points)} points")
-            if r_squared < 0.8:
-                log.warning(f"TeaCache: {mode}: a poor fit: distances tell little of the change")
-        self.write(self.file)
-        if is_rank_0():
-            self.partial.unlink()
-        log.info(f"TeaCache: wrote {self.file}; a calibration makes no video")
-        raise Calibrated
-
-
-class Job:
-    """One run of the command line: what was asked, what was measured, and what must not be lost."""
-
-    def __init__(self, own: argparse.Namespace, args: argparse.Namespace, wan_generate: ModuleType):
-        self.own, self.args, self.wan_generate = own, args, wan_generate
-        self.cache: TeaCache | None = None
-        self.seconds: dict[str, float] = {}  # by phase
-        self.config: TeaCacheConfig | None = None  # and what its fit is, and is to be warned of
-        self.name, self.warning = "calibration", ""
-        self.loading = False
-
-    def run(self, make: Callable) -> None:
-        """Wan2.1's ``generate(args)``, in whose pipelines ``make`` takes ``generate``'s place."""
-
-        def pipeline_of(kind: type, *args: Any, **kwargs: Any) -> Any:
-            self.loading = True
-            pipeline = kind(*args, **kwargs)
-            pipeline.generate = functools.partial(make, pipeline, pipeline.generate)
-            return pipeline
-
-        report = f"--teacache_report {self.own.teacache_report}"
-        with refusing(f"{report}: cannot be written", "see its folder"):
-            self.write_report("started")
-        wan, here, status = sys.modules["wan"], self.wan_generate, "finished"
-        kinds = {name: kind for name, kind in vars(wan).items() if hasattr(kind, "generate")}
-        pipelines = {k: functools.partial(pipeline_of, kind) for k, kind in kinds.items()}
-        writers = {k: self.keeping(getattr(here, k)) for k in ("cache_video", "cache_image")}
-        try:
-            with shadow(wan, **pipelines), shadow(here, **writers):
-                here.generate(self.args)
-            if self.cache is None:
-                raise RuntimeError("no pipeline of this Wan2.1 has run with TeaCache")
-        except Calibrated:
-            status = "calibrated"
-        except BaseException as error:
-            status = f"failed: {error!r}"
-            if isinstance(error, KeyboardInterrupt):
-                log.error("TeaCache: interrupted")
-                sys.exit(130)
-            if isinstance(error, (AssertionError, ImportError)) and not self.loading:
-                refuse(f"{error} (see --help)")
-            raise
-        finally:
-            try:
-                self.write_report(status)
-            except OSError as full:  # which must not hide what came before
-                log.error(f"TeaCache: {report}: {full}")
-
-    def generate(
-        self, pipeline: Any, generate: Callable, *args: Any, **kwargs: Any
-    ) -> Tensor | None:
-        """A pipeline's ``generate`` with TeaCache."""
-        config = replace(self.config, guide_scale=kwargs["guide_scale"])
-        asked = (self.own.teacache_thresh, self.own.teacache_speedup) != (None, None)
-        said = "" if asked else " (default)"
-        said = said if config.thresh else " (off: stock Wan2.1)"
-        mode = MODES[config.use_ret_steps] + (", order 1" if config.order else "")
-        thresh = f"thresh {config.thresh:g}{said}"
-        log.info(f"TeaCache: {self.name}, {thresh}, {mode}, {config.steps} steps")
-        if self.warning and config.thresh:
-            log.warning(f"TeaCache: {self.name}: {self.warning}")
-        decode = self.keeping(pipeline.vae.decode)
-        self.began = time.perf_counter()
-        with teacache(pipeline.model, config) as self.cache, shadow(pipeline.vae, decode=decode):
-            video = generate(*args, **kwargs)
-        log.info(self.cache.summary())
-        return video
-
-    def keeping(self, function: Callable) -> Callable:
-        """``vae.decode`` or a writer of Wan2.1: where it fails, what it was given is kept."""
-        phase = function.__name__  # decode, cache_video, cache_image
-
-        @functools.wraps(function)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            began, said = time.perf_counter(), io.StringIO()
-            try:
-                with redirect_stdout(said):  # cache_video prints its error, cache_image does not
-                    result = function(*args, **kwargs)
-                if phase != "decode":
-                    tensor, file = kwargs["tensor"], kwargs["save_file"]
-                    if result is None and not said.getvalue():
-                        open(file, "ab").close()  # most often, this raises the reason
-                    if result is None:
-                        raise OSError(said.getvalue().strip() or "its writer gives no reason")
-                    check_written(file, tensor.size(2) if phase == "cache_video" else 1)
-                return result
-            except BaseException as error:
-                self.rescue(phase, (*args, *kwargs.values())[0], error)
-                raise
-            finally:
-                self.seconds[phase] = time.perf_counter() - began
-
-        return wrapper
-
-    def rescue(self, phase: str, made: Any, error: BaseException) -> None:
-        """Save latents or frames beside the video, else in /tmp, and say the way to a video."""
-        name, args = time.strftime("teacache_%Y%m%d_%H%M%S.pt"), self.args
-        beside = Path(args.save_file or name).absolute().parent
-        for path in (beside / name, Path(tempfile.gettempdir()) / name):
-            try:
-                torch.save(made, path)
-                break
-            except (OSError, RuntimeError) as full:
-                path.unlink(missing_ok=True)
-                log.error(f"TeaCache: nothing can be kept in {path.parent}: {full}")
-        else:
-            log.error(f"TeaCache: {phase} failed: {error!r}, and what it was given is lost")
-            return
-        image, config = args.task.startswith("t2i"), self.wan_generate.WAN_CONFIGS[args.task]
-        frames = f'torch.load("{path}", map_location="cpu")'
-        target = path.with_suffix(".png" if image else ".mp4")
-        if phase == "decode":
-            vae = Path(args.ckpt_dir).absolute() / config["vae_checkpoint"]
-            frames = f'(v := WanVAE(vae_pth="{vae}")).decode([u.to(v.device) for u in {frames}])'
-            frames += "[0][None]" + "[:, :, 0]" * image
-        write = f'cache_{"image" if image else "video"}({frames}, "{target}"'
-        write += ")" if image else f", fps={config['sample_fps']})"
-        imports = "import torch; from wan.modules.vae import WanVAE; from wan.utils.utils import *"
-        log.error(
-            f"TeaCache: {phase} failed: {error!r}. What it was given is in {path}; this makes "
-            f"{target} of it:\ncd {shlex.quote(str(Path(self.wan_generate.__file__).parent))} && "
-            f"python -c {shlex.quote(f'{imports}; {write}')}"
-        )
-
-    def write_report(self, status: str) -> None:
-        """For ``--teacache_report``: all that is known, as far as the run came."""
-        if not self.own.teacache_report or not is_rank_0():
-            return
-        cuda = torch.cuda.is_available()
-        report = {
-            "status": status,
-            "settings": {**vars(self.args), **vars(self.own)},
-            "fit": self.name,
-            "device": torch.cuda.get_device_name() if cuda else "cpu",
-            "peak_gpu_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
-            "versions": {"python": sys.version, "torch": torch.__version__},
-            "seconds": self.seconds,
+    for fault in job.planned.faults():
+        print(f"warning: at {current:.4g} {fault}")
+    if own.teacache_report:
+        content = {
+            "status": "planned",
+            "row": job.row,
+            "config": asdict(job.config),
+            "computed": job.planned.computed,
+            "plan": [
+                {
+                    "thresh": schedule.config.thresh,
+                    "computed": schedule.computed,
+                    "passes": schedule.passes,
+                    "speedup": schedule.speedup,
+                    "longest_skip": schedule.longest_skip,
+                }
+                for schedule in rows
+            ],
         }
-        if self.cache and self.cache.marks:
-            self.seconds["encode"] = self.cache.marks[0] - self.began
-            self.seconds["sampling"] = self.cache.seconds
-            report["config"] = asdict(self.cache.config)
-            report["computed"] = self.cache.schedule.computed
-            report["steps"] = [asdict(step) for step in self.cache.schedule.steps]
-        Path(self.own.teacache_report).write_text(json.dumps(report, indent=1))
+        with refusing(
+            f"--teacache_report {own.teacache_report}: cannot be written", "see its folder"
+        ):
+            Path(own.teacache_report).write_text(json.dumps(content, indent=1))
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line; ``argv`` is what follows the program's name."""
-    own, rest = parse_own(argv)
+# Jobs and comparison: several runs from one command
+
+
+def read_jobs(file: str) -> list[tuple[int, list[str]]]:
+    """The lines of a jobs file that have flags, with their numbers: read as the shell would."""
+    with refusing(f"--teacache_jobs {file}: cannot be read", "give a file with a video a line"):
+        text = Path(file).read_text(encoding="utf-8-sig")
+    lines = []
+    for number, line in enumerate(text.splitlines(), 1):
+        with refusing(f"--teacache_jobs {file}: line {number}", "close the quotes"):
+            flags = shlex.split(line, comments=True)
+        if flags:
+            lines.append((number, flags))
+    require(lines, f"--teacache_jobs {file}: has no line with flags")
+    return lines
+
+
+def own_of_line(
+    own: argparse.Namespace, flags: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """Our flags of a line over those of the command line, and what is left for generate.py."""
+    line, rest = own_parser().parse_known_args(flags)
+    given = {name: value for name, value in vars(line).items() if value not in (None, False)}
+    for name in given:
+        require(name in OF_A_LINE, f"--{name}: is for the command line, not for a line of the file")
+    merged = dict(vars(own))
+    for either in (
+        ("teacache_thresh", "teacache_speedup"),
+        ("teacache_model", "teacache_coefficients"),
+    ):
+        if given.keys() & set(either):
+            merged |= dict.fromkeys(either)
+    return argparse.Namespace(**{**merged, **given}), rest
+
+
+def parse(wan: Wan, own: argparse.Namespace, argv: Sequence[str]) -> argparse.Namespace:
+    """generate.py's flags, and the checkpoint that they name, checked."""
+    without_checkpoint = own.teacache_plan and not any(
+        flag.split("=")[0] == "--ckpt_dir" for flag in argv
+    )
+    args = wan.parse([*argv, "--ckpt_dir", "."] if without_checkpoint else argv)
+    check_numbers(wan, args)
+    if without_checkpoint:
+        require(
+            choose_row(own, args).row is None,
+            "--ckpt_dir: must be given for this plan, whose distances are in the weights; that of "
+            "--teacache_model sigma needs none",
+        )
+    else:
+        check_checkpoint(args, wan.config(args.task), all_parts=not own.teacache_plan)
+    return args
+
+
+def prompt_of(wan: Wan, args: argparse.Namespace) -> str:
+    return args.prompt or wan.examples(args.task).get("prompt", "")
+
+
+def settle_line(
+    wan: Wan,
+    own: argparse.Namespace,
+    argv: list[str],
+    flags: list[str],
+    targets: set[Path],
+) -> list[Job]:
+    """The jobs of one line of a jobs file. targets: of the lines before, and then of this too."""
+    common = wan.parse(argv)
+    own, rest = own_of_line(own, flags)
+    args = parse(wan, own, [*argv, *rest])
+    for name in FOR_ALL_LINES:
+        value, of_all = getattr(args, name, None), getattr(common, name, None)
+        require(
+            value == of_all,
+            f"--{name} {value}: must be that of the command line, {of_all}, since the model is "
+            "loaded once",
+        )
+    if args.save_file is None:  # the same one when the file is started again
+        digest = hashlib.sha256("\0".join([*argv, *flags]).encode()).hexdigest()[:8]
+        names = numbered(Path(default_target(args, prompt_of(wan, args), digest)))
+        args.save_file = str(next(name for name in names if name.absolute() not in targets))
+    target = Path(args.save_file).absolute()
+    require(target not in targets, f"--save_file {args.save_file}: is another line's too")
+    targets.add(target)
+    return settle_entries(wan, own, args)
+
+
+def settle_entries(wan: Wan, own: argparse.Namespace, args: argparse.Namespace) -> list[Job]:
+    """The jobs of one prompt and seed: one, or those of a comparison. Refused: what cannot be."""
+    check_prompt_extension(wan, args)
+    check_inputs(args, wan.examples(args.task))
+    if is_rank_0():
+        check_target(wan, args)
+    orders = own.teacache_order or [0]
+    if not own.teacache_compare:
+        require(len(orders) == 1, "--teacache_order: several are for --teacache_compare")
+        return [settle(wan, own, args)]
+    stock = with_flags(own, thresh=0.0, order=[0], guide_until=None)
+    jobs = [
+        settle(wan, stock, named(args, "stock"), "stock"),
+        replace(settle(wan, stock, named(args, "noise"), "noise 1e-4"), noise=1e-4),
+    ]
+    for entry in own.teacache_compare:
+        for order in orders:
+            label = f"{entry} order {order}" if len(orders) > 1 else entry
+            jobs.append(settle(wan, of_entry(own, entry, order), named(args, label), label))
+    labels = [job.label for job in jobs]
+    require(
+        len(set(labels)) == len(labels), f"--teacache_compare {' '.join(labels)}: twice the same"
+    )
+    return jobs
+
+
+def with_flags(own: argparse.Namespace, **flags: Any) -> argparse.Namespace:
+    """Our flags with other values; of thresh and speedup one only is set."""
+    values = {"thresh": None, "speedup": None, **flags}
+    return argparse.Namespace(
+        **{**vars(own), **{f"teacache_{name}": value for name, value in values.items()}}
+    )
+
+
+def of_entry(own: argparse.Namespace, entry: str, order: int) -> argparse.Namespace:
+    """Our flags for an entry of --teacache_compare: [ROW:]THRESHOLD or [ROW:]SPEEDUPx."""
+    row, _, value = entry.rpartition(":")
+    what = f"--teacache_compare {entry}"
+    require(
+        row in ("", SIGMA, *ROWS), f"{what}: no row {row}; there are {', '.join((SIGMA, *ROWS))}"
+    )
+    kind, lowest = ("speedup", 1) if value.endswith("x") else ("thresh", 0)
+    with refusing(what, "give thresholds as 0.08, speed-ups as 2x, or ROW:2x"):
+        number = at_least(lowest, f"{lowest} or more")(value.removesuffix("x"))
+    chosen = {"model": row, "coefficients": None} if row else {}
+    return with_flags(own, **{kind: number}, order=[order], **chosen)
+
+
+def named(args: argparse.Namespace, label: str) -> argparse.Namespace:
+    """generate.py's flags with a target for one video of a comparison: NAME.LABEL.mp4."""
+    target = Path(args.save_file)
+    words = "-".join(re.findall(r"[\w.]+", label))
+    file = target.with_name(f"{target.name.removesuffix(target.suffix)}.{words}{target.suffix}")
+    return argparse.Namespace(**{**vars(copy.deepcopy(args)), "save_file": str(file)})
+
+
+def settle_all(wan: Wan, own: argparse.Namespace, argv: list[str]) -> list[list[Job]]:
+    """The jobs of each prompt and seed that is asked for. Refused: one error a line."""
+    if not own.teacache_jobs:
+        args = parse(wan, own, argv)
+        if args.save_file is None:
+            name = default_target(args, prompt_of(wan, args), time.strftime("%Y%m%d_%H%M%S"))
+            args.save_file = str(next(p for p in numbered(Path(name)) if not p.exists()))
+        return [settle_entries(wan, own, args)]
+    by_line, errors, targets = [], [], set[Path]()
+    for number, flags in read_jobs(own.teacache_jobs):
+        try:
+            by_line.append(settle_line(wan, own, argv, flags, targets))
+        except Refused as error:
+            errors += [
+                f"--teacache_jobs {own.teacache_jobs}: line {number}: {e}" for e in error.args
+            ]
+    if errors:
+        raise Refused(*errors)
+    return by_line
+
+
+def is_made(job: Job) -> bool:
+    """Whether a video is there already, and whole."""
+    file = job.args.save_file
+    try:
+        if Path(file).is_file():
+            check_written(file, job.args.frame_num)
+            return True
+    except OSError:
+        pass
+    return False
+
+
+def run_jobs(session: Session, jobs: Sequence[Job], resume: bool) -> int:
+    """Make the videos; the exit status. resume: those that are there already are left out."""
+    waiting = [job for job in jobs if not (resume and is_made_for_all(job))]
+    for job in jobs:
+        if job not in waiting:
+            log.info(f"TeaCache: {job.args.save_file} is there: skipped")
+    failed = session.run_all(waiting)
+    for run in failed:
+        log.error(f"TeaCache: not made: {run.job.args.save_file}: {run.status}")
+    return 1 if failed else 0
+
+
+def is_made_for_all(job: Job) -> bool:
+    """Whether rank 0 finds the video, for all ranks: they must agree before there is a group."""
+    return is_made(job)
+
+
+def run_comparison(
+    session: Session, by_line: Sequence[Sequence[Job]], own: argparse.Namespace
+) -> int:
+    """Compare on each line, and print the table."""
+    videos, stock = sum(map(len, by_line)), 2 * len(by_line)
+    log.info(f"TeaCache: {videos} videos, of which {stock} stock")
+    compared = []
+    for jobs in by_line:
+        first = Path(jobs[0].args.save_file)
+        target = first.with_name(first.name.replace(".stock.", ".", 1))
+        rows = compare(session, jobs, target)
+        if rows:
+            compared.append(rows)
+    for line in comparison_table(compared) if compared else ():
+        print(line)
+    return 0
+
+
+# Decoding kept latents
+
+
+def decode_latents(own: argparse.Namespace, argv: Sequence[str]) -> None:
+    """For --teacache_decode: the video (or image) of a file of latents, which is deleted then."""
+    parser = Parser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--save_file")
+    parser.add_argument("--ckpt_dir")
+    given, file = parser.parse_args(argv), Path(own.teacache_decode)
+    with refusing(
+        f"--teacache_decode {file}: cannot be used", "give a NAME.latents.pt that was kept"
+    ):
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        names = ("task", "ckpt_dir", "save_file")
+        found = {name: getattr(given, name, None) or content[name] for name in names}
+        latents, fps = content["latents"], content["fps"]
+    wan = import_wan(own.wan_repo, generates=True)
+    args = argparse.Namespace(**found)
+    require(
+        args.task in wan.generate_py.WAN_CONFIGS,
+        f"--teacache_decode {file}: is of --task {args.task}, which this --wan_repo does not have",
+    )
+    check_part(args, Path(args.ckpt_dir) / wan.config(args.task)["vae_checkpoint"])
+    check_target(wan, args)
+    with torch.no_grad():
+        vae = wan.vae(args)
+        video = vae.decode([latent.to(vae.device) for latent in latents])[0]
+    write_video(wan, video, args.save_file, fps, args.task.startswith("t2i"))
+    file.unlink()
+    log.info(f"TeaCache: wrote {args.save_file}; {file} is deleted")
+
+
+# main
+
+
+def settings_of(own: argparse.Namespace, jobs: Sequence[Job]) -> dict[str, Any]:
+    """What the report says of all runs."""
+    args = jobs[0].args
+    ulysses_or_ring = args.ulysses_size * getattr(args, "ring_size", 1) > 1
+    return {
+        "flags": vars(own),
+        "parallel": "xfuser" if ulysses_or_ring and hasattr(args, "ring_size") else "",
+    }
+
+
+def run(argv: Sequence[str]) -> int:
+    """The command line; the exit status. Refused: what is wrong, before a weight is loaded."""
+    own, rest = own_parser().parse_known_args(argv)
+    if own.teacache_decode:
+        decode_latents(own, rest)
+        return 0
     asks_help = {"-h", "--help"} & set(rest)
     if asks_help:
         print(own_parser().format_help())
-    wan_generate = import_wan(own.wan_repo, generates=not (asks_help or own.teacache_plan))
-    args = parse_wan(wan_generate, rest)
-    wan_config, examples = wan_generate.WAN_CONFIGS[args.task], wan_generate.EXAMPLE_PROMPT
-    check_numbers(args)
-    check_checkpoint(args, wan_config, all_parts=not own.teacache_plan)
-    timesteps = timesteps_of(args, wan_config["num_train_timesteps"])
-    job = Job(own, args, wan_generate)
-    if own.teacache_calibrate:
-        check_inputs(args, examples[args.task])
-        job.run(Calibration(own, args).run)
-        return
-    fit, job.name, job.warning = choose_fit(own, args)
-    steps, ret = args.sample_steps, own.use_ret_steps
-    config = TeaCacheConfig.from_fit(
-        fit, steps, own.teacache_thresh, use_ret_steps=ret, order=own.teacache_order
-    )
-    if own.teacache_plan or own.teacache_speedup:
-        distances = distances_of(Path(args.ckpt_dir), timesteps, ret)
-    if own.teacache_speedup:
-        config = speedup_config(config, timesteps, distances, own.teacache_speedup)
-    if own.teacache_plan:
+    wan = import_wan(own.wan_repo, generates=not (asks_help or own.teacache_plan))
+    if own.teacache_plan and not asks_help:
+        require(not own.teacache_jobs, "--teacache_plan, --teacache_jobs: give one of them")
+        job = settle(wan, own, parse(wan, own, rest))
         if is_rank_0():
-            print(f"TeaCache plan: {job.name}, {MODES[ret]}, {steps} steps")
-            print_plan(fit, config, timesteps, distances)
-            print(f"warning: {job.warning}\n" if job.warning else "", end="")
-        return
-    check_inputs(args, examples[args.task])
-    if is_rank_0():
-        check_output(args, wan_generate)
-    job.config = config
-    job.run(job.generate)
+            print_plan(wan, own, job)
+        return 0
+    by_line = settle_all(wan, own, rest)
+    jobs = [job for line in by_line for job in line]
+    for job in jobs:
+        announce(job)
+    with refusing(f"--teacache_report {own.teacache_report}: cannot be written", "see its folder"):
+        session = Session(wan, own.teacache_report, settings_of(own, jobs))
+        session.write_report()
+    with session.opened():
+        if own.teacache_compare:
+            return run_comparison(session, by_line, own)
+        return run_jobs(session, jobs, resume=bool(own.teacache_jobs))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; ``argv`` is what follows the program's name. Leaves by SystemExit, with 2
+    for what was refused, 1 for what failed, 128 + its number for a signal; returns otherwise."""
+    status = 0
+    try:
+        with stopped_by_signals():
+            status = run(sys.argv[1:] if argv is None else argv)
+            sys.stdout.flush()
+    except Refused as error:
+        speaks = environment("LOCAL_RANK", 0) == 0 or environment("LOCAL_WORLD_SIZE", 1) == 1
+        for message in error.args if speaks else ():
+            print(f"teacache_generate.py: error: {message}", file=sys.stderr)
+        status = 2
+    except BrokenPipeError:  # of `--help | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt as error:
+        log.error(f"TeaCache: stopped by {error}")
+        status = 128 + getattr(error, "number", signal.SIGINT)
+    except Exception as error:
+        log.error("TeaCache: here is where:", exc_info=error)
+        status = 1
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":
