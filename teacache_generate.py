@@ -2076,7 +2076,7 @@ def choose_row(own: argparse.Namespace, args: argparse.Namespace) -> Choice:
         return Choice(ROWS.get(name), name, "as asked", insisted=True)
     if own.teacache_coefficients or file.is_file():
         file = Path(own.teacache_coefficients or file)
-        return Choice(read_coefficients(file), str(file), "its coefficients")
+        return Choice(read_coefficients(file), file.name, f"of {file.absolute().parent.name}")
     if args.task == "i2v-14B":
         return choose_i2v_row(args)
     if args.task in TASK_ROWS:
@@ -2468,7 +2468,7 @@ def is_made(job: Job) -> bool:
 
 def run_jobs(session: Session, jobs: Sequence[Job], resume: bool) -> int:
     """Make the videos; the exit status. resume: those that are there already are left out."""
-    waiting = [job for job in jobs if not (resume and is_made_for_all(job))]
+    waiting = [job for job in jobs if not (resume and is_made(job))]
     for job in jobs:
         if job not in waiting:
             log.info(f"TeaCache: {job.args.save_file} is there: skipped")
@@ -2476,11 +2476,6 @@ def run_jobs(session: Session, jobs: Sequence[Job], resume: bool) -> int:
     for run in failed:
         log.error(f"TeaCache: not made: {run.job.args.save_file}: {run.status}")
     return 1 if failed else 0
-
-
-def is_made_for_all(job: Job) -> bool:
-    """Whether rank 0 finds the video, for all ranks: they must agree before there is a group."""
-    return is_made(job)
 
 
 def run_comparison(
