@@ -555,9 +555,10 @@ class TeaCache:
                     "TeaCache: this model's forward went past the stand-in for its blocks, so "
                     "nothing would be skipped: wrap blocks, not the model, in torch.compile"
                 )
+        output = self.output
         if self.calls == 2 * self.config.steps:
             self.end_sampling()
-        return self.output
+        return output
 
     def begin_call(self, parts: ModelParts, t: Tensor) -> None:
         """Count the call, and see whether it is the one that was expected."""
@@ -659,7 +660,7 @@ class TeaCache:
         """Let go of models and tensors; decisions, times and drifts stay."""
         self.branches = Branch(), Branch()
         self.measured.clear()
-        self.signal = self.timestep = None
+        self.signal = self.timestep = self.output = None
 
     @property
     def seconds(self) -> float:
@@ -892,17 +893,17 @@ class Release:
     name: str
     video_writer: str  # of generate.py
     image_writer: str | None
-    vaes: dict[str, str]  # a config's vae_checkpoint: the class in wan.modules.MODULE
+    vaes: dict[str, str]  # how a config's vae_checkpoint begins: MODULE.CLASS in wan.modules
     no_cache: Sequence[str] = ()  # tasks that sample clip after clip, with other models
 
 
 RELEASES = (
-    Release("Wan2.1", "cache_video", "cache_image", {"": "vae.WanVAE"}),
+    Release("Wan2.1", "cache_video", "cache_image", {"Wan2.1_VAE": "vae.WanVAE"}),
     Release(
         "Wan2.2",
         "save_video",
         None,
-        {"Wan2.1_VAE.pth": "vae2_1.Wan2_1_VAE", "Wan2.2_VAE.pth": "vae2_2.Wan2_2_VAE"},
+        {"Wan2.1_VAE": "vae2_1.Wan2_1_VAE", "Wan2.2_VAE": "vae2_2.Wan2_2_VAE"},
         no_cache=("s2v-14B", "animate-14B"),
     ),
 )
@@ -949,13 +950,11 @@ class Wan:
         )
         return args
 
-    def vae(self, args: argparse.Namespace) -> Any:
-        """The VAE of a task alone, on the GPU if there is one."""
+    def vae(self, args: argparse.Namespace, device: torch.device) -> Any:
+        """The VAE of a task alone."""
         file = self.config(args.task)["vae_checkpoint"]
-        module, kind = self.release.vaes.get(file, next(iter(self.release.vaes.values()))).split(
-            "."
-        )
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        names = [name for start, name in self.release.vaes.items() if file.startswith(start)]
+        module, kind = names[0].split(".")
         make = getattr(importlib.import_module(f"wan.modules.{module}"), kind)
         return make(vae_pth=str(Path(args.ckpt_dir) / file), device=device)
 
@@ -1171,18 +1170,22 @@ def check_numbers(wan: Wan, args: argparse.Namespace) -> None:
         f"--t5_fsdp {args.t5_fsdp} --dit_fsdp {args.dit_fsdp}: must be started by "
         "torchrun --nproc_per_node=N, N above 1",
     )
-    ulysses, ring = args.ulysses_size, getattr(args, "ring_size", 1)
+    ulysses, ring = args.ulysses_size, getattr(args, "ring_size", 1)  # Wan2.2 has no ring
     require(
         ulysses * ring in (1, processes) and min(ulysses, ring) > 0,
         f"--ulysses_size {ulysses} --ring_size {ring}: their product must be the number of "
         f"processes, {processes} here; torchrun --nproc_per_node={ulysses * ring}",
     )
-    needs_xfuser = ulysses * ring > 1 and hasattr(args, "ring_size")
     require(
-        not needs_xfuser or importlib.util.find_spec("xfuser"),
+        not uses_xfuser(args) or importlib.util.find_spec("xfuser"),
         f"--ulysses_size {ulysses} --ring_size {ring}: No module named 'xfuser': "
         "pip install 'xfuser>=0.4.1'",
     )
+
+
+def uses_xfuser(args: argparse.Namespace) -> bool:
+    """Whether the tokens are split over the processes by xfuser, as Wan2.1 does it."""
+    return hasattr(args, "ring_size") and args.ulysses_size * args.ring_size > 1
 
 
 def damage(file: Path) -> str | None:
@@ -1714,18 +1717,18 @@ def once(make: Callable) -> Callable:
 class Session:
     """Runs in this process, with one pipeline, one process group and one prompt expander.
 
-    report: a file that says what is known, from the beginning on. settings: what it says of all.
+    report: a file that says what is known, from the beginning on. flags: ours, for the report.
     """
 
-    def __init__(self, wan: Wan, report: str | None, settings: dict[str, Any]):
-        self.wan, self.settings = wan, settings
+    def __init__(self, wan: Wan, report: str | None, flags: dict[str, Any]):
+        self.wan, self.flags = wan, flags
         self.report = Path(report) if report and is_rank_0() else None
         self.runs: list[Run] = []
         self.pipelines = {name: once(kind) for name, kind in wan.pipelines().items()}
         self.loading = False
 
     @contextmanager
-    def opened(self) -> Iterator[None]:
+    def opened(self, uses_xfuser: bool) -> Iterator[None]:
         """Around all runs: what generate(args) makes each time is made once."""
         generate_py, destroyed = self.wan.generate_py, []
         names = ("DashScopePromptExpander", "QwenPromptExpander")
@@ -1737,7 +1740,7 @@ class Session:
                 "destroy_process_group": lambda *args: destroyed.append(args),
             }
             stack.enter_context(shadow(dist, **group))
-            if "xfuser" in self.settings["parallel"]:
+            if uses_xfuser:
                 xfuser = importlib.import_module("xfuser.core.distributed")
                 makers = ("init_distributed_environment", "initialize_model_parallel")
                 stack.enter_context(
@@ -1801,9 +1804,9 @@ class Session:
                     raise  # the other ranks are somewhere else
                 log.error("TeaCache: here is where:", exc_info=error)
                 failed.append(run)
-                error = None
-                gc.collect()
-                torch.cuda.empty_cache()
+            self.runs[-1].failure = None  # it holds on to the tensors of where it was raised
+            gc.collect()
+            torch.cuda.empty_cache()
             seconds.append(time.perf_counter() - began)
         if len(jobs) > 1:
             for line in table(self.runs):
@@ -1816,7 +1819,7 @@ class Session:
             return
         cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
         common = {
-            **self.settings,
+            "flags": self.flags,
             "device": torch.cuda.get_device_name() if cuda else "cpu",
             "peak_gpu_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
             "versions": {"python": sys.version, "torch": torch.__version__},
@@ -2512,7 +2515,7 @@ def decode_latents(own: argparse.Namespace, argv: Sequence[str]) -> None:
         names = ("task", "ckpt_dir", "save_file")
         found = {name: getattr(given, name, None) or content[name] for name in names}
         latents, fps = content["latents"], content["fps"]
-    wan = import_wan(own.wan_repo, generates=True)
+    wan = import_wan(own.wan_repo, generates=False)  # slow, but possible without a GPU
     args = argparse.Namespace(**found)
     require(
         args.task in wan.generate_py.WAN_CONFIGS,
@@ -2520,25 +2523,15 @@ def decode_latents(own: argparse.Namespace, argv: Sequence[str]) -> None:
     )
     check_part(args, Path(args.ckpt_dir) / wan.config(args.task)["vae_checkpoint"])
     check_target(wan, args)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.no_grad():
-        vae = wan.vae(args)
-        video = vae.decode([latent.to(vae.device) for latent in latents])[0]
+        video = wan.vae(args, device).decode([latent.to(device) for latent in latents])[0]
     write_video(wan, video, args.save_file, fps, args.task.startswith("t2i"))
     file.unlink()
     log.info(f"TeaCache: wrote {args.save_file}; {file} is deleted")
 
 
 # main
-
-
-def settings_of(own: argparse.Namespace, jobs: Sequence[Job]) -> dict[str, Any]:
-    """What the report says of all runs."""
-    args = jobs[0].args
-    ulysses_or_ring = args.ulysses_size * getattr(args, "ring_size", 1) > 1
-    return {
-        "flags": vars(own),
-        "parallel": "xfuser" if ulysses_or_ring and hasattr(args, "ring_size") else "",
-    }
 
 
 def run(argv: Sequence[str]) -> int:
@@ -2562,9 +2555,10 @@ def run(argv: Sequence[str]) -> int:
     for job in jobs:
         announce(job)
     with refusing(f"--teacache_report {own.teacache_report}: cannot be written", "see its folder"):
-        session = Session(wan, own.teacache_report, settings_of(own, jobs))
-        session.write_report()
-    with session.opened():
+        session = Session(wan, own.teacache_report, vars(own))
+        if session.report:
+            session.report.write_text('{"status": "started"}')
+    with session.opened(uses_xfuser(jobs[0].args)):
         if own.teacache_compare:
             return run_comparison(session, by_line, own)
         return run_jobs(session, jobs, resume=bool(own.teacache_jobs))
