@@ -2317,7 +2317,8 @@ def own_of_line(
 ) -> tuple[argparse.Namespace, list[str]]:
     """Our flags of a line over those of the command line, and what is left for generate.py."""
     line, rest = own_parser().parse_known_args(flags)
-    given = {name: value for name, value in vars(line).items() if value not in (None, False)}
+    flags_given = vars(line).items()
+    given = {k: v for k, v in flags_given if v is not None and v is not False}  # 0 is given too
     for name in given:
         require(name in OF_A_LINE, f"--{name}: is for the command line, not for a line of the file")
     merged = dict(vars(own))
