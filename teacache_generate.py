@@ -2303,13 +2303,22 @@ def read_jobs(file: str) -> list[tuple[int, list[str]]]:
     with refusing(f"--teacache_jobs {file}: cannot be read", "give a file with a video a line"):
         text = Path(file).read_text(encoding="utf-8-sig")
     lines = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         with refusing(f"--teacache_jobs {file}: line {number}", "close the quotes"):
-            flags = shlex.split(line, comments=True)
+            flags = shlex.split(without_comment(line))
         if flags:
             lines.append((number, flags))
     require(lines, f"--teacache_jobs {file}: has no line with flags")
     return lines
+
+
+def without_comment(line: str) -> str:
+    """A line up to a # that begins a word, outside of quotes: shlex takes any # for one."""
+    for match in re.finditer(r"(^|\s)#", line):
+        with suppress(ValueError):
+            shlex.split(line[: match.start()])  # ValueError: within quotes
+            return line[: match.start()]
+    return line
 
 
 def own_of_line(
