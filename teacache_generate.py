@@ -2383,8 +2383,8 @@ def settle_line(
     if args.save_file is None:  # the same one when the file is started again
         digest = hashlib.sha256("\0".join([*argv, *flags]).encode()).hexdigest()[:8]
         names = numbered(Path(default_target(args, prompt_of(wan, args), digest)))
-        args.save_file = str(next(name for name in names if name.absolute() not in targets))
-    target = Path(args.save_file).absolute()
+        args.save_file = str(next(name for name in names if name.resolve() not in targets))
+    target = Path(args.save_file).resolve()
     require(target not in targets, f"--save_file {args.save_file}: is another line's too")
     targets.add(target)
     return settle_entries(wan, own, args)
