@@ -2381,7 +2381,8 @@ def settle_line(
             "loaded once",
         )
     if args.save_file is None:  # the same one when the file is started again
-        digest = hashlib.sha256("\0".join([*argv, *flags]).encode()).hexdigest()[:8]
+        ours = [f"{name} {getattr(own, name)}" for name in OF_A_LINE]
+        digest = hashlib.sha256("\0".join([*argv, *flags, *ours]).encode()).hexdigest()[:8]
         names = numbered(Path(default_target(args, prompt_of(wan, args), digest)))
         args.save_file = str(next(name for name in names if name.resolve() not in targets))
     target = Path(args.save_file).resolve()
