@@ -1789,13 +1789,10 @@ class Session:
 
     def run_all(self, jobs: Sequence[Job]) -> list[Run]:
         """One video after the other; the runs that failed. Only one process goes on after one."""
-        failed, seconds = [], []
+        failed = []
         for i, job in enumerate(jobs):
             if len(jobs) > 1:
-                to_go = np.mean(seconds) * (len(jobs) - i) / 60 if seconds else 0
-                eta = f", about {to_go:.0f} min to go" if seconds else ""
-                log.info(f"TeaCache: video {i + 1} of {len(jobs)}{eta}: {job.args.save_file}")
-            began = time.perf_counter()
+                log.info(f"TeaCache: {self.progress(i, len(jobs))}: {job.args.save_file}")
             try:
                 self.run(job)
             except Exception as error:
@@ -1807,11 +1804,17 @@ class Session:
             self.runs[-1].failure = None  # it holds on to the tensors of where it was raised
             gc.collect()
             torch.cuda.empty_cache()
-            seconds.append(time.perf_counter() - began)
         if len(jobs) > 1:
             for line in table(self.runs):
                 log.info(line)
         return failed
+
+    def progress(self, done: int, videos: int) -> str:
+        """Which video is next, and how long all that are left will take, by those that are made."""
+        made = [sum(run.seconds.values()) for run in self.runs if run.status == "finished"]
+        to_go = np.mean(made) * (videos - done) / 60 if made else 0  # they are without the load
+        eta = f", about {math.ceil(to_go)} min to go" if made else ""
+        return f"video {done + 1} of {videos}{eta}"
 
     def write_report(self) -> None:
         """For --teacache_report; what cannot be written is said, and hides nothing."""
