@@ -1688,6 +1688,7 @@ class Run:
             report["computed"] = cache.schedule.computed
             report["passes"] = cache.schedule.passes
             report["drift"] = {"hold": cache.drift(0), "line": cache.drift(1)}
+            report["speedup"] = cache.speedup if self.status == "finished" else None
             report["steps"] = [
                 {**asdict(step), "drift": drifts.get(i)}
                 for i, step in enumerate(cache.schedule.steps)
