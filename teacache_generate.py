@@ -2504,8 +2504,9 @@ def run_comparison(
     log.info(f"TeaCache: {videos} videos, of which {stock} stock")
     compared = []
     for jobs in by_line:
-        first = Path(jobs[0].args.save_file)
-        target = first.with_name(first.name.replace(".stock.", ".", 1))
+        stock_file = Path(jobs[0].args.save_file)
+        name, ending = stock_file.name, stock_file.suffix
+        target = stock_file.with_name(name.removesuffix(f".stock{ending}") + ending)
         rows = compare(session, jobs, target)
         if rows:
             compared.append(rows)
