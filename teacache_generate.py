@@ -1701,6 +1701,7 @@ class Run:
             report["computed"] = cache.schedule.computed
             report["passes"] = cache.schedule.passes
             report["drift"] = {"hold": cache.drift(0), "line": cache.drift(1)}
+            report["speedup"] = cache.speedup if self.status == "finished" else None
             report["steps"] = [
                 {**asdict(step), "drift": drifts.get(i)}
                 for i, step in enumerate(cache.schedule.steps)
@@ -1802,13 +1803,10 @@ class Session:
 
     def run_all(self, jobs: Sequence[Job]) -> list[Run]:
         """One video after the other; the runs that failed. Only one process goes on after one."""
-        failed, seconds = [], []
+        failed = []
         for i, job in enumerate(jobs):
             if len(jobs) > 1:
-                to_go = np.mean(seconds) * (len(jobs) - i) / 60 if seconds else 0
-                eta = f", about {to_go:.0f} min to go" if seconds else ""
-                log.info(f"TeaCache: video {i + 1} of {len(jobs)}{eta}: {job.args.save_file}")
-            began = time.perf_counter()
+                log.info(f"TeaCache: {self.progress(i, len(jobs))}: {job.args.save_file}")
             try:
                 self.run(job)
             except Exception as error:
@@ -1820,11 +1818,17 @@ class Session:
             self.runs[-1].failure = None  # it holds on to the tensors of where it was raised
             gc.collect()
             torch.cuda.empty_cache()
-            seconds.append(time.perf_counter() - began)
         if len(jobs) > 1:
             for line in table(self.runs):
                 log.info(line)
         return failed
+
+    def progress(self, done: int, videos: int) -> str:
+        """Which video is next, and how long all that are left will take, by those that are made."""
+        made = [sum(run.seconds.values()) for run in self.runs if run.status == "finished"]
+        to_go = np.mean(made) * (videos - done) / 60 if made else 0  # they are without the load
+        eta = f", about {math.ceil(to_go)} min to go" if made else ""
+        return f"video {done + 1} of {videos}{eta}"
 
     def write_report(self) -> None:
         """For --teacache_report; what cannot be written is said, and hides nothing."""
@@ -2315,13 +2319,22 @@ def read_jobs(file: str) -> list[tuple[int, list[str]]]:
     with refusing(f"--teacache_jobs {file}: cannot be read", "give a file with a video a line"):
         text = Path(file).read_text(encoding="utf-8-sig")
     lines = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         with refusing(f"--teacache_jobs {file}: line {number}", "close the quotes"):
-            flags = shlex.split(line, comments=True)
+            flags = shlex.split(without_comment(line))
         if flags:
             lines.append((number, flags))
     require(lines, f"--teacache_jobs {file}: has no line with flags")
     return lines
+
+
+def without_comment(line: str) -> str:
+    """A line up to a # that begins a word, outside of quotes: shlex takes any # for one."""
+    for match in re.finditer(r"(^|\s)#", line):
+        with suppress(ValueError):
+            shlex.split(line[: match.start()])  # ValueError: within quotes
+            return line[: match.start()]
+    return line
 
 
 def own_of_line(
@@ -2329,7 +2342,8 @@ def own_of_line(
 ) -> tuple[argparse.Namespace, list[str]]:
     """Our flags of a line over those of the command line, and what is left for generate.py."""
     line, rest = own_parser().parse_known_args(flags)
-    given = {name: value for name, value in vars(line).items() if value not in (None, False)}
+    flags_given = vars(line).items()
+    given = {k: v for k, v in flags_given if v is not None and v is not False}  # 0 is given too
     for name in given:
         require(name in OF_A_LINE, f"--{name}: is for the command line, not for a line of the file")
     merged = dict(vars(own))
@@ -2380,10 +2394,11 @@ def settle_line(
             "loaded once",
         )
     if args.save_file is None:  # the same one when the file is started again
-        digest = hashlib.sha256("\0".join([*argv, *flags]).encode()).hexdigest()[:8]
+        ours = [f"{name} {getattr(own, name)}" for name in OF_A_LINE]
+        digest = hashlib.sha256("\0".join([*argv, *flags, *ours]).encode()).hexdigest()[:8]
         names = numbered(Path(default_target(args, prompt_of(wan, args), digest)))
-        args.save_file = str(next(name for name in names if name.absolute() not in targets))
-    target = Path(args.save_file).absolute()
+        args.save_file = str(next(name for name in names if name.resolve() not in targets))
+    target = Path(args.save_file).resolve()
     require(target not in targets, f"--save_file {args.save_file}: is another line's too")
     targets.add(target)
     return settle_entries(wan, own, args)
@@ -2500,8 +2515,9 @@ def run_comparison(
     log.info(f"TeaCache: {videos} videos, of which {stock} stock")
     compared = []
     for jobs in by_line:
-        first = Path(jobs[0].args.save_file)
-        target = first.with_name(first.name.replace(".stock.", ".", 1))
+        stock_file = Path(jobs[0].args.save_file)
+        name, ending = stock_file.name, stock_file.suffix
+        target = stock_file.with_name(name.removesuffix(f".stock{ending}") + ending)
         rows = compare(session, jobs, target)
         if rows:
             compared.append(rows)
