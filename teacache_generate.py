@@ -1425,7 +1425,8 @@ def why_not_written(file: str, printed: str) -> str:
 def check_written(file: str, frames: int) -> None:
     """OSError: the file does not hold the frames, since the disk was full, or ffmpeg failed."""
     try:
-        if Path(file).suffix.lower() in Image.registered_extensions():
+        kind = Image.registered_extensions().get(Path(file).suffix.lower(), "MPEG")
+        if kind != "MPEG":  # of which Pillow knows the name only
             with Image.open(file) as picture:
                 found = sum(frame.load() is not None for frame in ImageSequence.Iterator(picture))
             found = frames if found else 0  # equal frames are merged into one
