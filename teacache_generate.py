@@ -1773,10 +1773,13 @@ class Session:
             run.status = "finished"
         except BaseException as error:
             run.status = f"failed: {error!r}"
+            if isinstance(error, Exception) and run.failure:
+                error = run.failure  # what came after it is of the frame in its place
+                run.status = f"failed: {error!r}"
             if isinstance(error, Exception) and not self.loading:
                 raise Refused(f"{type(error).__name__}: {error} (see --help)") from error
             run.explain(error)
-            raise
+            raise error
         finally:
             self.write_report()
         return run
