@@ -1635,6 +1635,7 @@ class Run:
             return video
         except Exception as error:
             self.failure = error
+            log.error(f"TeaCache: not decoded: {error}")
             return [torch.zeros(3, 1, 16, 16)]
         finally:
             self.seconds["decode"] = time.perf_counter() - began
