@@ -1416,7 +1416,10 @@ def why_not_written(file: str, printed: str) -> str:
     if folder.is_dir() and shutil.disk_usage(folder).free < 2**20:
         return "the disk is full (No space left on device)"
     try:
-        open(file, "ab").close()
+        if Path(file).exists():
+            open(file, "ab").close()
+        else:
+            tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         return str(error)
     return printed.strip() or "its writer gives no reason"
