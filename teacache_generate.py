@@ -1663,7 +1663,7 @@ class Run:
     def explain(self, error: BaseException) -> None:
         """Say what went wrong, and how to go on."""
         log.error(f"TeaCache: {self.job.args.save_file}: failed: {error!r}")
-        if self.latents:
+        if self.latents and self.latents.is_file():
             log.error(
                 f"TeaCache: its latents are in {self.latents}; this makes the video of them:\n"
                 f"{decode_command(self.wan, self.latents)}"
