@@ -1491,12 +1491,16 @@ def stopped_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+LATENTS = ".latents.pt"  # the ending of latents that are kept
+
+
 def numbered(path: Path) -> Iterator[Path]:
     """A path, and then the same with a number before its ending: x.mp4, x.2.mp4, x.3.mp4."""
     yield path
-    stem, dot, ending = path.name.partition(".")
+    ending = LATENTS if path.name.endswith(LATENTS) else path.suffix
+    stem = path.name.removesuffix(ending)
     for i in range(2, 1000):
-        yield path.with_name(f"{stem}.{i}{dot}{ending}")
+        yield path.with_name(f"{stem}.{i}{ending}")
 
 
 def default_target(args: argparse.Namespace, prompt: str, mark: str) -> str:
@@ -1507,7 +1511,7 @@ def default_target(args: argparse.Namespace, prompt: str, mark: str) -> str:
 
 
 def latents_path(target: Path) -> Path:
-    return target.with_name(f"{target.name.removesuffix(target.suffix)}.latents.pt")
+    return target.with_name(target.name.removesuffix(target.suffix) + LATENTS)
 
 
 def write_ahead(latents: Sequence[Tensor], job: Job, fps: int) -> Path | None:
