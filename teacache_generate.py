@@ -1290,13 +1290,17 @@ def inputs_of(args: argparse.Namespace, examples: dict[str, str]) -> dict[str, s
     return found
 
 
+def check_named(flag: str, file: str | None) -> None:
+    require(
+        file != "",
+        f'--{flag} "": is empty, as of an unset shell variable: give a file or leave it out',
+    )
+
+
 def check_inputs(args: argparse.Namespace, examples: dict[str, str]) -> None:
     """Every image and video that generate.py will open is there and can be read."""
     for name in ("ckpt_dir", "save_file", *INPUTS):
-        require(
-            getattr(args, name, None) != "",
-            f'--{name} "": is empty, as of an unset shell variable: give a file or leave it out',
-        )
+        check_named(name, getattr(args, name, None))
     if args.task.startswith("flf2v"):
         require(
             bool(args.first_frame) == bool(args.last_frame),
@@ -2517,6 +2521,8 @@ def decode_latents(own: argparse.Namespace, argv: Sequence[str]) -> None:
     parser.add_argument("--save_file")
     parser.add_argument("--ckpt_dir")
     given, file = parser.parse_args(argv), Path(own.teacache_decode)
+    for name, value in vars(given).items():
+        check_named(name, value)
     with refusing(
         f"--teacache_decode {file}: cannot be used", "give a NAME.latents.pt that was kept"
     ):
@@ -2556,6 +2562,8 @@ def settings_of(own: argparse.Namespace, jobs: Sequence[Job]) -> dict[str, Any]:
 def run(argv: Sequence[str]) -> int:
     """The command line; the exit status. Refused: what is wrong, before a weight is loaded."""
     own, rest = own_parser().parse_known_args(argv)
+    for name, value in vars(own).items():
+        check_named(name, value)
     if own.teacache_decode:
         decode_latents(own, rest)
         return 0
