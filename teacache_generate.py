@@ -1313,13 +1313,17 @@ def inputs_of(args: argparse.Namespace, examples: dict[str, str]) -> dict[str, s
     return found
 
 
+def check_named(flag: str, file: str | None) -> None:
+    require(
+        file != "",
+        f'--{flag} "": is empty, as of an unset shell variable: give a file or leave it out',
+    )
+
+
 def check_inputs(args: argparse.Namespace, examples: dict[str, str]) -> None:
     """Every image and video that generate.py will open is there and can be read."""
     for name in ("ckpt_dir", "save_file", *INPUTS):
-        require(
-            getattr(args, name, None) != "",
-            f'--{name} "": is empty, as of an unset shell variable: give a file or leave it out',
-        )
+        check_named(name, getattr(args, name, None))
     if args.task.startswith("flf2v"):
         require(
             bool(args.first_frame) == bool(args.last_frame),
@@ -1442,7 +1446,10 @@ def why_not_written(file: str, printed: str) -> str:
     if folder.is_dir() and shutil.disk_usage(folder).free < 2**20:
         return "the disk is full (No space left on device)"
     try:
-        open(file, "ab").close()
+        if Path(file).exists():
+            open(file, "ab").close()
+        else:
+            tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         return str(error)
     return printed.strip() or "its writer gives no reason"
@@ -1451,7 +1458,8 @@ def why_not_written(file: str, printed: str) -> str:
 def check_written(file: str, frames: int) -> None:
     """OSError: the file does not hold the frames, since the disk was full, or ffmpeg failed."""
     try:
-        if Path(file).suffix.lower() in Image.registered_extensions():
+        kind = Image.registered_extensions().get(Path(file).suffix.lower(), "MPEG")
+        if kind != "MPEG":  # of which Pillow knows the name only
             with Image.open(file) as picture:
                 found = sum(frame.load() is not None for frame in ImageSequence.Iterator(picture))
             found = frames if found else 0  # equal frames are merged into one
@@ -1509,12 +1517,16 @@ def stopped_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+LATENTS = ".latents.pt"  # the ending of latents that are kept
+
+
 def numbered(path: Path) -> Iterator[Path]:
     """A path, and then the same with a number before its ending: x.mp4, x.2.mp4, x.3.mp4."""
     yield path
-    stem, dot, ending = path.name.partition(".")
+    ending = LATENTS if path.name.endswith(LATENTS) else path.suffix
+    stem = path.name.removesuffix(ending)
     for i in range(2, 1000):
-        yield path.with_name(f"{stem}.{i}{dot}{ending}")
+        yield path.with_name(f"{stem}.{i}{ending}")
 
 
 def default_target(args: argparse.Namespace, prompt: str, mark: str) -> str:
@@ -1525,7 +1537,7 @@ def default_target(args: argparse.Namespace, prompt: str, mark: str) -> str:
 
 
 def latents_path(target: Path) -> Path:
-    return target.with_name(f"{target.name.removesuffix(target.suffix)}.latents.pt")
+    return target.with_name(target.name.removesuffix(target.suffix) + LATENTS)
 
 
 def write_ahead(latents: Sequence[Tensor], job: Job, fps: int) -> Path | None:
@@ -1650,6 +1662,7 @@ class Run:
             return video
         except Exception as error:
             self.failure = error
+            log.error(f"TeaCache: not decoded: {error}")
             return [torch.zeros(3, 1, 16, 16)]
         finally:
             self.seconds["decode"] = time.perf_counter() - began
@@ -1674,7 +1687,7 @@ class Run:
     def explain(self, error: BaseException) -> None:
         """Say what went wrong, and how to go on."""
         log.error(f"TeaCache: {self.job.args.save_file}: failed: {error!r}")
-        if self.latents:
+        if self.latents and self.latents.is_file():
             log.error(
                 f"TeaCache: its latents are in {self.latents}; this makes the video of them:\n"
                 f"{decode_command(self.wan, self.latents)}"
@@ -1789,10 +1802,13 @@ class Session:
             run.status = "finished"
         except BaseException as error:
             run.status = f"failed: {error!r}"
+            if isinstance(error, Exception) and run.failure:
+                error = run.failure  # what came after it is of the frame in its place
+                run.status = f"failed: {error!r}"
             if isinstance(error, Exception) and not self.loading:
                 raise Refused(f"{type(error).__name__}: {error} (see --help)") from error
             run.explain(error)
-            raise
+            raise error
         finally:
             self.write_report()
         return run
@@ -2535,6 +2551,8 @@ def decode_latents(own: argparse.Namespace, argv: Sequence[str]) -> None:
     parser.add_argument("--save_file")
     parser.add_argument("--ckpt_dir")
     given, file = parser.parse_args(argv), Path(own.teacache_decode)
+    for name, value in vars(given).items():
+        check_named(name, value)
     with refusing(
         f"--teacache_decode {file}: cannot be used", "give a NAME.latents.pt that was kept"
     ):
@@ -2564,6 +2582,8 @@ def decode_latents(own: argparse.Namespace, argv: Sequence[str]) -> None:
 def run(argv: Sequence[str]) -> int:
     """The command line; the exit status. Refused: what is wrong, before a weight is loaded."""
     own, rest = own_parser().parse_known_args(argv)
+    for name, value in vars(own).items():
+        check_named(name, value)
     if own.teacache_decode:
         decode_latents(own, rest)
         return 0
