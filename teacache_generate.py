@@ -1724,7 +1724,7 @@ class Session:
     def __init__(self, wan: Wan, report: str | None, flags: dict[str, Any]):
         self.wan, self.flags = wan, flags
         self.report = Path(report) if report and is_rank_0() else None
-        self.runs: list[Run] = []
+        self.runs, self.videos = list[Run](), 1  # of all that are asked for
         self.pipelines = {name: once(kind) for name, kind in wan.pipelines().items()}
         self.loading = False
 
@@ -1788,34 +1788,43 @@ class Session:
     def writer(run: Run, write: Callable) -> Callable:
         return functools.wraps(write)(functools.partial(run.write, write))
 
-    def run_all(self, jobs: Sequence[Job]) -> list[Run]:
-        """One video after the other; the runs that failed. Only one process goes on after one."""
-        failed = []
-        for i, job in enumerate(jobs):
-            if len(jobs) > 1:
-                log.info(f"TeaCache: {self.progress(i, len(jobs))}: {job.args.save_file}")
-            try:
-                self.run(job)
-            except Exception as error:
-                run = self.runs[-1]
-                if isinstance(error, Refused) or (across_ranks() and error is not run.failure):
-                    raise  # the other ranks are somewhere else
-                log.error("TeaCache: here is where:", exc_info=error)
-                failed.append(run)
-            self.runs[-1].failure = None  # it holds on to the tensors of where it was raised
-            gc.collect()
-            torch.cuda.empty_cache()
+    def run_all(self, jobs: Sequence[Job]) -> None:
+        """One video after the other, and the table of them."""
+        self.videos = len(jobs)
+        for job in jobs:
+            self.attempt(job)
         if len(jobs) > 1:
             for line in table(self.runs):
                 log.info(line)
-        return failed
 
-    def progress(self, done: int, videos: int) -> str:
+    def attempt(self, job: Job, keep_frames: bool = False) -> Run:
+        """One video. Its failure is said, and is in the run's status; it is raised where it may
+        have left the other ranks somewhere else."""
+        if self.videos > 1:
+            log.info(f"TeaCache: {self.progress()}: {job.args.save_file}")
+        try:
+            self.run(job, keep_frames)
+        except Exception as error:
+            in_step = not across_ranks() or error is self.runs[-1].failure
+            if isinstance(error, Refused) or not in_step:
+                raise
+            log.error("TeaCache: here is where:", exc_info=error)
+        self.runs[-1].failure = None  # it holds on to the tensors of where it was raised
+        gc.collect()
+        torch.cuda.empty_cache()
+        return self.runs[-1]
+
+    @property
+    def failed(self) -> list[Run]:
+        return [run for run in self.runs if run.status != "finished"]
+
+    def progress(self) -> str:
         """Which video is next, and how long all that are left will take, by those that are made."""
         made = [sum(run.seconds.values()) for run in self.runs if run.status == "finished"]
-        to_go = np.mean(made) * (videos - done) / 60 if made else 0  # they are without the load
+        left = self.videos - len(self.runs)
+        to_go = np.mean(made) * left / 60 if made else 0  # they are without the load
         eta = f", about {math.ceil(to_go)} min to go" if made else ""
-        return f"video {done + 1} of {videos}{eta}"
+        return f"video {len(self.runs) + 1} of {self.videos}{eta}"
 
     def write_report(self) -> None:
         """For --teacache_report; what cannot be written is said, and hides nothing."""
@@ -1857,6 +1866,8 @@ def table(runs: Sequence[Run]) -> list[str]:
 
 # Comparison: stock, stock with a little noise, and every setting asked for
 
+STOCK, NOISE = "stock", "noise 1e-4"  # the first two rows
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -1890,16 +1901,17 @@ def ssim(frames: np.ndarray, stock: np.ndarray) -> float | None:
 
 def compare(session: Session, jobs: Sequence[Job], target: Path) -> list[Compared]:
     """Run the jobs of one prompt and seed, the first of them stock; write what compares them."""
-    compared, frames, stock_seconds = [], [], 0.0
+    compared, frames, stock, stock_seconds = [], [], None, math.inf
     for job in jobs:
-        run = session.run(job, keep_frames=True)
-        cache = run.cache
-        if run.frames is None:  # not rank 0
+        run = session.attempt(job, keep_frames=True)
+        cache, video, run.frames = run.cache, run.frames, None
+        if job is jobs[0]:
+            stock = video
+        if video is None or stock is None:  # it has failed, or this is not rank 0
             continue
-        frames.append(run.frames)
-        is_stock = job.config.thresh == 0 and job.config.guided_steps is None
-        if is_stock:  # the faster of the two: the first one warms up
-            stock_seconds = min(stock_seconds or math.inf, cache.seconds)
+        if job.config.thresh == 0 and job.config.guided_steps is None:
+            stock_seconds = min(stock_seconds, cache.seconds)  # the first one warms up
+        frames.append(video)
         compared.append(
             Compared(
                 label=job.label,
@@ -1908,11 +1920,10 @@ def compare(session: Session, jobs: Sequence[Job], target: Path) -> list[Compare
                 seconds=cache.seconds,
                 speedup=stock_seconds / cache.seconds,
                 drift=cache.drift(job.config.order),
-                psnr=psnr(run.frames, frames[0]),
-                ssim=ssim(run.frames, frames[0]),
+                psnr=psnr(video, stock),
+                ssim=ssim(video, stock),
             )
         )
-        run.frames = None
     if frames:
         fps = session.wan.config(jobs[0].args.task)["sample_fps"]
         write_comparison(compared, frames, target, fps)
@@ -1942,7 +1953,7 @@ def labelled(video: np.ndarray, row: Compared) -> np.ndarray:
     """Frames [F, H, W, 3] of about 480 pixels, and above them which they are."""
     height, width = video.shape[1:3]
     width, height = (2 * round(side * 240 / max(width, 192)) for side in (width, height))
-    fidelity = "" if row.label == "stock" else f"{row.psnr:.1f} dB"
+    fidelity = "" if row.label == STOCK else f"{row.psnr:.1f} dB"
     lines = (row.label, f"{row.seconds:.1f} s   {row.speedup:.2f}x", fidelity)
     head = Image.new("RGB", (width, 84), "white")
     draw = ImageDraw.Draw(head)
@@ -1959,48 +1970,50 @@ def strip(panels: Sequence[np.ndarray], moments: Sequence[int]) -> np.ndarray:
 
 def comparison_table(by_line: Sequence[Sequence[Compared]]) -> list[str]:
     """The mean over the lines, with the standard deviation where there are several."""
-    rows = list(zip(*by_line, strict=True))
-    with_ssim = rows[0][0].ssim is not None
-    wide = max(len(row[0].label) for row in rows) + 2
-    lines = [
-        f"{'':{wide}}computed  sampling  speed-up   drift         PSNR"
-        + "          SSIM" * with_ssim
-    ]
-    for row in rows:
-        lines.append(comparison_line(row, wide, with_ssim))
-    floor = np.mean([one.psnr for one in rows[1]])
-    above = [row[0].label for row in rows[2:] if np.mean([one.psnr for one in row]) >= floor]
+    by_label: dict[str, list[Compared]] = {}
+    for line in by_line:
+        for row in line:
+            by_label.setdefault(row.label, []).append(row)
+    with_ssim = by_line[0][0].ssim is not None
+    head = ["", "computed", "sampling", "speed-up", "drift", "PSNR", "SSIM"]
+    cells = [head, *(comparison_cells(rows) for rows in by_label.values())]
+    wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for label, *others in cells:
+        shown = others if with_ssim else others[:-1]
+        aligned = [cell.rjust(n) for cell, n in zip(shown, wide[1:], strict=False)]
+        lines.append("  ".join([label.ljust(wide[0]), *aligned]))
+    floor = np.mean([row.psnr for row in by_label.pop(NOISE, [])] or [math.nan])
+    by_label.pop(STOCK)
+    above = [k for k, rows in by_label.items() if np.mean([row.psnr for row in rows]) >= floor]
     lines.append(
         f"the floor, stock with noise of 1e-4: {floor:.1f} dB; at it or above: "
         f"{', '.join(above) or 'none'}"
     )
-    if not with_ssim:
-        lines.append("for the SSIM: pip install scikit-image")
-    return lines
+    return lines if with_ssim else [*lines, "for the SSIM: pip install scikit-image"]
 
 
-def comparison_line(row: Sequence[Compared], wide: int, with_ssim: bool) -> str:
-    """One label's line of the table."""
+def comparison_cells(rows: Sequence[Compared]) -> list[str]:
+    """One label's line of the table, over all lines of the jobs file."""
 
-    def mean(values: Sequence[float | None], digits: int) -> str:
+    def mean(values: Sequence[float | None], digits: int, unit: str = "") -> str:
         known = [value for value in values if value is not None]
         if not known:
             return ""
-        spread = (
-            f" ± {np.std(known):.{digits}f}" if len(known) > 1 and np.isfinite(known).all() else ""
-        )
-        return f"{np.mean(known):.{digits}f}{spread}"
+        spread = len(known) > 1 and np.isfinite(known).all()
+        deviation = f" ± {np.std(known):.{digits}f}" if spread else ""
+        return f"{np.mean(known):.{digits}f}{deviation}{unit}"
 
-    drifts = [one.drift for one in row]
-    drift = f"{100 * np.mean(drifts):.1f} %" if None not in drifts else ""
-    computed = np.mean([one.computed for one in row])
-    text = (
-        f"{row[0].label:{wide}}{computed:4.0f}/{row[0].steps:<3}  "
-        f"{np.mean([one.seconds for one in row]):6.1f} s  "
-        f"{np.mean([one.speedup for one in row]):7.2f}x  {drift:>6}  "
-        f"{mean([one.psnr for one in row], 1):>11}"
-    )
-    return text + (f"  {mean([one.ssim for one in row], 3):>12}" if with_ssim else "")
+    computed, steps = np.mean([(row.computed, row.steps) for row in rows], axis=0)
+    return [
+        rows[0].label,
+        f"{computed:.0f}/{steps:.0f}",
+        mean([row.seconds for row in rows], 1, " s"),
+        mean([row.speedup for row in rows], 2, "x"),
+        mean([row.drift and 100 * row.drift for row in rows], 1, " %"),
+        mean([row.psnr for row in rows], 1),
+        mean([row.ssim for row in rows], 3),
+    ]
 
 
 # ---------------------------------------------------------------------------------- command line
@@ -2407,8 +2420,8 @@ def settle_entries(wan: Wan, own: argparse.Namespace, args: argparse.Namespace) 
         return [settle(wan, own, args)]
     stock = with_flags(own, thresh=0.0, order=[0], guide_until=None)
     jobs = [
-        settle(wan, stock, named(args, "stock"), "stock"),
-        replace(settle(wan, stock, named(args, "noise"), "noise 1e-4"), noise=1e-4),
+        settle(wan, stock, named(args, STOCK), STOCK),
+        replace(settle(wan, stock, named(args, "noise"), NOISE), noise=1e-4),
     ]
     for entry in own.teacache_compare:
         for order in orders:
@@ -2490,18 +2503,23 @@ def run_jobs(session: Session, jobs: Sequence[Job], resume: bool) -> int:
     for job in jobs:
         if job not in waiting:
             log.info(f"TeaCache: {job.args.save_file} is there: skipped")
-    failed = session.run_all(waiting)
-    for run in failed:
+    session.run_all(waiting)
+    return exit_status(session)
+
+
+def exit_status(session: Session) -> int:
+    """1, with the list, if something failed."""
+    for run in session.failed:
         log.error(f"TeaCache: not made: {run.job.args.save_file}: {run.status}")
-    return 1 if failed else 0
+    return 1 if session.failed else 0
 
 
 def run_comparison(
     session: Session, by_line: Sequence[Sequence[Job]], own: argparse.Namespace
 ) -> int:
     """Compare on each line, and print the table."""
-    videos, stock = sum(map(len, by_line)), 2 * len(by_line)
-    log.info(f"TeaCache: {videos} videos, of which {stock} stock")
+    session.videos = sum(map(len, by_line))
+    log.info(f"TeaCache: {session.videos} videos, of which {2 * len(by_line)} stock")
     compared = []
     for jobs in by_line:
         stock_file = Path(jobs[0].args.save_file)
@@ -2512,7 +2530,7 @@ def run_comparison(
             compared.append(rows)
     for line in comparison_table(compared) if compared else ():
         print(line)
-    return 0
+    return exit_status(session)
 
 
 # Decoding kept latents
