@@ -1882,6 +1882,12 @@ class Compared:
     psnr: float  # dB; infinite where the frames are equal
     ssim: float | None  # None without scikit-image
 
+    @property
+    def texts(self) -> list[str]:
+        """What stands over it in a picture."""
+        fidelity = "" if self.label == STOCK else f"{self.psnr:.1f} dB"
+        return [self.label, f"{self.seconds:.1f} s    {self.speedup:.2f}x", fidelity]
+
 
 def psnr(frames: np.ndarray, stock: np.ndarray) -> float:
     """Of two videos, uint8 [F, H, W, 3], in dB."""
@@ -1901,7 +1907,7 @@ def ssim(frames: np.ndarray, stock: np.ndarray) -> float | None:
 
 def compare(session: Session, jobs: Sequence[Job], target: Path) -> list[Compared]:
     """Run the jobs of one prompt and seed, the first of them stock; write what compares them."""
-    compared, frames, stock, stock_seconds = [], [], None, math.inf
+    compared, shown, stock, stock_seconds = [], [], None, math.inf
     for job in jobs:
         run = session.attempt(job, keep_frames=True)
         cache, video, run.frames = run.cache, run.frames, None
@@ -1911,7 +1917,7 @@ def compare(session: Session, jobs: Sequence[Job], target: Path) -> list[Compare
             continue
         if job.config.thresh == 0 and job.config.guided_steps is None:
             stock_seconds = min(stock_seconds, cache.seconds)  # the first one warms up
-        frames.append(video)
+        shown.append(shrunk(video))
         compared.append(
             Compared(
                 label=job.label,
@@ -1924,48 +1930,60 @@ def compare(session: Session, jobs: Sequence[Job], target: Path) -> list[Compare
                 ssim=ssim(video, stock),
             )
         )
-    if frames:
+    if shown:
         fps = session.wan.config(jobs[0].args.task)["sample_fps"]
-        write_comparison(compared, frames, target, fps)
+        write_comparison(compared, shown, target, fps)
     return compared
 
 
 def write_comparison(
-    compared: Sequence[Compared], frames: Sequence[np.ndarray], target: Path, fps: int
+    compared: Sequence[Compared], videos: Sequence[np.ndarray], target: Path, fps: int
 ) -> None:
-    """NAME.compare.mp4, all side by side; .png, a strip of frames; .json, the table."""
-    name = target.name.removesuffix(target.suffix)
+    """NAME.compare.mp4, all side by side; .png, a strip of frames; .json, the table.
+
+    videos: uint8 [F, H, W, 3] of even sides, as ``shrunk`` makes them.
+    """
+    name, (length, _, width, _) = target.name.removesuffix(target.suffix), videos[0].shape
     files = {e: target.with_name(f"{name}.compare.{e}") for e in ("mp4", "png", "json")}
-    panels = [labelled(video, row) for video, row in zip(frames, compared, strict=True)]
-    side_by_side = np.concatenate(panels, axis=2)
-    if len(side_by_side) > 1:
+    if length > 1:
+        head = np.hstack([heading(row.texts, width) for row in compared])
         with imageio.get_writer(files["mp4"], fps=fps, macro_block_size=2) as writer:
-            for frame in side_by_side:
-                writer.append_data(frame)
-        check_written(str(files["mp4"]), len(side_by_side))
-    moments = np.linspace(0, len(side_by_side) - 1, min(6, len(side_by_side))).round().astype(int)
-    Image.fromarray(strip(panels, moments)).save(files["png"])
-    files["json"].write_text(json.dumps([asdict(row) for row in compared], indent=1))
+            for frames in zip(*videos, strict=True):
+                writer.append_data(np.vstack([head, np.hstack(frames)]))
+        check_written(str(files["mp4"]), length)
+    moments = np.linspace(0, length - 1, min(6, length)).round().astype(int)
+    Image.fromarray(strip(compared, videos, moments)).save(files["png"])
+    rows = [asdict(row) | {"psnr": row.psnr if row.psnr < math.inf else None} for row in compared]
+    files["json"].write_text(json.dumps(rows, indent=1))
     log.info(f"TeaCache: side by side in {', '.join(str(f) for f in files.values() if f.exists())}")
 
 
-def labelled(video: np.ndarray, row: Compared) -> np.ndarray:
-    """Frames [F, H, W, 3] of about 480 pixels, and above them which they are."""
+def shrunk(video: np.ndarray) -> np.ndarray:
+    """Frames [F, H, W, 3] at about 480 pixels, small ones at 256, of even sides."""
     height, width = video.shape[1:3]
-    width, height = (2 * round(side * 240 / max(width, 192)) for side in (width, height))
-    fidelity = "" if row.label == STOCK else f"{row.psnr:.1f} dB"
-    lines = (row.label, f"{row.seconds:.1f} s   {row.speedup:.2f}x", fidelity)
-    head = Image.new("RGB", (width, 84), "white")
+    size = [2 * round(side * 240 / max(width, 120)) for side in (width, height)]
+    return np.stack([Image.fromarray(frame).resize(size) for frame in video])
+
+
+def heading(texts: Sequence[str], width: int) -> np.ndarray:
+    """A line of text each, black on white, in letters that fit the width."""
+    head = Image.new("RGB", (width, 28 * len(texts)), "white")
     draw = ImageDraw.Draw(head)
-    for i, text in enumerate(lines):
-        draw.text((8, 4 + 26 * i), text, fill="black", font_size=20)
-    resized = [np.vstack([head, Image.fromarray(frame).resize((width, height))]) for frame in video]
-    return np.stack(resized)
+    longest = max(draw.textlength(text, font_size=20) for text in texts)
+    for i, text in enumerate(texts):
+        draw.text((8, 2 + 26 * i), text, "black", font_size=min(20, 20 * (width - 16) / longest))
+    return np.asarray(head)
 
 
-def strip(panels: Sequence[np.ndarray], moments: Sequence[int]) -> np.ndarray:
-    """A row a video, a column a moment; the labels stand over the first column."""
-    return np.vstack([np.hstack([panel[moment] for moment in moments]) for panel in panels])
+def strip(
+    compared: Sequence[Compared], videos: Sequence[np.ndarray], moments: Sequence[int]
+) -> np.ndarray:
+    """A row a video, a column a moment, and over each row which it is."""
+    rows = []
+    for row, video in zip(compared, videos, strict=True):
+        frames = np.hstack([video[moment] for moment in moments])
+        rows += [heading(["    ".join(row.texts).rstrip()], frames.shape[1]), frames]
+    return np.vstack(rows)
 
 
 def comparison_table(by_line: Sequence[Sequence[Compared]]) -> list[str]:
