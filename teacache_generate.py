@@ -933,11 +933,16 @@ class Wan:
         """The pipeline classes that generate.py looks up in the package when it runs."""
         return {n: kind for n, kind in vars(self.package).items() if hasattr(kind, "generate")}
 
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """generate.py's parser and assertions, with their objections in our form."""
+    def parse(self, argv: Sequence[str], whole: bool = True) -> argparse.Namespace:
+        """generate.py's parser and assertions, with their objections in our form.
+
+        whole: it is all of a command line; to a part of one its assertions do not apply.
+        """
         our_argparse = SimpleNamespace(**{**vars(argparse), "ArgumentParser": Parser})
         argv = [sys.argv[0], *argv]
-        with shadow(self.generate_py, argparse=our_argparse), shadow(sys, argv=argv):
+        stand_ins = {"argparse": our_argparse}
+        stand_ins |= {} if whole else {"_validate_args": lambda args: None}
+        with shadow(self.generate_py, **stand_ins), shadow(sys, argv=argv):
             try:
                 args = self.generate_py._parse_args()
             except AssertionError as error:
@@ -2401,11 +2406,12 @@ def settle_line(
     wan: Wan,
     own: argparse.Namespace,
     argv: list[str],
+    common: argparse.Namespace,
     flags: list[str],
     targets: set[Path],
 ) -> list[Job]:
-    """The jobs of one line of a jobs file. targets: of the lines before, and then of this too."""
-    common = wan.parse(argv)
+    """The jobs of one line of a jobs file. common: what the command line says, by itself.
+    targets: of the lines before, and then of this too."""
     own, rest = own_of_line(own, flags)
     args = parse(wan, own, [*argv, *rest])
     for name in FOR_ALL_LINES:
@@ -2490,10 +2496,11 @@ def settle_all(wan: Wan, own: argparse.Namespace, argv: list[str]) -> list[list[
             name = default_target(args, prompt_of(wan, args), time.strftime("%Y%m%d_%H%M%S"))
             args.save_file = str(next(p for p in numbered(Path(name)) if not p.exists()))
         return [settle_entries(wan, own, args)]
+    common = wan.parse(argv, whole=False)
     by_line, errors, targets = [], [], set[Path]()
     for number, flags in read_jobs(own.teacache_jobs):
         try:
-            by_line.append(settle_line(wan, own, argv, flags, targets))
+            by_line.append(settle_line(wan, own, argv, common, flags, targets))
         except Refused as error:
             errors += [
                 f"--teacache_jobs {own.teacache_jobs}: line {number}: {e}" for e in error.args
