@@ -1902,10 +1902,11 @@ def psnr(frames: np.ndarray, stock: np.ndarray) -> float:
 
 
 def ssim(frames: np.ndarray, stock: np.ndarray) -> float | None:
-    """The mean over the frames, by scikit-image."""
-    if importlib.util.find_spec("skimage") is None:
+    """The mean over the frames, by scikit-image, where it can be imported."""
+    try:
+        similarity = importlib.import_module("skimage.metrics").structural_similarity
+    except Exception:  # one that was built for another numpy has its own
         return None
-    similarity = importlib.import_module("skimage.metrics").structural_similarity
     pairs = zip(frames, stock, strict=True)
     return float(np.mean([similarity(a, b, channel_axis=2, data_range=255) for a, b in pairs]))
 
