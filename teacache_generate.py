@@ -2452,10 +2452,9 @@ def settle_entries(wan: Wan, own: argparse.Namespace, args: argparse.Namespace) 
         for order in orders:
             label = f"{entry} order {order}" if len(orders) > 1 else entry
             jobs.append(settle(wan, of_entry(own, entry, order), named(args, label), label))
-    labels = [job.label for job in jobs]
-    require(
-        len(set(labels)) == len(labels), f"--teacache_compare {' '.join(labels)}: twice the same"
-    )
+    files = [job.args.save_file for job in jobs]  # 0.08 and +0.08 have one too
+    entries = " ".join(own.teacache_compare)
+    require(len(set(files)) == len(files), f"--teacache_compare {entries}: twice the same")
     return jobs
 
 
