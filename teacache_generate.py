@@ -943,11 +943,16 @@ class Wan:
         """The pipeline classes that generate.py looks up in the package when it runs."""
         return {n: kind for n, kind in vars(self.package).items() if hasattr(kind, "generate")}
 
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """generate.py's parser and assertions, with their objections in our form."""
+    def parse(self, argv: Sequence[str], whole: bool = True) -> argparse.Namespace:
+        """generate.py's parser and assertions, with their objections in our form.
+
+        whole: it is all of a command line; to a part of one its assertions do not apply.
+        """
         our_argparse = SimpleNamespace(**{**vars(argparse), "ArgumentParser": Parser})
         argv = [sys.argv[0], *argv]
-        with shadow(self.generate_py, argparse=our_argparse), shadow(sys, argv=argv):
+        stand_ins = {"argparse": our_argparse}
+        stand_ins |= {} if whole else {"_validate_args": lambda args: None}
+        with shadow(self.generate_py, **stand_ins), shadow(sys, argv=argv):
             try:
                 args = self.generate_py._parse_args()
             except AssertionError as error:
@@ -1750,7 +1755,7 @@ class Session:
     def __init__(self, wan: Wan, report: str | None, flags: dict[str, Any]):
         self.wan, self.flags = wan, flags
         self.report = Path(report) if report and is_rank_0() else None
-        self.runs: list[Run] = []
+        self.runs, self.videos = list[Run](), 1  # of all that are asked for
         self.pipelines = {name: once(kind) for name, kind in wan.pipelines().items()}
         self.loading = False
 
@@ -1817,34 +1822,43 @@ class Session:
     def writer(run: Run, write: Callable) -> Callable:
         return functools.wraps(write)(functools.partial(run.write, write))
 
-    def run_all(self, jobs: Sequence[Job]) -> list[Run]:
-        """One video after the other; the runs that failed. Only one process goes on after one."""
-        failed = []
-        for i, job in enumerate(jobs):
-            if len(jobs) > 1:
-                log.info(f"TeaCache: {self.progress(i, len(jobs))}: {job.args.save_file}")
-            try:
-                self.run(job)
-            except Exception as error:
-                run = self.runs[-1]
-                if isinstance(error, Refused) or (across_ranks() and error is not run.failure):
-                    raise  # the other ranks are somewhere else
-                log.error("TeaCache: here is where:", exc_info=error)
-                failed.append(run)
-            self.runs[-1].failure = None  # it holds on to the tensors of where it was raised
-            gc.collect()
-            torch.cuda.empty_cache()
+    def run_all(self, jobs: Sequence[Job]) -> None:
+        """One video after the other, and the table of them."""
+        self.videos = len(jobs)
+        for job in jobs:
+            self.attempt(job)
         if len(jobs) > 1:
             for line in table(self.runs):
                 log.info(line)
-        return failed
 
-    def progress(self, done: int, videos: int) -> str:
+    def attempt(self, job: Job, keep_frames: bool = False) -> Run:
+        """One video. Its failure is said, and is in the run's status; it is raised where it may
+        have left the other ranks somewhere else."""
+        if self.videos > 1:
+            log.info(f"TeaCache: {self.progress()}: {job.args.save_file}")
+        try:
+            self.run(job, keep_frames)
+        except Exception as error:
+            in_step = not across_ranks() or error is self.runs[-1].failure
+            if isinstance(error, Refused) or not in_step:
+                raise
+            log.error("TeaCache: here is where:", exc_info=error)
+        self.runs[-1].failure = None  # it holds on to the tensors of where it was raised
+        gc.collect()
+        torch.cuda.empty_cache()
+        return self.runs[-1]
+
+    @property
+    def failed(self) -> list[Run]:
+        return [run for run in self.runs if run.status != "finished"]
+
+    def progress(self) -> str:
         """Which video is next, and how long all that are left will take, by those that are made."""
         made = [sum(run.seconds.values()) for run in self.runs if run.status == "finished"]
-        to_go = np.mean(made) * (videos - done) / 60 if made else 0  # they are without the load
+        left = self.videos - len(self.runs)
+        to_go = np.mean(made) * left / 60 if made else 0  # they are without the load
         eta = f", about {math.ceil(to_go)} min to go" if made else ""
-        return f"video {done + 1} of {videos}{eta}"
+        return f"video {len(self.runs) + 1} of {self.videos}{eta}"
 
     def write_report(self) -> None:
         """For --teacache_report; what cannot be written is said, and hides nothing."""
@@ -1886,6 +1900,8 @@ def table(runs: Sequence[Run]) -> list[str]:
 
 # Comparison: stock, stock with a little noise, and every setting asked for
 
+STOCK, NOISE = "stock", "noise 1e-4"  # the first two rows
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -1900,35 +1916,43 @@ class Compared:
     psnr: float  # dB; infinite where the frames are equal
     ssim: float | None  # None without scikit-image
 
+    @property
+    def texts(self) -> list[str]:
+        """What stands over it in a picture."""
+        fidelity = "" if self.label == STOCK else f"{self.psnr:.1f} dB"
+        return [self.label, f"{self.seconds:.1f} s    {self.speedup:.2f}x", fidelity]
+
 
 def psnr(frames: np.ndarray, stock: np.ndarray) -> float:
     """Of two videos, uint8 [F, H, W, 3], in dB."""
-    error = torch.from_numpy(frames).double() - torch.from_numpy(stock).double()
-    mean_square = float(error.square().mean())
+    pairs = zip(torch.from_numpy(frames), torch.from_numpy(stock), strict=True)
+    mean_square = float(np.mean([(a.double() - b.double()).square().mean() for a, b in pairs]))
     return 10 * math.log10(255**2 / mean_square) if mean_square else math.inf
 
 
 def ssim(frames: np.ndarray, stock: np.ndarray) -> float | None:
-    """The mean over the frames, by scikit-image."""
-    if importlib.util.find_spec("skimage") is None:
+    """The mean over the frames, by scikit-image, where it can be imported."""
+    try:
+        similarity = importlib.import_module("skimage.metrics").structural_similarity
+    except Exception:  # one that was built for another numpy has its own
         return None
-    similarity = importlib.import_module("skimage.metrics").structural_similarity
     pairs = zip(frames, stock, strict=True)
     return float(np.mean([similarity(a, b, channel_axis=2, data_range=255) for a, b in pairs]))
 
 
 def compare(session: Session, jobs: Sequence[Job], target: Path) -> list[Compared]:
     """Run the jobs of one prompt and seed, the first of them stock; write what compares them."""
-    compared, frames, stock_seconds = [], [], 0.0
+    compared, shown, stock, stock_seconds = [], [], None, math.inf
     for job in jobs:
-        run = session.run(job, keep_frames=True)
-        cache = run.cache
-        if run.frames is None:  # not rank 0
+        run = session.attempt(job, keep_frames=True)
+        cache, video, run.frames = run.cache, run.frames, None
+        if job is jobs[0]:
+            stock = video
+        if video is None or stock is None:  # it has failed, or this is not rank 0
             continue
-        frames.append(run.frames)
-        is_stock = job.config.thresh == 0 and job.config.guided_steps is None
-        if is_stock:  # the faster of the two: the first one warms up
-            stock_seconds = min(stock_seconds or math.inf, cache.seconds)
+        if job.config.thresh == 0 and job.config.guided_steps is None:
+            stock_seconds = min(stock_seconds, cache.seconds)  # the first one warms up
+        shown.append(shrunk(video))
         compared.append(
             Compared(
                 label=job.label,
@@ -1937,99 +1961,112 @@ def compare(session: Session, jobs: Sequence[Job], target: Path) -> list[Compare
                 seconds=cache.seconds,
                 speedup=stock_seconds / cache.seconds,
                 drift=cache.drift(job.config.order),
-                psnr=psnr(run.frames, frames[0]),
-                ssim=ssim(run.frames, frames[0]),
+                psnr=psnr(video, stock),
+                ssim=ssim(video, stock),
             )
         )
-        run.frames = None
-    if frames:
+    if shown:
         fps = session.wan.config(jobs[0].args.task)["sample_fps"]
-        write_comparison(compared, frames, target, fps)
+        write_comparison(compared, shown, target, fps)
     return compared
 
 
 def write_comparison(
-    compared: Sequence[Compared], frames: Sequence[np.ndarray], target: Path, fps: int
+    compared: Sequence[Compared], videos: Sequence[np.ndarray], target: Path, fps: int
 ) -> None:
-    """NAME.compare.mp4, all side by side; .png, a strip of frames; .json, the table."""
-    name = target.name.removesuffix(target.suffix)
+    """NAME.compare.mp4, all side by side; .png, a strip of frames; .json, the table.
+
+    videos: uint8 [F, H, W, 3] of even sides, as ``shrunk`` makes them.
+    """
+    name, (length, _, width, _) = target.name.removesuffix(target.suffix), videos[0].shape
     files = {e: target.with_name(f"{name}.compare.{e}") for e in ("mp4", "png", "json")}
-    panels = [labelled(video, row) for video, row in zip(frames, compared, strict=True)]
-    side_by_side = np.concatenate(panels, axis=2)
-    if len(side_by_side) > 1:
+    if length > 1:
+        head = np.hstack([heading(row.texts, width) for row in compared])
         with imageio.get_writer(files["mp4"], fps=fps, macro_block_size=2) as writer:
-            for frame in side_by_side:
-                writer.append_data(frame)
-        check_written(str(files["mp4"]), len(side_by_side))
-    moments = np.linspace(0, len(side_by_side) - 1, min(6, len(side_by_side))).round().astype(int)
-    Image.fromarray(strip(panels, moments)).save(files["png"])
-    files["json"].write_text(json.dumps([asdict(row) for row in compared], indent=1))
+            for frames in zip(*videos, strict=True):
+                writer.append_data(np.vstack([head, np.hstack(frames)]))
+        check_written(str(files["mp4"]), length)
+    moments = np.linspace(0, length - 1, min(6, length)).round().astype(int)
+    Image.fromarray(strip(compared, videos, moments)).save(files["png"])
+    rows = [asdict(row) | {"psnr": row.psnr if row.psnr < math.inf else None} for row in compared]
+    files["json"].write_text(json.dumps(rows, indent=1))
     log.info(f"TeaCache: side by side in {', '.join(str(f) for f in files.values() if f.exists())}")
 
 
-def labelled(video: np.ndarray, row: Compared) -> np.ndarray:
-    """Frames [F, H, W, 3] of about 480 pixels, and above them which they are."""
+def shrunk(video: np.ndarray) -> np.ndarray:
+    """Frames [F, H, W, 3] at about 480 pixels, small ones at 256, of even sides."""
     height, width = video.shape[1:3]
-    width, height = (2 * round(side * 240 / max(width, 192)) for side in (width, height))
-    fidelity = "" if row.label == "stock" else f"{row.psnr:.1f} dB"
-    lines = (row.label, f"{row.seconds:.1f} s   {row.speedup:.2f}x", fidelity)
-    head = Image.new("RGB", (width, 84), "white")
+    size = [2 * round(side * 240 / max(width, 120)) for side in (width, height)]
+    return np.stack([Image.fromarray(frame).resize(size) for frame in video])
+
+
+def heading(texts: Sequence[str], width: int) -> np.ndarray:
+    """A line of text each, black on white, in letters that fit the width."""
+    head = Image.new("RGB", (width, 28 * len(texts)), "white")
     draw = ImageDraw.Draw(head)
-    for i, text in enumerate(lines):
-        draw.text((8, 4 + 26 * i), text, fill="black", font_size=20)
-    resized = [np.vstack([head, Image.fromarray(frame).resize((width, height))]) for frame in video]
-    return np.stack(resized)
+    longest = max(draw.textlength(text, font_size=20) for text in texts)
+    for i, text in enumerate(texts):
+        draw.text((8, 2 + 26 * i), text, "black", font_size=min(20, 20 * (width - 16) / longest))
+    return np.asarray(head)
 
 
-def strip(panels: Sequence[np.ndarray], moments: Sequence[int]) -> np.ndarray:
-    """A row a video, a column a moment; the labels stand over the first column."""
-    return np.vstack([np.hstack([panel[moment] for moment in moments]) for panel in panels])
+def strip(
+    compared: Sequence[Compared], videos: Sequence[np.ndarray], moments: Sequence[int]
+) -> np.ndarray:
+    """A row a video, a column a moment, and over each row which it is."""
+    rows = []
+    for row, video in zip(compared, videos, strict=True):
+        frames = np.hstack([video[moment] for moment in moments])
+        rows += [heading(["    ".join(row.texts).rstrip()], frames.shape[1]), frames]
+    return np.vstack(rows)
 
 
 def comparison_table(by_line: Sequence[Sequence[Compared]]) -> list[str]:
     """The mean over the lines, with the standard deviation where there are several."""
-    rows = list(zip(*by_line, strict=True))
-    with_ssim = rows[0][0].ssim is not None
-    wide = max(len(row[0].label) for row in rows) + 2
-    lines = [
-        f"{'':{wide}}computed  sampling  speed-up   drift         PSNR"
-        + "          SSIM" * with_ssim
-    ]
-    for row in rows:
-        lines.append(comparison_line(row, wide, with_ssim))
-    floor = np.mean([one.psnr for one in rows[1]])
-    above = [row[0].label for row in rows[2:] if np.mean([one.psnr for one in row]) >= floor]
+    by_label: dict[str, list[Compared]] = {}
+    for line in by_line:
+        for row in line:
+            by_label.setdefault(row.label, []).append(row)
+    with_ssim = by_line[0][0].ssim is not None
+    head = ["", "computed", "sampling", "speed-up", "drift", "PSNR", "SSIM"]
+    cells = [head, *(comparison_cells(rows) for rows in by_label.values())]
+    wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for label, *others in cells:
+        shown = others if with_ssim else others[:-1]
+        aligned = [cell.rjust(n) for cell, n in zip(shown, wide[1:], strict=False)]
+        lines.append("  ".join([label.ljust(wide[0]), *aligned]))
+    floor = np.mean([row.psnr for row in by_label.pop(NOISE, [])] or [math.nan])
+    by_label.pop(STOCK)
+    above = [k for k, rows in by_label.items() if np.mean([row.psnr for row in rows]) >= floor]
     lines.append(
         f"the floor, stock with noise of 1e-4: {floor:.1f} dB; at it or above: "
         f"{', '.join(above) or 'none'}"
     )
-    if not with_ssim:
-        lines.append("for the SSIM: pip install scikit-image")
-    return lines
+    return lines if with_ssim else [*lines, "for the SSIM: pip install scikit-image"]
 
 
-def comparison_line(row: Sequence[Compared], wide: int, with_ssim: bool) -> str:
-    """One label's line of the table."""
+def comparison_cells(rows: Sequence[Compared]) -> list[str]:
+    """One label's line of the table, over all lines of the jobs file."""
 
-    def mean(values: Sequence[float | None], digits: int) -> str:
+    def mean(values: Sequence[float | None], digits: int, unit: str = "") -> str:
         known = [value for value in values if value is not None]
         if not known:
             return ""
-        spread = (
-            f" ± {np.std(known):.{digits}f}" if len(known) > 1 and np.isfinite(known).all() else ""
-        )
-        return f"{np.mean(known):.{digits}f}{spread}"
+        spread = len(known) > 1 and np.isfinite(known).all()
+        deviation = f" ± {np.std(known):.{digits}f}" if spread else ""
+        return f"{np.mean(known):.{digits}f}{deviation}{unit}"
 
-    drifts = [one.drift for one in row]
-    drift = f"{100 * np.mean(drifts):.1f} %" if None not in drifts else ""
-    computed = np.mean([one.computed for one in row])
-    text = (
-        f"{row[0].label:{wide}}{computed:4.0f}/{row[0].steps:<3}  "
-        f"{np.mean([one.seconds for one in row]):6.1f} s  "
-        f"{np.mean([one.speedup for one in row]):7.2f}x  {drift:>6}  "
-        f"{mean([one.psnr for one in row], 1):>11}"
-    )
-    return text + (f"  {mean([one.ssim for one in row], 3):>12}" if with_ssim else "")
+    computed, steps = np.mean([(row.computed, row.steps) for row in rows], axis=0)
+    return [
+        rows[0].label,
+        f"{computed:.0f}/{steps:.0f}",
+        mean([row.seconds for row in rows], 1, " s"),
+        mean([row.speedup for row in rows], 2, "x"),
+        mean([row.drift and 100 * row.drift for row in rows], 1, " %"),
+        mean([row.psnr for row in rows], 1),
+        mean([row.ssim for row in rows], 3),
+    ]
 
 
 # ---------------------------------------------------------------------------------- command line
@@ -2395,11 +2432,12 @@ def settle_line(
     wan: Wan,
     own: argparse.Namespace,
     argv: list[str],
+    common: argparse.Namespace,
     flags: list[str],
     targets: set[Path],
 ) -> list[Job]:
-    """The jobs of one line of a jobs file. targets: of the lines before, and then of this too."""
-    common = wan.parse(argv)
+    """The jobs of one line of a jobs file. common: what the command line says, by itself.
+    targets: of the lines before, and then of this too."""
     own, rest = own_of_line(own, flags)
     args = parse(wan, own, [*argv, *rest])
     for name in FOR_ALL_LINES:
@@ -2431,7 +2469,7 @@ def settle_entries(wan: Wan, own: argparse.Namespace, args: argparse.Namespace) 
         require(len(orders) == 1, "--teacache_order: several are for --teacache_compare")
         return [settle(wan, own, args, look_ahead(wan, own, args))]
     stock = with_flags(own, thresh=0.0, order=[0], guide_until=None)
-    asked = [("stock", stock), ("noise 1e-4", stock)]
+    asked = [(STOCK, stock), (NOISE, stock)]
     for entry in own.teacache_compare:
         for order in orders:
             label = f"{entry} order {order}" if len(orders) > 1 else entry
@@ -2441,10 +2479,9 @@ def settle_entries(wan: Wan, own: argparse.Namespace, args: argparse.Namespace) 
         outlook = look_ahead(wan, flags, args)
         jobs.append(settle(wan, flags, named(args, label), outlook, label))
     jobs[1] = replace(jobs[1], noise=1e-4)
-    labels = [job.label for job in jobs]
-    require(
-        len(set(labels)) == len(labels), f"--teacache_compare {' '.join(labels)}: twice the same"
-    )
+    files = [job.args.save_file for job in jobs]  # 0.08 and +0.08 have one too
+    entries = " ".join(own.teacache_compare)
+    require(len(set(files)) == len(files), f"--teacache_compare {entries}: twice the same")
     return jobs
 
 
@@ -2486,10 +2523,11 @@ def settle_all(wan: Wan, own: argparse.Namespace, argv: list[str]) -> list[list[
             name = default_target(args, prompt_of(wan, args), time.strftime("%Y%m%d_%H%M%S"))
             args.save_file = str(next(p for p in numbered(Path(name)) if not p.exists()))
         return [settle_entries(wan, own, args)]
+    common = wan.parse(argv, whole=False)
     by_line, errors, targets = [], [], set[Path]()
     for number, flags in read_jobs(own.teacache_jobs):
         try:
-            by_line.append(settle_line(wan, own, argv, flags, targets))
+            by_line.append(settle_line(wan, own, argv, common, flags, targets))
         except Refused as error:
             errors += [
                 f"--teacache_jobs {own.teacache_jobs}: line {number}: {e}" for e in error.args
@@ -2517,18 +2555,23 @@ def run_jobs(session: Session, jobs: Sequence[Job], resume: bool) -> int:
     for job in jobs:
         if job not in waiting:
             log.info(f"TeaCache: {job.args.save_file} is there: skipped")
-    failed = session.run_all(waiting)
-    for run in failed:
+    session.run_all(waiting)
+    return exit_status(session)
+
+
+def exit_status(session: Session) -> int:
+    """1, with the list, if something failed."""
+    for run in session.failed:
         log.error(f"TeaCache: not made: {run.job.args.save_file}: {run.status}")
-    return 1 if failed else 0
+    return 1 if session.failed else 0
 
 
 def run_comparison(
     session: Session, by_line: Sequence[Sequence[Job]], own: argparse.Namespace
 ) -> int:
     """Compare on each line, and print the table."""
-    videos, stock = sum(map(len, by_line)), 2 * len(by_line)
-    log.info(f"TeaCache: {videos} videos, of which {stock} stock")
+    session.videos = sum(map(len, by_line))
+    log.info(f"TeaCache: {session.videos} videos, of which {2 * len(by_line)} stock")
     compared = []
     for jobs in by_line:
         stock_file = Path(jobs[0].args.save_file)
@@ -2539,7 +2582,7 @@ def run_comparison(
             compared.append(rows)
     for line in comparison_table(compared) if compared else ():
         print(line)
-    return 0
+    return exit_status(session)
 
 
 # Decoding kept latents
