@@ -8,9 +8,10 @@ jobs.json is a list of
      "seed": of the models' weights, 0 by default, "fails": "decode" if the VAE is to fail, and
      for reference the settings of ``Reference``}
 stock runs generate.py, teacache the script at the top of the project, reference the stock run with
-the method on top of it as its text says it. ``--ckpt_dir AUTO`` in argv makes a checkpoint folder
-in OUT_DIR. Every job leaves there the frames that the writer was given for each of its videos,
-NAME.npy, NAME.1.npy and so on, and NAME.rank0.json with what was seen from outside (``Run.result``).
+the method on top of it as its text says it. In argv, ``--ckpt_dir AUTO`` makes a checkpoint folder
+in OUT_DIR, and LEFT:FOLDER is the file that an earlier job left in a folder beside its videos.
+Every job leaves in OUT_DIR the frames that the writer was given for each of its videos, NAME.npy,
+NAME.1.npy and so on, and NAME.rank0.json with what was seen from outside (``Run.result``).
 
 What is Wan's own: generate.py, the pipelines with their constructors, the schedulers, the models
 and their forwards (also those for Ulysses and ring), FSDP's wrapping in bfloat16, xfuser. What is
@@ -137,7 +138,9 @@ def prepare_distributed() -> None:
         return new_group(*args, backend="gloo", **kwargs)
 
     dist.init_process_group, dist.new_group = init_process_group, gloo_group
-    torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(name="", major=8, minor=0)
+    torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(
+        name="", major=8, minor=0
+    )
     torch.cuda.get_device_capability = lambda device=None: (8, 0)
     torch.cuda.get_device_name = lambda device=None: ""
     torch.version.cuda = "12.4"
@@ -148,7 +151,9 @@ def prepare_xfuser() -> None:
     if importlib.util.find_spec("xfuser") is None:
         return
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    importlib.import_module("yunchang.kernels.attention")._scaled_dot_product_flash_attention = kernel
+    importlib.import_module(
+        "yunchang.kernels.attention"
+    )._scaled_dot_product_flash_attention = kernel
     state = importlib.import_module("xfuser.core.distributed.parallel_state")
     vars(state).update(dict.fromkeys(("_WORLD", "_DP", "_CFG", "_SP", "_TP", "_PP")))
 
@@ -587,7 +592,7 @@ class Harness:
             setattr(self.generate, name, run.recorded(write))
         for module, flash in self.flash.items():
             module.flash_attention = flash if job["mode"] == "teacache" else attention
-        argv = self.with_checkpoint(job["argv"], run.out)
+        argv = [left_in(flag) for flag in self.with_checkpoint(job["argv"], run.out)]
         if job["mode"] == "teacache":
             script = importlib.import_module("teacache_generate")
             script.main([*argv, "--wan_repo", str(Path(self.generate.__file__).parent)])
@@ -606,6 +611,14 @@ class Harness:
         seed = self.run.job.get("seed", 0)
         make_checkpoint(folder, task, configs.get(task, next(iter(configs.values()))), seed)
         return [str(folder) if argument == "AUTO" else argument for argument in argv]
+
+
+def left_in(flag: str) -> str:
+    """LEFT:FOLDER is the file that an earlier job left in a folder, beside videos and pictures."""
+    if not flag.startswith("LEFT:"):
+        return flag
+    files = Path(flag.removeprefix("LEFT:")).iterdir()
+    return next((str(file) for file in files if file.suffix not in (".mp4", ".png")), flag)
 
 
 class Side(int):
