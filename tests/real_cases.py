@@ -5,6 +5,7 @@ nothing of the script but its flags and its report.
 """
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -16,6 +17,12 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 CATS = "Two anthropomorphic cats in comfy boxing gear fight intensely on a spotlighted stage."
+
+LINES = (  # of a file of jobs, a video each; the first two differ in the prompt alone
+    ["--prompt", CATS],
+    ["--prompt", "A red ball moves right.", "--base_seed", "7"],
+    ["--prompt", CATS, "--teacache_thresh", "0"],
+)
 
 # Rows as published, by mode: coefficients, highest power first, and the default threshold.
 # fmt: off
@@ -99,6 +106,20 @@ def jobs_of_all(names: Iterable[str], cases: dict[str, Case], out: Path) -> list
     jobs = [job for name in names for job in cases[name].jobs(name, out)]
     needed = {f"{stock_of(name, cases)}.stock" for name in names}
     return [job for job in jobs if job["mode"] != "stock" or job["name"] in needed]
+
+
+def jobs_file(out: Path, name: str) -> Path:
+    """A file for --teacache_jobs."""
+    lines = ([*line, "--save_file", str(out / f"{name}.{i}.mp4")] for i, line in enumerate(LINES))
+    file = out / f"{name}.txt"
+    file.write_text("".join(f"{shlex.join(line)}\n" for line in lines))
+    return file
+
+
+def single_of(line: list[str], argv: list[str], out: Path, name: str) -> dict[str, Any]:
+    """A line of a file of jobs, as a run of its own."""
+    video = ["--save_file", str(out / f"{name}.mp4")]
+    return {"name": name, "mode": "teacache", "argv": [*argv, *line, *video]}
 
 
 def run(repo: Path, jobs: list[dict[str, Any]], out: Path, processes: int = 1) -> str:

@@ -264,6 +264,8 @@ def make_model(config: dict[str, Any], seed: int) -> nn.Module:
             model = kind(vace_in_dim=96, **size)
         else:
             model = models.WanModel(**size)
+        if hasattr(model, "img_emb"):  # of CLIP's 1280, narrow in between
+            model.img_emb.proj[1], model.img_emb.proj[3] = nn.Linear(1280, 32), nn.Linear(32, DIM)
         nn.init.normal_(model.time_embedding[2].weight, std=e_std)
         nn.init.normal_(model.time_embedding[2].bias)
         nn.init.normal_(model.time_projection[1].bias, std=e0_bias_std)

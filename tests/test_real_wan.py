@@ -5,7 +5,6 @@ longer than most of them; the tests then look at what each job left.
 """
 
 import os
-import shlex
 import subprocess
 from pathlib import Path
 
@@ -15,16 +14,19 @@ import pytest
 from real_cases import (
     CATS,
     HERE,
+    LINES,
     Case,
     agree,
     check,
     frames,
     guided_until,
+    jobs_file,
     jobs_of_all,
     left,
     order_1,
     printed,
     run,
+    single_of,
     with_row,
     with_sigma,
 )
@@ -139,24 +141,6 @@ REFUSED = {  # name: (flags, what the one line says)
     ),
     "example-not-there": (command("i2v-14B", "832*480"), "--image examples/i2v_input.JPG"),
 }
-LINES = (  # of a file of jobs, a video each; the first two differ in the prompt alone
-    ["--prompt", CATS],
-    ["--prompt", "A red ball moves right.", "--base_seed", "7"],
-    ["--prompt", CATS, "--teacache_thresh", "0"],
-)
-
-
-def jobs_file(out: Path, name: str) -> Path:
-    lines = ([*line, "--save_file", str(out / f"{name}.{i}.mp4")] for i, line in enumerate(LINES))
-    file = out / f"{name}.txt"
-    file.write_text("".join(f"{shlex.join(line)}\n" for line in lines))
-    return file
-
-
-def single_of(line: list[str], argv: list[str], out: Path, name: str) -> dict:
-    """A line of a file of jobs, as a run of its own."""
-    video = ["--save_file", str(out / f"{name}.mp4")]
-    return {"name": name, "mode": "teacache", "argv": [*argv, *line, *video]}
 
 
 @pytest.fixture(scope="module")

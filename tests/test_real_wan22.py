@@ -10,19 +10,21 @@ import numpy as np
 import pytest
 from real_cases import (
     CATS,
+    LINES,
     Case,
     agree,
     check,
     frames,
     guided_until,
+    jobs_file,
     jobs_of_all,
     left,
     order_1,
     run,
+    single_of,
     with_row,
     with_sigma,
 )
-from test_real_wan import LINES, jobs_file, single_of
 
 WAN = Path(os.getenv("WAN22_REPO", "~/.cache/teacache4wan/Wan2.2")).expanduser()
 
