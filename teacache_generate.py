@@ -1784,14 +1784,12 @@ class Session:
                 raise RuntimeError("no pipeline of this Wan has run with TeaCache")
             run.status = "finished"
         except BaseException as error:
-            run.status = f"failed: {error!r}"
-            if isinstance(error, Exception) and run.failure:
-                error = run.failure  # what came after it is of the frame in its place
-                run.status = f"failed: {error!r}"
+            first = run.failure if run.failure and isinstance(error, Exception) else error
+            run.status = f"failed: {first!r}"  # what came after it is of the frame in its place
             if isinstance(error, Exception) and not self.loading:
                 raise Refused(f"{type(error).__name__}: {error} (see --help)") from error
-            run.explain(error)
-            raise error
+            run.explain(first)
+            raise
         finally:
             self.write_report()
         return run
@@ -1815,7 +1813,7 @@ class Session:
                 run = self.runs[-1]
                 if isinstance(error, Refused) or (across_ranks() and error is not run.failure):
                     raise  # the other ranks are somewhere else
-                log.error("TeaCache: here is where:", exc_info=error)
+                log.error("TeaCache: here is where:", exc_info=run.failure or error)
                 failed.append(run)
                 error = None
                 gc.collect()
