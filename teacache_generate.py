@@ -1253,6 +1253,15 @@ def check_part(args: argparse.Namespace, path: Path) -> None:
         require(not fault, f"--ckpt_dir {args.ckpt_dir}: {file.name} {fault}")
 
 
+KINDS = {  # the transformers that will do, by the first word of Wan's tasks
+    "t2v": ("t2v",),
+    "i2v": ("i2v",),
+    "flf2v": ("flf2v", "i2v"),
+    "vace": ("vace",),
+    "ti2v": ("ti2v",),
+}
+
+
 def check_transformer(args: argparse.Namespace, folder: Path, config: dict[str, Any]) -> None:
     """A transformer's files are there and whole, and it is of the task's kind and size."""
     what = f"--ckpt_dir {folder}: damaged, incomplete or not of --task {args.task}"
@@ -1261,7 +1270,7 @@ def check_transformer(args: argparse.Namespace, folder: Path, config: dict[str, 
             check_part(args, file)
         found = dict(json.loads((folder / "config.json").read_text(encoding="utf-8-sig")))
         kind = args.task.split("-")[0].replace("t2i", "t2v")
-        if found.get("model_type", kind) not in {kind, kind.replace("flf2v", "i2v")}:
+        if kind in KINDS and found.get("model_type", kind) not in KINDS[kind]:
             raise ValueError(f"a {found['model_type']} transformer, not one of --task {args.task}")
         if found.get("dim") != config["dim"]:
             dims = f"dim {found.get('dim')}, that of --task {args.task} {config['dim']}"
