@@ -1082,16 +1082,21 @@ def why_no_import(error: Exception, cuda_needed: bool) -> str:
 # What the time embedding of a checkpoint says, for the plan
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    with refusing(f"{file}: cannot be read", "download this file again"):
+        return dict(json.loads(file.read_text(encoding="utf-8-sig")))
+
+
 def tensor_files(folder: Path) -> dict[str | None, Path]:
     """The file of each of a transformer's tensors; {None: file} where one file has them all."""
     names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
     for name in names:  # in the order in which from_pretrained looks
         index = folder / f"{name}.index.json"
+        if index.is_file():
+            files = read_json(index)["weight_map"]
+            return {tensor: folder / file for tensor, file in files.items()}
         if (folder / name).exists():
             return {None: folder / name}
-        if index.is_file():
-            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return {tensor: folder / file for tensor, file in files.items()}
     return {None: folder / names[0]}
 
 
@@ -1268,7 +1273,7 @@ def check_transformer(args: argparse.Namespace, folder: Path, config: dict[str, 
     with refusing(what, "download it again, or give the task or the folder that fits"):
         for file in [folder / "config.json", *sorted(set(tensor_files(folder).values()))]:
             check_part(args, file)
-        found = dict(json.loads((folder / "config.json").read_text(encoding="utf-8-sig")))
+        found = read_json(folder / "config.json")
         kind = args.task.split("-")[0].replace("t2i", "t2v")
         if kind in KINDS and found.get("model_type", kind) not in KINDS[kind]:
             raise ValueError(f"a {found['model_type']} transformer, not one of --task {args.task}")
