@@ -1106,7 +1106,8 @@ def read_tensor(folder: Path, name: str) -> Any:
     file = files.get(name) or files[None]
     if file.suffix == ".safetensors":
         return safetensors.safe_open(file, "pt").get_slice(name)
-    return torch.load(file, mmap=True, weights_only=True, map_location="cpu")[name]
+    mmap = zipfile.is_zipfile(file)  # an older pickle cannot be mapped
+    return torch.load(file, mmap=mmap, weights_only=True, map_location="cpu")[name]
 
 
 def signal_distances(folder: Path, timesteps: Sequence[float], mode: str) -> list[float]:
