@@ -1251,7 +1251,9 @@ def check_part(args: argparse.Namespace, path: Path) -> None:
     """A file of weights, or a folder of a tokenizer, is there and whole."""
     what = f"--ckpt_dir {args.ckpt_dir}: {path.name}"
     require(path.exists(), f"{what} is missing, and --task {args.task} needs it: download it")
-    files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = [f for f in path.iterdir() if not f.is_dir() and not f.name.startswith(".")]
     require(files, f"{what} is an empty folder: download it again")
     for file in files:
         with refusing(f"--ckpt_dir {args.ckpt_dir}: {file.name}", "download this file again"):
