@@ -1215,6 +1215,8 @@ def damage(file: Path) -> str | None:
                 return f"has {size:,} bytes of {expected:,}: download this file again"
         elif head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(file):
             return "is cut short: download this file again"  # an older pickle has no such sign
+        elif file.suffix in (".pth", ".bin") and head[:1] not in (b"P", b"\x80"):
+            return "holds no weights, but perhaps an error's web page: download this file again"
     return None
 
 
