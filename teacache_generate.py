@@ -2130,10 +2130,13 @@ def choose_i2v_row(args: argparse.Namespace) -> Choice:
 
 
 def download_names(folder: Path) -> list[str]:
-    """The names that may tell what a checkpoint folder holds: its own, that of the folder that a
-    link leads to, and for a hub's cache (NAME/snapshots/COMMIT) that above it. No parents."""
-    names = []
-    for path in (folder.absolute(), folder.resolve()):
+    """The names that may tell what a checkpoint folder holds: that of the folder itself, then those
+    of the links to it, the last one first; for a hub's cache (NAME/snapshots/COMMIT) that above it
+    too. No parents."""
+    names, paths = [], [folder.absolute()]
+    while paths[0].is_symlink():
+        paths.insert(0, paths[0].parent / paths[0].readlink())
+    for path in (folder.resolve(), *paths):
         names.append(path.name)
         if path.parent.name == "snapshots":
             names.append(path.parent.parent.name)
