@@ -1064,9 +1064,12 @@ def compute_capability() -> tuple[int, int]:
 
 def why_no_import(error: Exception, cuda_needed: bool) -> str:
     """What to do about an exception from importing Wan, in one line."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = reason if len(reason) < 400 else f"{reason[:200]} ... {reason[-200:]}"
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.split(".")[0]
+        if package == "wan":
+            return f"Wan cannot be imported: {reason}: this checkout lacks it: clone it again"
         install = PACKAGES.get(package, package)
         return f"Wan cannot be imported: {reason}: pip install {install}"
     if "torchvision" in reason:
