@@ -1381,7 +1381,7 @@ def check_target(wan: Wan, args: argparse.Namespace) -> None:
             f"--save_file {target}: cannot be written",
             f"give a {ending} in a folder that is there{cure}",
         ),
-        tempfile.TemporaryDirectory(dir=target.parent) as folder,
+        tempfile.TemporaryDirectory(dir=target.resolve().parent) as folder,
         redirect_stderr(io.StringIO()),
         redirect_stdout(printed),
     ):
