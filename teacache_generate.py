@@ -2477,7 +2477,8 @@ def settle_all(wan: Wan, own: argparse.Namespace, argv: list[str]) -> list[list[
     if not own.teacache_jobs:
         args = parse(wan, own, argv)
         if args.save_file is None:
-            name = default_target(args, prompt_of(wan, args), time.strftime("%Y%m%d_%H%M%S"))
+            mark = f"{args.base_seed}_{time.strftime('%Y%m%d_%H%M%S')}"
+            name = default_target(args, prompt_of(wan, args), mark)
             args.save_file = str(next(p for p in numbered(Path(name)) if not p.exists()))
         return [settle_entries(wan, own, args)]
     by_line, errors, targets = [], [], set[Path]()
