@@ -1086,7 +1086,7 @@ def why_no_import(error: Exception, cuda_needed: bool) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    with refusing(f"{file}: cannot be read", "download this file again"):
+    with refusing(f"--ckpt_dir {file}: cannot be read", "download this file again"):
         return dict(json.loads(file.read_text(encoding="utf-8-sig")))
 
 
