@@ -1413,7 +1413,8 @@ def checked(write: Callable, *args: Any, **kwargs: Any) -> str:
     call = inspect.signature(write).bind(*args, **kwargs)
     if "retry" in inspect.signature(write).parameters:
         call.arguments["retry"] = 1  # a second try of Wan2.1's overwrites the reason of the first
-    tensor, file = call.arguments["tensor"], str(call.arguments["save_file"])
+    given = {**call.arguments, **call.kwargs}  # a fork's may take **kwargs
+    tensor, file = given["tensor"], str(given["save_file"])
     with logged_and_printed() as printed:
         write(*call.args, **call.kwargs)
     try:
