@@ -2620,8 +2620,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for what was refused, 1 for what failed, 128 + its number for a signal; returns otherwise."""
     status = 0
     try:
-        with stopped_by_signals():
-            status = run(sys.argv[1:] if argv is None else argv)
+        with stopped_by_signals(), shadow(logging, raiseExceptions=False):  # of lines nobody reads
+            try:
+                status = run(sys.argv[1:] if argv is None else argv)
+            except SystemExit as leaving:  # of --help
+                status = leaving.code or 0
             sys.stdout.flush()
     except Refused as error:
         speaks = environment("LOCAL_RANK", 0) == 0 or environment("LOCAL_WORLD_SIZE", 1) == 1
