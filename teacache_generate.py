@@ -1083,9 +1083,12 @@ def compute_capability() -> tuple[int, int]:
 
 def why_no_import(error: Exception, cuda_needed: bool) -> str:
     """What to do about an exception from importing Wan, in one line."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = reason if len(reason) < 400 else f"{reason[:200]} ... {reason[-200:]}"
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.split(".")[0]
+        if package == "wan":
+            return f"Wan cannot be imported: {reason}: this checkout lacks it: clone it again"
         install = PACKAGES.get(package, package)
         return f"Wan cannot be imported: {reason}: pip install {install}"
     if "torchvision" in reason:
@@ -1101,16 +1104,21 @@ def why_no_import(error: Exception, cuda_needed: bool) -> str:
 # What the time embedding of a checkpoint says, for the plan
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    with refusing(f"--ckpt_dir {file}: cannot be read", "download this file again"):
+        return dict(json.loads(file.read_text(encoding="utf-8-sig")))
+
+
 def tensor_files(folder: Path) -> dict[str | None, Path]:
     """The file of each of a transformer's tensors; {None: file} where one file has them all."""
     names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
     for name in names:  # in the order in which from_pretrained looks
         index = folder / f"{name}.index.json"
+        if index.is_file():
+            files = read_json(index)["weight_map"]
+            return {tensor: folder / file for tensor, file in files.items()}
         if (folder / name).exists():
             return {None: folder / name}
-        if index.is_file():
-            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return {tensor: folder / file for tensor, file in files.items()}
     return {None: folder / names[0]}
 
 
@@ -1120,7 +1128,8 @@ def read_tensor(folder: Path, name: str) -> Any:
     file = files.get(name) or files[None]
     if file.suffix == ".safetensors":
         return safetensors.safe_open(file, "pt").get_slice(name)
-    return torch.load(file, mmap=True, weights_only=True, map_location="cpu")[name]
+    mmap = zipfile.is_zipfile(file)  # an older pickle cannot be mapped
+    return torch.load(file, mmap=mmap, weights_only=True, map_location="cpu")[name]
 
 
 def signal_distances(folder: Path, timesteps: Sequence[float], mode: str) -> list[float]:
@@ -1237,6 +1246,8 @@ def damage(file: Path) -> str | None:
                 return f"has {size:,} bytes of {expected:,}: download this file again"
         elif head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(file):
             return "is cut short: download this file again"  # an older pickle has no such sign
+        elif file.suffix in (".pth", ".bin") and head[:1] not in (b"P", b"\x80"):
+            return "holds no weights, but perhaps an error's web page: download this file again"
     return None
 
 
@@ -1273,12 +1284,23 @@ def check_part(args: argparse.Namespace, path: Path) -> None:
     """A file of weights, or a folder of a tokenizer, is there and whole."""
     what = f"--ckpt_dir {args.ckpt_dir}: {path.name}"
     require(path.exists(), f"{what} is missing, and --task {args.task} needs it: download it")
-    files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = [f for f in path.iterdir() if not f.is_dir() and not f.name.startswith(".")]
     require(files, f"{what} is an empty folder: download it again")
     for file in files:
         with refusing(f"--ckpt_dir {args.ckpt_dir}: {file.name}", "download this file again"):
             fault = damage(file)
         require(not fault, f"--ckpt_dir {args.ckpt_dir}: {file.name} {fault}")
+
+
+KINDS = {  # the transformers that will do, by the first word of Wan's tasks
+    "t2v": ("t2v",),
+    "i2v": ("i2v",),
+    "flf2v": ("flf2v", "i2v"),
+    "vace": ("vace",),
+    "ti2v": ("ti2v",),
+}
 
 
 def check_transformer(args: argparse.Namespace, folder: Path, config: dict[str, Any]) -> None:
@@ -1287,9 +1309,9 @@ def check_transformer(args: argparse.Namespace, folder: Path, config: dict[str, 
     with refusing(what, "download it again, or give the task or the folder that fits"):
         for file in [folder / "config.json", *sorted(set(tensor_files(folder).values()))]:
             check_part(args, file)
-        found = dict(json.loads((folder / "config.json").read_text(encoding="utf-8-sig")))
+        found = read_json(folder / "config.json")
         kind = args.task.split("-")[0].replace("t2i", "t2v")
-        if found.get("model_type", kind) not in {kind, kind.replace("flf2v", "i2v")}:
+        if kind in KINDS and found.get("model_type", kind) not in KINDS[kind]:
             raise ValueError(f"a {found['model_type']} transformer, not one of --task {args.task}")
         if found.get("dim") != config["dim"]:
             dims = f"dim {found.get('dim')}, that of --task {args.task} {config['dim']}"
@@ -1387,7 +1409,7 @@ def check_target(wan: Wan, args: argparse.Namespace) -> None:
             f"--save_file {target}: cannot be written",
             f"give a {ending} in a folder that is there{cure}",
         ),
-        tempfile.TemporaryDirectory(dir=target.parent) as folder,
+        tempfile.TemporaryDirectory(dir=target.resolve().parent) as folder,
         redirect_stderr(io.StringIO()),
         redirect_stdout(printed),
     ):
@@ -1422,7 +1444,8 @@ def checked(write: Callable, *args: Any, **kwargs: Any) -> str:
     call = inspect.signature(write).bind(*args, **kwargs)
     if "retry" in inspect.signature(write).parameters:
         call.arguments["retry"] = 1  # a second try of Wan2.1's overwrites the reason of the first
-    tensor, file = call.arguments["tensor"], str(call.arguments["save_file"])
+    given = {**call.arguments, **call.kwargs}  # a fork's may take **kwargs
+    tensor, file = given["tensor"], str(given["save_file"])
     with logged_and_printed() as printed:
         write(*call.args, **call.kwargs)
     try:
@@ -1806,14 +1829,12 @@ class Session:
                 raise RuntimeError("no pipeline of this Wan has run with TeaCache")
             run.status = "finished"
         except BaseException as error:
-            run.status = f"failed: {error!r}"
-            if isinstance(error, Exception) and run.failure:
-                error = run.failure  # what came after it is of the frame in its place
-                run.status = f"failed: {error!r}"
+            first = run.failure if run.failure and isinstance(error, Exception) else error
+            run.status = f"failed: {first!r}"  # what came after it is of the frame in its place
             if isinstance(error, Exception) and not self.loading:
                 raise Refused(f"{type(error).__name__}: {error} (see --help)") from error
-            run.explain(error)
-            raise error
+            run.explain(first)
+            raise
         finally:
             self.write_report()
         return run
@@ -1842,7 +1863,7 @@ class Session:
             in_step = not across_ranks() or error is self.runs[-1].failure
             if isinstance(error, Refused) or not in_step:
                 raise
-            log.error("TeaCache: here is where:", exc_info=error)
+            log.error("TeaCache: here is where:", exc_info=self.runs[-1].failure or error)
         self.runs[-1].failure = None  # it holds on to the tensors of where it was raised
         gc.collect()
         torch.cuda.empty_cache()
@@ -2169,10 +2190,13 @@ def choose_i2v_row(args: argparse.Namespace) -> Choice:
 
 
 def download_names(folder: Path) -> list[str]:
-    """The names that may tell what a checkpoint folder holds: its own, that of the folder that a
-    link leads to, and for a hub's cache (NAME/snapshots/COMMIT) that above it. No parents."""
-    names = []
-    for path in (folder.absolute(), folder.resolve()):
+    """The names that may tell what a checkpoint folder holds: that of the folder itself, then those
+    of the links to it, the last one first; for a hub's cache (NAME/snapshots/COMMIT) that above it
+    too. No parents."""
+    names, paths = [], [folder.absolute()]
+    while paths[0].is_symlink():
+        paths.insert(0, paths[0].parent / paths[0].readlink())
+    for path in (folder.resolve(), *paths):
         names.append(path.name)
         if path.parent.name == "snapshots":
             names.append(path.parent.parent.name)
@@ -2520,7 +2544,8 @@ def settle_all(wan: Wan, own: argparse.Namespace, argv: list[str]) -> list[list[
     if not own.teacache_jobs:
         args = parse(wan, own, argv)
         if args.save_file is None:
-            name = default_target(args, prompt_of(wan, args), time.strftime("%Y%m%d_%H%M%S"))
+            mark = f"{args.base_seed}_{time.strftime('%Y%m%d_%H%M%S')}"
+            name = default_target(args, prompt_of(wan, args), mark)
             args.save_file = str(next(p for p in numbered(Path(name)) if not p.exists()))
         return [settle_entries(wan, own, args)]
     common = wan.parse(argv, whole=False)
@@ -2661,8 +2686,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for what was refused, 1 for what failed, 128 + its number for a signal; returns otherwise."""
     status = 0
     try:
-        with stopped_by_signals():
-            status = run(sys.argv[1:] if argv is None else argv)
+        with stopped_by_signals(), shadow(logging, raiseExceptions=False):  # of lines nobody reads
+            try:
+                status = run(sys.argv[1:] if argv is None else argv)
+            except SystemExit as leaving:  # of --help
+                status = leaving.code or 0
             sys.stdout.flush()
     except Refused as error:
         speaks = environment("LOCAL_RANK", 0) == 0 or environment("LOCAL_WORLD_SIZE", 1) == 1
