@@ -5,8 +5,8 @@
 
 jobs.json is a list of
     {"name": ..., "mode": "stock" | "teacache" | "reference", "argv": [flags],
-     "seed": of the models' weights, 0 by default, "fails": "decode" if the VAE is to fail, and
-     for reference the settings of ``Reference``}
+     "seed": of the models' weights, 0 by default, "fails": "decode" if the VAE is to fail,
+     "float32": whether autocast is to that, and for reference the settings of ``Reference``}
 stock runs generate.py, teacache the script at the top of the project, reference the stock run with
 the method on top of it as its text says it. In argv, ``--ckpt_dir AUTO`` makes a checkpoint folder
 in OUT_DIR, and LEFT:FOLDER is the file that an earlier job left in a folder beside its videos.
@@ -85,9 +85,11 @@ def prepare(repo: str | Path) -> None:
 class Autocast(torch.autocast):
     """CUDA's autocast, on the CPU. To float32 it casts too, which matters to bfloat16 weights."""
 
+    float32 = False  # whether the job at hand is one in float32 throughout
+
     def __init__(self, device_type: str, dtype: torch.dtype | None = None, enabled: bool = True):
         super().__init__("cpu", torch.bfloat16, enabled)
-        self.fast_dtype = dtype or torch.float16
+        self.fast_dtype = torch.float32 if self.float32 else dtype or torch.float16
 
 
 def layer_norm(x: Tensor, shape: Any, *affine: Any, stock: Callable = torch.layer_norm) -> Tensor:
@@ -585,6 +587,7 @@ class Harness:
     def do(self, run: Run) -> None:
         """Run a job as if it were the first one."""
         self.run, job = run, run.job
+        Autocast.float32 = job.get("float32", False)
         if dist.is_initialized():
             dist.destroy_process_group()
         prepare_xfuser()
