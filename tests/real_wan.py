@@ -23,6 +23,7 @@ bfloat16 and return float32.
 from __future__ import annotations
 
 import argparse
+import atexit
 import datetime
 import functools
 import importlib
@@ -128,13 +129,14 @@ def prepare_torchvision() -> None:
 def prepare_distributed() -> None:
     """Gloo for every backend, and a GPU's looks for xfuser's imports."""
     init, new_group, count = dist.init_process_group, dist.new_group, itertools.count()
-    shared = tempfile.gettempdir() + f"/real_wan.{os.getppid()}"  # torchrun's own id
+    shared = f"{tempfile.gettempdir()}/real_wan.{os.getenv('TORCHELASTIC_RUN_ID')}"
 
     def init_process_group(backend: str = "", **kwargs: Any) -> None:
         """With a store of its own: after Wan2.2's destroy_process_group, torchrun's is used up."""
         ranks = {name: int(os.environ[name.upper()]) for name in ("rank", "world_size")}
-        store = f"file://{shared}.{next(count)}"
-        init("gloo", init_method=store, timeout=datetime.timedelta(seconds=60), **ranks)
+        store = Path(f"{shared}.{next(count)}")
+        atexit.register(store.unlink, missing_ok=True)
+        init("gloo", init_method=store.as_uri(), timeout=datetime.timedelta(seconds=60), **ranks)
 
     def gloo_group(*args: Any, backend: str = "", **kwargs: Any) -> Any:
         return new_group(*args, backend="gloo", **kwargs)
@@ -150,7 +152,7 @@ def prepare_distributed() -> None:
 
 def prepare_xfuser() -> None:
     """The attention of xfuser's own dependency, on the CPU; groups of earlier jobs are gone."""
-    if importlib.util.find_spec("xfuser") is None:
+    if int(os.getenv("WORLD_SIZE", "1")) == 1 or importlib.util.find_spec("xfuser") is None:
         return
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     importlib.import_module(
