@@ -163,7 +163,7 @@ def printed(log: str, name: str) -> str:
 
 
 def agree(ours: np.ndarray, case: Case, reference: np.ndarray, stock: np.ndarray) -> bool:
-    """To the bit; at order 1, see there, nearer than stock by far, or in bfloat16 at least nearer."""
+    """To the bit; at order 1, see there, nearer than stock by far; in bfloat16 at least nearer."""
     if not case.reference.get("order"):
         return np.array_equal(ours, reference)
     allowed = 0.01 if case.float32 else 1.0
