@@ -5,8 +5,8 @@
 
 jobs.json is a list of
     {"name": ..., "mode": "stock" | "teacache" | "reference", "argv": [flags],
-     "seed": of the models' weights, 0 by default, "fails": "decode" if the VAE is to fail, and
-     for reference the settings of ``Reference``}
+     "seed": of the models' weights, 0 by default, "fails": "decode" if the VAE is to fail,
+     "float32": whether autocast is to that, and for reference the settings of ``Reference``}
 stock runs generate.py, teacache the script at the top of the project, reference the stock run with
 the method on top of it as its text says it. In argv, ``--ckpt_dir AUTO`` makes a checkpoint folder
 in OUT_DIR, and LEFT:FOLDER is the file that an earlier job left in a folder beside its videos.
@@ -23,6 +23,7 @@ bfloat16 and return float32.
 from __future__ import annotations
 
 import argparse
+import atexit
 import datetime
 import functools
 import importlib
@@ -85,9 +86,11 @@ def prepare(repo: str | Path) -> None:
 class Autocast(torch.autocast):
     """CUDA's autocast, on the CPU. To float32 it casts too, which matters to bfloat16 weights."""
 
+    float32 = False  # whether the job at hand is one in float32 throughout
+
     def __init__(self, device_type: str, dtype: torch.dtype | None = None, enabled: bool = True):
         super().__init__("cpu", torch.bfloat16, enabled)
-        self.fast_dtype = dtype or torch.float16
+        self.fast_dtype = torch.float32 if self.float32 else dtype or torch.float16
 
 
 def layer_norm(x: Tensor, shape: Any, *affine: Any, stock: Callable = torch.layer_norm) -> Tensor:
@@ -126,13 +129,14 @@ def prepare_torchvision() -> None:
 def prepare_distributed() -> None:
     """Gloo for every backend, and a GPU's looks for xfuser's imports."""
     init, new_group, count = dist.init_process_group, dist.new_group, itertools.count()
-    shared = tempfile.gettempdir() + f"/real_wan.{os.getppid()}"  # torchrun's own id
+    shared = f"{tempfile.gettempdir()}/real_wan.{os.getenv('TORCHELASTIC_RUN_ID')}"
 
     def init_process_group(backend: str = "", **kwargs: Any) -> None:
         """With a store of its own: after Wan2.2's destroy_process_group, torchrun's is used up."""
         ranks = {name: int(os.environ[name.upper()]) for name in ("rank", "world_size")}
-        store = f"file://{shared}.{next(count)}"
-        init("gloo", init_method=store, timeout=datetime.timedelta(seconds=60), **ranks)
+        store = Path(f"{shared}.{next(count)}")
+        atexit.register(store.unlink, missing_ok=True)
+        init("gloo", init_method=store.as_uri(), timeout=datetime.timedelta(seconds=60), **ranks)
 
     def gloo_group(*args: Any, backend: str = "", **kwargs: Any) -> Any:
         return new_group(*args, backend="gloo", **kwargs)
@@ -148,7 +152,7 @@ def prepare_distributed() -> None:
 
 def prepare_xfuser() -> None:
     """The attention of xfuser's own dependency, on the CPU; groups of earlier jobs are gone."""
-    if importlib.util.find_spec("xfuser") is None:
+    if int(os.getenv("WORLD_SIZE", "1")) == 1 or importlib.util.find_spec("xfuser") is None:
         return
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     importlib.import_module(
@@ -585,6 +589,7 @@ class Harness:
     def do(self, run: Run) -> None:
         """Run a job as if it were the first one."""
         self.run, job = run, run.job
+        Autocast.float32 = job.get("float32", False)
         if dist.is_initialized():
             dist.destroy_process_group()
         prepare_xfuser()
