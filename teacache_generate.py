@@ -120,6 +120,13 @@ ROWS: dict[str, Row] = {
 # fmt: on
 
 
+def mode_of(row: Row | None, use_ret_steps: bool) -> str:
+    """The mode of a row; None is the row "sigma"."""
+    if row is None:
+        return SIGMA
+    return RETENTION if use_ret_steps else PLAIN
+
+
 @dataclass(frozen=True)
 class TeaCacheConfig:
     """Settings of one generation.
@@ -164,11 +171,11 @@ class TeaCacheConfig:
 
         thresh: the row's default if None; "sigma" has none, see ``plan_speedup``.
         """
+        mode = mode_of(row, use_ret_steps)
         if row is None:
-            return cls(steps, 0.0 if thresh is None else thresh, SIGMA, **others)
+            return cls(steps, 0.0 if thresh is None else thresh, mode, **others)
         polynomial = row.retention if use_ret_steps else row.plain
         thresh = polynomial.thresholds[-1] if thresh is None else thresh
-        mode = RETENTION if use_ret_steps else PLAIN
         return cls(steps, thresh, mode, polynomial.coefficients, **others)
 
     def always_computes(self, step: int) -> bool:
@@ -912,7 +919,8 @@ RELEASES = (
 class Wan:
     """A checkout of Wan2.1 or Wan2.2, imported.
 
-    generate_py: its generate.py. release: what differs.
+    generate_py: its generate.py. release: what differs. What is slow to find out and the same for
+    many videos is remembered here.
     """
 
     def __init__(self, generate_py: ModuleType, release: Release):
@@ -920,6 +928,8 @@ class Wan:
         self.package = sys.modules["wan"]
         self.writers = [w for w in (release.video_writer, release.image_writer) if w]
         self.folder = Path(generate_py.__file__).parent
+        self.known_distances: dict[tuple[Any, ...], list[float | None]] = {}
+        self.good_targets = set[tuple[Path, str]]()  # folder and ending
 
     def config(self, task: str) -> dict[str, Any]:
         """The model's config of a task: sizes, names of files."""
@@ -984,6 +994,11 @@ class Wan:
         return timesteps
 
 
+def makes_image(args: argparse.Namespace) -> bool:
+    """Whether a task makes one image, not a video."""
+    return args.task.startswith("t2i")
+
+
 def models_of(pipeline: Any) -> list[nn.Module]:
     """The transformers of a pipeline, in the order in which they sample."""
     if hasattr(pipeline, "high_noise_model"):
@@ -1005,14 +1020,14 @@ def switch_of(timesteps: Sequence[float], config: dict[str, Any]) -> int | None:
 
 
 def guided_steps(
-    scale: float | Sequence[float], steps: int, switch: int | None, until: float
+    scale: float | Sequence[float] | None, steps: int, switch: int | None, until: float
 ) -> int | None:
     """On how many steps guidance needs the unconditional branch; None for all of them.
 
     scale: Wan's guide_scale, of Wan2.2 a pair (low noise, high noise). At 1 the unconditional
-    output is multiplied by 0. until: the share of the steps that are asked for.
+    output is multiplied by 0; None runs it all the same. until: the share that is asked for.
     """
-    low, high = (scale, scale) if isinstance(scale, (int, float)) else scale
+    low, high = scale if isinstance(scale, (tuple, list)) else (scale, scale)
     guided = steps if low != 1 else (0 if high == 1 else switch or steps)
     guided = min(guided, round(until * steps))
     return None if guided == steps else guided
@@ -1131,24 +1146,29 @@ def signal_distances(folder: Path, timesteps: Sequence[float], mode: str) -> lis
 
 
 def distances_of(
-    folders: Sequence[Path], timesteps: Sequence[float], mode: str, switch: int | None = None
+    wan: Wan, args: argparse.Namespace, timesteps: Sequence[float], mode: str
 ) -> list[float | None]:
     """The distance of each step to the one before, read out of the weights; the first is None.
 
-    mode: that of the config; "sigma" has no distances, and reads nothing. switch: the first step of
-    the second folder's transformer, whose distances begin anew.
+    mode: that of the config; "sigma" has no distances, and reads nothing. Where a second
+    transformer goes on, distances begin anew.
     """
     if mode == SIGMA:
         return [None] * len(timesteps)
-    halves = [timesteps[:switch], timesteps[switch:]] if switch else [timesteps]
-    distances: list[float | None] = []
-    for folder, part in zip(folders, halves, strict=False):
-        with refusing(
-            f"--ckpt_dir {folder}: its time embedding cannot be read",
-            "download it again, or take --teacache_model sigma, which needs none",
-        ):
-            distances += [None, *signal_distances(folder, part, mode)]
-    return distances
+    key = (args.ckpt_dir, mode, *timesteps)
+    if key not in wan.known_distances:
+        config, distances = wan.config(args.task), []
+        switch = switch_of(timesteps, config)
+        folders = transformer_folders(args.ckpt_dir, config)
+        halves = [timesteps[:switch], timesteps[switch:]] if switch else [timesteps]
+        for folder, half in zip(folders, halves, strict=False):
+            with refusing(
+                f"--ckpt_dir {folder}: its time embedding cannot be read",
+                "download it again, or take --teacache_model sigma, which needs none",
+            ):
+                distances += [None, *signal_distances(folder, half, mode)]
+        wan.known_distances[key] = distances
+    return wan.known_distances[key]
 
 
 # Checks before a weight is loaded
@@ -1298,13 +1318,17 @@ def inputs_of(args: argparse.Namespace, examples: dict[str, str]) -> dict[str, s
     return found
 
 
+def check_named(flag: str, file: str | None) -> None:
+    require(
+        file != "",
+        f'--{flag} "": is empty, as of an unset shell variable: give a file or leave it out',
+    )
+
+
 def check_inputs(args: argparse.Namespace, examples: dict[str, str]) -> None:
     """Every image and video that generate.py will open is there and can be read."""
     for name in ("ckpt_dir", "save_file", *INPUTS):
-        require(
-            getattr(args, name, None) != "",
-            f'--{name} "": is empty, as of an unset shell variable: give a file or leave it out',
-        )
+        check_named(name, getattr(args, name, None))
     if args.task.startswith("flf2v"):
         require(
             bool(args.first_frame) == bool(args.last_frame),
@@ -1355,7 +1379,7 @@ def check_prompt_extension(wan: Wan, args: argparse.Namespace) -> None:
 
 def check_target(wan: Wan, args: argparse.Namespace) -> None:
     """Two frames go through Wan's own writer, into the folder and with the ending asked for."""
-    image, printed = args.task.startswith("t2i"), io.StringIO()
+    image, printed = makes_image(args), io.StringIO()
     target = Path(args.save_file).absolute()
     ending, cure = (".png", "") if image else (".mp4", "; have ffmpeg (pip install imageio-ffmpeg)")
     with (
@@ -1371,9 +1395,12 @@ def check_target(wan: Wan, args: argparse.Namespace) -> None:
             raise OSError("no file with an ending")
         if target.exists():
             target.open("r+b").close()
+        if (target.parent, target.suffix) in wan.good_targets:
+            return
         frames = torch.linspace(-1, 1, 2).view(1, 1, 2, 1, 1).expand(1, 3, 2, 64, 64)
         probe = f"{folder}/probe{target.suffix}"
         write_video(wan, frames[0, :, :1] if image else frames[0], probe, 16, image)
+    wan.good_targets.add((target.parent, target.suffix))
 
 
 # Writing, and reading back what was written
@@ -1424,7 +1451,10 @@ def why_not_written(file: str, printed: str) -> str:
     if folder.is_dir() and shutil.disk_usage(folder).free < 2**20:
         return "the disk is full (No space left on device)"
     try:
-        open(file, "ab").close()
+        if Path(file).exists():
+            open(file, "ab").close()
+        else:
+            tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         return str(error)
     return printed.strip() or "its writer gives no reason"
@@ -1433,7 +1463,8 @@ def why_not_written(file: str, printed: str) -> str:
 def check_written(file: str, frames: int) -> None:
     """OSError: the file does not hold the frames, since the disk was full, or ffmpeg failed."""
     try:
-        if Path(file).suffix.lower() in Image.registered_extensions():
+        kind = Image.registered_extensions().get(Path(file).suffix.lower(), "MPEG")
+        if kind != "MPEG":  # of which Pillow knows the name only
             with Image.open(file) as picture:
                 found = sum(frame.load() is not None for frame in ImageSequence.Iterator(picture))
             found = frames if found else 0  # equal frames are merged into one
@@ -1463,10 +1494,6 @@ class Job:
     label: str = ""  # in a comparison
     noise: float = 0.0  # added to the latents that the model sees at the first step
 
-    @property
-    def is_image(self) -> bool:
-        return self.args.task.startswith("t2i")
-
 
 class Stopped(KeyboardInterrupt):
     """Ctrl-C, or a signal that ends a process."""
@@ -1495,23 +1522,27 @@ def stopped_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+LATENTS = ".latents.pt"  # the ending of latents that are kept
+
+
 def numbered(path: Path) -> Iterator[Path]:
     """A path, and then the same with a number before its ending: x.mp4, x.2.mp4, x.3.mp4."""
     yield path
-    stem, dot, ending = path.name.partition(".")
+    ending = LATENTS if path.name.endswith(LATENTS) else path.suffix
+    stem = path.name.removesuffix(ending)
     for i in range(2, 1000):
-        yield path.with_name(f"{stem}.{i}{dot}{ending}")
+        yield path.with_name(f"{stem}.{i}{ending}")
 
 
 def default_target(args: argparse.Namespace, prompt: str, mark: str) -> str:
     """A name for a video, told by what it is of; ``mark`` tells it from others."""
     words = "_".join(re.findall(r"\w+", prompt))[:50]
-    ending = ".png" if args.task.startswith("t2i") else ".mp4"
+    ending = ".png" if makes_image(args) else ".mp4"
     return f"{args.task}_{args.size.replace('*', 'x')}_{words}_{mark}{ending}"
 
 
 def latents_path(target: Path) -> Path:
-    return target.with_name(f"{target.name.removesuffix(target.suffix)}.latents.pt")
+    return target.with_name(target.name.removesuffix(target.suffix) + LATENTS)
 
 
 def write_ahead(latents: Sequence[Tensor], job: Job, fps: int) -> Path | None:
@@ -1555,14 +1586,8 @@ def write_exclusively(content: dict[str, Any], path: Path) -> Path:
 def decode_command(wan: Wan, latents: Path) -> str:
     """The command line that makes a video of kept latents, quoted for this system's shell."""
     script = str(Path(__file__).absolute())
-    argv = [
-        sys.executable,
-        script,
-        "--wan_repo",
-        str(wan.folder),
-        "--teacache_decode",
-        str(latents),
-    ]
+    flags = ["--wan_repo", str(wan.folder), "--teacache_decode", str(latents)]
+    argv = [sys.executable, script, *flags]
     return subprocess.list2cmdline(argv) if os.name == "nt" else shlex.join(argv)
 
 
@@ -1576,17 +1601,17 @@ def synchronize() -> None:
 def nudged(models: Sequence[nn.Module], std: float) -> Iterator[None]:
     """Noise on the latents that the model sees at the first step: on both branches and all ranks
     the same."""
-    calls = iter(range(2))
+    first_step = iter(range(2))  # its two calls
 
     def add(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if std == 0 or next(calls, None) is None:
+        if next(first_step, None) is None:
             return None
         generator = torch.Generator().manual_seed(0)
         latents = [x + std * torch.randn(x.shape, generator=generator).to(x) for x in args[0]]
         return (latents, *args[1:])
 
     with ExitStack() as stack:
-        for model in models:
+        for model in models if std > 0 else ():
             stack.enter_context(model.register_forward_pre_hook(add))
         yield
 
@@ -1642,6 +1667,7 @@ class Run:
             return video
         except Exception as error:
             self.failure = error
+            log.error(f"TeaCache: not decoded: {error}")
             return [torch.zeros(3, 1, 16, 16)]
         finally:
             self.seconds["decode"] = time.perf_counter() - began
@@ -1666,7 +1692,7 @@ class Run:
     def explain(self, error: BaseException) -> None:
         """Say what went wrong, and how to go on."""
         log.error(f"TeaCache: {self.job.args.save_file}: failed: {error!r}")
-        if self.latents:
+        if self.latents and self.latents.is_file():
             log.error(
                 f"TeaCache: its latents are in {self.latents}; this makes the video of them:\n"
                 f"{decode_command(self.wan, self.latents)}"
@@ -1781,10 +1807,13 @@ class Session:
             run.status = "finished"
         except BaseException as error:
             run.status = f"failed: {error!r}"
+            if isinstance(error, Exception) and run.failure:
+                error = run.failure  # what came after it is of the frame in its place
+                run.status = f"failed: {error!r}"
             if isinstance(error, Exception) and not self.loading:
                 raise Refused(f"{type(error).__name__}: {error} (see --help)") from error
             run.explain(error)
-            raise
+            raise error
         finally:
             self.write_report()
         return run
@@ -2048,10 +2077,9 @@ FOR_ALL_LINES = (  # what the loaded model depends on
     *("task", "ckpt_dir", "ulysses_size", "ring_size", "t5_fsdp", "dit_fsdp", "t5_cpu"),
     *("convert_model_dtype", "prompt_extend_method", "prompt_extend_model"),
 )
-OF_A_LINE = (  # of our flags; the others are for the whole command
-    *("teacache_thresh", "teacache_speedup", "teacache_model", "teacache_coefficients"),
-    *("use_ret_steps", "teacache_order", "teacache_guide_until"),
-)
+HOW_MUCH = ("teacache_thresh", "teacache_speedup")  # either
+WHOSE = ("teacache_model", "teacache_coefficients")  # either
+OF_A_LINE = (*HOW_MUCH, *WHOSE, "use_ret_steps", "teacache_order", "teacache_guide_until")
 
 
 def at_least(low: float, allowed: str, high: float = math.inf) -> Callable[[str], float]:
@@ -2172,59 +2200,68 @@ def read_coefficients(file: Path) -> Row:
         return Row(**modes, **content)
 
 
-def settle(wan: Wan, own: argparse.Namespace, args: argparse.Namespace, label: str = "") -> Job:
-    """The settings of a run and its plan, before a weight is loaded. Refused: they are no good."""
+@dataclass(frozen=True)
+class Outlook:
+    """What the policy needs to know of a run, before a weight is loaded."""
+
+    choice: Choice
+    timesteps: Sequence[float]
+    distances: Sequence[float | None]
+
+    def plan(self, config: TeaCacheConfig) -> Schedule:
+        return plan(config, self.timesteps, self.distances)
+
+    def plan_speedup(self, config: TeaCacheConfig, speedup: float) -> Schedule:
+        return plan_speedup(config, self.timesteps, self.distances, speedup)
+
+
+def look_ahead(wan: Wan, own: argparse.Namespace, args: argparse.Namespace) -> Outlook:
+    """The row of a run, its timesteps and, out of the weights, its distances."""
     choice, timesteps = choose_row(own, args), wan.timesteps(args)
-    wan_config = wan.config(args.task)
-    switch = switch_of(timesteps, wan_config)
     require(
         not (own.use_ret_steps and choice.row is None),
         f"--use_ret_steps: is not for {choice.text}: leave it out, or give --teacache_model, one "
         f"of {', '.join(ROWS)}",
     )
+    mode = mode_of(choice.row, own.use_ret_steps)
+    return Outlook(choice, timesteps, distances_of(wan, args, timesteps, mode))
+
+
+def settle(
+    wan: Wan, own: argparse.Namespace, args: argparse.Namespace, outlook: Outlook, label: str = ""
+) -> Job:
+    """The settings of a run and its plan. Refused: they are no good."""
+    thresh, speedup, row = own.teacache_thresh, own.teacache_speedup, outlook.choice.row
+    switch = switch_of(outlook.timesteps, wan.config(args.task))
+    order = (own.teacache_order or [0])[0]
     config = TeaCacheConfig.from_row(
-        choice.row,
-        args.sample_steps,
-        own.teacache_thresh,
-        own.use_ret_steps,
-        order=(own.teacache_order or [0])[0],
-        switch=switch,
+        row, args.sample_steps, thresh, own.use_ret_steps, order=order, switch=switch
     )
     until = 1.0 if own.teacache_guide_until is None else own.teacache_guide_until
-    scale = (
-        0 if own.teacache_thresh == 0 else args.sample_guide_scale
-    )  # off is stock, which computes what it drops
+    scale = None if thresh == 0 else args.sample_guide_scale  # off, as stock, is always guided
     guided = guided_steps(scale, args.sample_steps, switch, until)
-    folders = transformer_folders(args.ckpt_dir, wan_config)
-    distances = distances_of(folders, timesteps, config.mode, switch)
-    if own.teacache_speedup:
-        config = replace(config, guided_steps=guided)
-        config = for_speedup(config, timesteps, distances, own.teacache_speedup, choice)
-    elif choice.row is None and own.teacache_thresh is None:
-        config = plan_speedup(config, timesteps, distances, 2.0).config  # half of them
+    if row is None and thresh is None and speedup is None:
+        config = outlook.plan_speedup(config, 2.0).config  # half of the steps, however guided
     config = replace(config, guided_steps=guided)
-    planned = plan(config, timesteps, distances)
-    check_plan(planned, own, args, choice)
-    asked = (own.teacache_thresh, own.teacache_speedup) != (None, None)
-    return Job(args, config, choice.text, planned, by_default=not asked, label=label)
+    if speedup is not None:
+        config = for_speedup(config, outlook, speedup)
+    planned = outlook.plan(config)
+    if not own.teacache_plan:
+        check_plan(planned, own, args, outlook.choice)
+    by_default = thresh is None and speedup is None
+    return Job(args, config, outlook.choice.text, planned, by_default, label)
 
 
-def for_speedup(
-    config: TeaCacheConfig,
-    timesteps: Sequence[float],
-    distances: Sequence[float | None],
-    speedup: float,
-    choice: Choice,
-) -> TeaCacheConfig:
+def for_speedup(config: TeaCacheConfig, outlook: Outlook, speedup: float) -> TeaCacheConfig:
     """With the threshold for --teacache_speedup."""
     try:
-        schedule = plan_speedup(config, timesteps, distances, speedup)
+        schedule = outlook.plan_speedup(config, speedup)
     except ValueError as error:
         raise Refused(
-            f"--teacache_speedup {speedup:g}: with {choice.text} {error}, and no threshold can be "
-            "trusted: take --teacache_model sigma"
+            f"--teacache_speedup {speedup:g}: with {outlook.choice.text} {error}, and no threshold "
+            "can be trusted: take --teacache_model sigma"
         ) from error
-    fewest = plan(replace(config, thresh=1e9), timesteps, distances)
+    fewest = outlook.plan(replace(config, thresh=1e9))
     require(
         fewest.passes <= math.ceil(2 * config.steps / speedup - 1e-9),
         f"--teacache_speedup {speedup:g}: no threshold reaches it; the nearest is "
@@ -2238,25 +2275,26 @@ def check_plan(
 ) -> None:
     """Refuse a schedule that skips nearly everything, unless it is as published or insisted on."""
     faults, row = planned.faults(), choice.row
-    default = row is None and (own.teacache_thresh, own.teacache_speedup) == (None, None)
-    if not faults or default or own.teacache_plan:
+    flags = [f"--{name} {getattr(own, name):g}" for name in HOW_MUCH if getattr(own, name)]
+    if not faults or (row is None and not flags):
         return
-    now = (args.sample_steps, args.sample_shift, args.sample_solver)
-    fitted = row is not None and now == (row.steps, row.shift, row.solver)
     what = f"{choice.text} would compute {planned.summary()}: {' and '.join(faults)}"
-    if fitted or choice.insisted:
+    if choice.insisted or (row is not None and is_fitted(row, args)):
         log.warning(f"TeaCache: {what}")
         return
-    made_for = (
-        ""
-        if row is None
-        else (f"; it was fitted at {row.steps} steps, shift {row.shift:g}, {row.solver}")
-    )
+    if row is not None:
+        what += f"; it was fitted at {row.steps} steps, shift {row.shift:g}, {row.solver}"
     insist = f", or insist by --teacache_model {choice.name}" if choice.name in ROWS else ""
     raise Refused(
-        f"--teacache_thresh {planned.config.thresh:g}: {what}{made_for}: take --teacache_model "
-        f"sigma, another number of --sample_steps, --teacache_thresh 0{insist}"
+        f"{flags[0] if flags else '--sample_steps'}: {what}: take --teacache_model sigma, another "
+        f"number of --sample_steps, --teacache_thresh 0{insist}"
     )
+
+
+def is_fitted(row: Row, args: argparse.Namespace) -> bool:
+    """Whether a run has the settings that its row was fitted at."""
+    now = (args.sample_steps, args.sample_shift, args.sample_solver)
+    return now == (row.steps, row.shift, row.solver)
 
 
 def announce(job: Job) -> None:
@@ -2280,27 +2318,20 @@ def announce(job: Job) -> None:
 # Plan
 
 
-def plan_rows(wan: Wan, own: argparse.Namespace, job: Job) -> list[Schedule]:
+def plan_rows(own: argparse.Namespace, job: Job, outlook: Outlook) -> list[Schedule]:
     """What the thresholds around the current one do, and those that were tried by others."""
-    args, config = job.args, job.config
-    row, timesteps = choose_row(own, args).row, wan.timesteps(args)
-    folders = transformer_folders(args.ckpt_dir, wan.config(args.task))
-    distances = distances_of(folders, timesteps, config.mode, config.switch)
-    tried = (
-        [config.thresh or 0.1]
-        if row is None
-        else [*(row.retention if config.mode == RETENTION else row.plain).thresholds]
-    )
+    config, row = job.config, outlook.choice.row
+    tried = [config.thresh or 0.1]
+    if row is not None:
+        tried = list((row.retention if own.use_ret_steps else row.plain).thresholds)
     ladder = [tried[-1] * factor for factor in (0.25, 0.5, 0.75, 1.5, 2.0, 3.0)]
     by_text = {f"{thresh:.4g}": thresh for thresh in [*ladder, *tried, config.thresh]}
-    thresholds = sorted(by_text.values())
-    return [plan(replace(config, thresh=t), timesteps, distances) for t in thresholds]
+    return [outlook.plan(replace(config, thresh=thresh)) for thresh in sorted(by_text.values())]
 
 
-def print_plan(wan: Wan, own: argparse.Namespace, job: Job) -> None:
+def print_plan(own: argparse.Namespace, job: Job, outlook: Outlook) -> None:
     """For --teacache_plan, on rank 0; as JSON too, for --teacache_report."""
-    rows = plan_rows(wan, own, job)
-    current = job.config.thresh
+    rows, current = plan_rows(own, job, outlook), job.config.thresh
     print(f"TeaCache plan: {job.row}, {job.config.mode}, {job.config.steps} steps")
     print("   thresh  computed  skipped  speed-up  longest skip  schedule (# computed, . skipped)")
     for schedule in rows:
@@ -2314,26 +2345,23 @@ def print_plan(wan: Wan, own: argparse.Namespace, job: Job) -> None:
     for fault in job.planned.faults():
         print(f"warning: at {current:.4g} {fault}")
     if own.teacache_report:
-        content = {
-            "status": "planned",
-            "row": job.row,
-            "config": asdict(job.config),
-            "computed": job.planned.computed,
-            "plan": [
-                {
-                    "thresh": schedule.config.thresh,
-                    "computed": schedule.computed,
-                    "passes": schedule.passes,
-                    "speedup": schedule.speedup,
-                    "longest_skip": schedule.longest_skip,
-                }
-                for schedule in rows
-            ],
-        }
-        with refusing(
-            f"--teacache_report {own.teacache_report}: cannot be written", "see its folder"
-        ):
-            Path(own.teacache_report).write_text(json.dumps(content, indent=1))
+        report = {"status": "planned", "row": job.row, "config": asdict(job.config)}
+        report["computed"] = job.planned.computed
+        report["plan"] = [plan_report(schedule) for schedule in rows]
+        what = f"--teacache_report {own.teacache_report}: cannot be written"
+        with refusing(what, "see its folder"):
+            Path(own.teacache_report).write_text(json.dumps(report, indent=1))
+
+
+def plan_report(schedule: Schedule) -> dict[str, Any]:
+    """One threshold's plan, for the report."""
+    return {
+        "thresh": schedule.config.thresh,
+        "computed": schedule.computed,
+        "passes": schedule.passes,
+        "speedup": schedule.speedup,
+        "longest_skip": schedule.longest_skip,
+    }
 
 
 # Jobs and comparison: several runs from one command
@@ -2372,10 +2400,7 @@ def own_of_line(
     for name in given:
         require(name in OF_A_LINE, f"--{name}: is for the command line, not for a line of the file")
     merged = dict(vars(own))
-    for either in (
-        ("teacache_thresh", "teacache_speedup"),
-        ("teacache_model", "teacache_coefficients"),
-    ):
+    for either in (HOW_MUCH, WHOSE):
         if given.keys() & set(either):
             merged |= dict.fromkeys(either)
     return argparse.Namespace(**{**merged, **given}), rest
@@ -2442,16 +2467,18 @@ def settle_entries(wan: Wan, own: argparse.Namespace, args: argparse.Namespace) 
     orders = own.teacache_order or [0]
     if not own.teacache_compare:
         require(len(orders) == 1, "--teacache_order: several are for --teacache_compare")
-        return [settle(wan, own, args)]
+        return [settle(wan, own, args, look_ahead(wan, own, args))]
     stock = with_flags(own, thresh=0.0, order=[0], guide_until=None)
-    jobs = [
-        settle(wan, stock, named(args, STOCK), STOCK),
-        replace(settle(wan, stock, named(args, "noise"), NOISE), noise=1e-4),
-    ]
+    asked = [(STOCK, stock), (NOISE, stock)]
     for entry in own.teacache_compare:
         for order in orders:
             label = f"{entry} order {order}" if len(orders) > 1 else entry
-            jobs.append(settle(wan, of_entry(own, entry, order), named(args, label), label))
+            asked.append((label, of_entry(own, entry, order)))
+    jobs = []
+    for label, flags in asked:
+        outlook = look_ahead(wan, flags, args)
+        jobs.append(settle(wan, flags, named(args, label), outlook, label))
+    jobs[1] = replace(jobs[1], noise=1e-4)
     files = [job.args.save_file for job in jobs]  # 0.08 and +0.08 have one too
     entries = " ".join(own.teacache_compare)
     require(len(set(files)) == len(files), f"--teacache_compare {entries}: twice the same")
@@ -2567,6 +2594,8 @@ def decode_latents(own: argparse.Namespace, argv: Sequence[str]) -> None:
     parser.add_argument("--save_file")
     parser.add_argument("--ckpt_dir")
     given, file = parser.parse_args(argv), Path(own.teacache_decode)
+    for name, value in vars(given).items():
+        check_named(name, value)
     with refusing(
         f"--teacache_decode {file}: cannot be used", "give a NAME.latents.pt that was kept"
     ):
@@ -2585,7 +2614,7 @@ def decode_latents(own: argparse.Namespace, argv: Sequence[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.no_grad():
         video = wan.vae(args, device).decode([latent.to(device) for latent in latents])[0]
-    write_video(wan, video, args.save_file, fps, args.task.startswith("t2i"))
+    write_video(wan, video, args.save_file, fps, makes_image(args))
     file.unlink()
     log.info(f"TeaCache: wrote {args.save_file}; {file} is deleted")
 
@@ -2596,6 +2625,8 @@ def decode_latents(own: argparse.Namespace, argv: Sequence[str]) -> None:
 def run(argv: Sequence[str]) -> int:
     """The command line; the exit status. Refused: what is wrong, before a weight is loaded."""
     own, rest = own_parser().parse_known_args(argv)
+    for name, value in vars(own).items():
+        check_named(name, value)
     if own.teacache_decode:
         decode_latents(own, rest)
         return 0
@@ -2605,9 +2636,11 @@ def run(argv: Sequence[str]) -> int:
     wan = import_wan(own.wan_repo, generates=not (asks_help or own.teacache_plan))
     if own.teacache_plan and not asks_help:
         require(not own.teacache_jobs, "--teacache_plan, --teacache_jobs: give one of them")
-        job = settle(wan, own, parse(wan, own, rest))
+        args = parse(wan, own, rest)
+        outlook = look_ahead(wan, own, args)
+        job = settle(wan, own, args, outlook)
         if is_rank_0():
-            print_plan(wan, own, job)
+            print_plan(own, job, outlook)
         return 0
     by_line = settle_all(wan, own, rest)
     jobs = [job for line in by_line for job in line]
