@@ -120,6 +120,13 @@ ROWS: dict[str, Row] = {
 # fmt: on
 
 
+def mode_of(row: Row | None, use_ret_steps: bool) -> str:
+    """The mode of a row; None is the row "sigma"."""
+    if row is None:
+        return SIGMA
+    return RETENTION if use_ret_steps else PLAIN
+
+
 @dataclass(frozen=True)
 class TeaCacheConfig:
     """Settings of one generation.
@@ -164,11 +171,11 @@ class TeaCacheConfig:
 
         thresh: the row's default if None; "sigma" has none, see ``plan_speedup``.
         """
+        mode = mode_of(row, use_ret_steps)
         if row is None:
-            return cls(steps, 0.0 if thresh is None else thresh, SIGMA, **others)
+            return cls(steps, 0.0 if thresh is None else thresh, mode, **others)
         polynomial = row.retention if use_ret_steps else row.plain
         thresh = polynomial.thresholds[-1] if thresh is None else thresh
-        mode = RETENTION if use_ret_steps else PLAIN
         return cls(steps, thresh, mode, polynomial.coefficients, **others)
 
     def always_computes(self, step: int) -> bool:
@@ -185,10 +192,10 @@ class TeaCacheConfig:
         """Whether the unconditional branch runs on a step."""
         return self.guided_steps is None or step < self.guided_steps
 
-    def keeps(self, step: int, branch: int) -> bool:
+    def keeps(self, step: int) -> bool:
         """Whether a residual that is there after this step may be of use on a later one."""
         following = [self.always_computes(step + 1), self.always_computes(step + 1 + self.order)]
-        return not all(following) and (branch == 0 or self.is_guided(step + 1))
+        return not all(following)
 
 
 def residual_norm(timestep: float) -> float:
@@ -372,22 +379,14 @@ def middle_threshold(schedule: Schedule) -> float:
     return (max(skipped) + min(computed)) / 2 if computed else 2 * max(skipped)
 
 
-def log_snr(timestep: float) -> float:
-    """log(sigma / (1 - sigma)) of a timestep's noise level sigma, which is kept off 0 and 1.
+def reach(sigma: float, last: float, before: float) -> float:
+    """For order 1: how far a step is beyond the last computed one, in units of the gap before that.
 
-    Along it the residual changes most evenly: on the published norms of the real models a line in
-    log SNR or in sigma is three to four times nearer than one in the step's number.
+    Each is a noise level, along which the residual changes most evenly: on the published norms of
+    the real models a line in it is three times nearer than one in the step's number. 0, to hold,
+    where the two computed steps are at one level.
     """
-    sigma = min(max(timestep / TRAIN_TIMESTEPS, 0.001), 0.999)
-    return math.log(sigma / (1 - sigma))
-
-
-def reach(x: float, last: float, before: float) -> float:
-    """For order 1: how far x is beyond the last computed step, in units of the gap before it.
-
-    Each is a ``log_snr``. 0, to hold, where the two computed ones are at one place.
-    """
-    return (x - last) / (last - before) if last != before else 0.0
+    return (sigma - last) / (last - before) if last != before else 0.0
 
 
 # ----------------------------------------------------------------------------------------- cache
@@ -395,7 +394,8 @@ def reach(x: float, last: float, before: float) -> float:
 # WanModel's forward, blocks and time_projection; no flags, files or pipelines.
 
 SAMPLE_TOKENS = 1024  # about so many tokens are measured: a video of 32,760 tokens, every 32nd
-FIRST_GAIN = 1.0  # of the line, until one was measured
+CONDITIONAL, UNCONDITIONAL = 0, 1  # the branches: with the prompt, and then without
+DIFFERENCE = 2  # of the two, which guidance multiplies
 
 
 def relative_l1(signal: Tensor, previous: Tensor) -> Tensor:
@@ -434,7 +434,7 @@ def as_rank_0(decision: bool, device: torch.device) -> bool:
     return bool(flag.item())
 
 
-def totals(*terms: Tensor) -> Tensor:
+def totals(terms: Sequence[Tensor]) -> Tensor:
     """The sum of each tensor, float64 on the device, over the tokens of all ranks."""
     sums = torch.stack([term.sum(dtype=torch.float64) for term in terms])
     if across_ranks():  # where each rank has all tokens all sums grow alike, and ratios stay
@@ -444,67 +444,111 @@ def totals(*terms: Tensor) -> Tensor:
 
 @dataclass
 class Anchor:
-    """The residual of a computed step."""
+    """A computed step, and its residuals by branch."""
 
-    x: float  # the step's log SNR
-    sample: Tensor  # every n-th token in float32, [1, up to 1024, dim]
-    residual: Tensor | None  # all tokens, [1, tokens, dim]; None where no later step needs them
+    sigma: float  # the noise level
+    samples: dict[int, Tensor]  # every n-th token in float32, [1, up to 1024, dim]
+    residuals: dict[int, Tensor]  # all tokens, [1, tokens, dim]; while a later step may need them
 
 
-class Branch:
-    """The last two anchors of a branch, newest first, and how well the line through them does.
+def along(gain: Tensor, reach: float) -> Tensor:
+    """How far to go along a line of which each gap is ``gain`` of the one before: the sum of
+    gain + gain^2 + ... over ``reach`` gaps, whole or not. This is the forecasters' damped trend.
+    """
+    gain = gain.clamp(max=1 - 1e-9)
+    return gain * (1 - gain**reach) / (1 - gain)
 
-    gain: g = <R - R_last, D> / (k <D, D>), measured when R was computed, with D the difference of
-    the two residuals before it and k its ``reach``; between 0 (hold) and 1 (all along the line).
-    A scalar on the model's device: nothing here waits for the GPU.
+
+class Residuals:
+    """The last two computed steps, and what they tell of the residuals of the next one.
+
+    Order 1, which is ours, goes on along the line through the two. How far is measured: at each
+    computed step R the gain is <R - R', D> / (k <D, D>), with R' and R'' the two before it,
+    D = R' - R'' and k R's ``reach``; clipped to 0 (hold) and 1 (all along the line), 1 at first.
+    Each has its own gain: the unconditional residual and the difference of the two branches, since
+    guidance multiplies the errors of that one. The conditional residual is the sum.
+
+    anchors: newest first. gains: by CONDITIONAL (where it runs alone), UNCONDITIONAL, DIFFERENCE;
+    scalars on the model's device, so that nothing here waits for the GPU.
     """
 
     def __init__(self) -> None:
         self.anchors: list[Anchor] = []
-        self.gain: Tensor | float = FIRST_GAIN
+        self.gains = [torch.ones((), dtype=torch.float64)] * 3
 
-    def line(self, x: float, newest: Tensor, older: Tensor) -> Tensor:
-        """The residual at x, along the line from the older anchor's to the newest's."""
-        last, before = self.anchors
-        weight = self.gain * reach(x, last.x, before.x)
-        return (newest - older).mul_(weight).add_(newest)
+    def guess(self, sigma: float, branch: int, order: int) -> Tensor:
+        """The residual [1, tokens, dim] of a branch for a skipped step."""
+        if order == 0 or len(self.anchors) < 2 or branch not in self.anchors[1].residuals:
+            return self.anchors[0].residuals[branch]
+        return self.line(sigma, branch, *(anchor.residuals for anchor in self.anchors))
 
-    def guess(self, x: float, order: int) -> Tensor:
-        """The residual [1, tokens, dim] for a skipped step."""
-        newest, *older = (anchor.residual for anchor in self.anchors)
-        if order == 0 or not older or older[0] is None:
-            return newest
-        return self.line(x, newest, older[0])
+    def line(
+        self, sigma: float, branch: int, newest: dict[int, Tensor], older: dict[int, Tensor]
+    ) -> Tensor:
+        """The residual of a branch at a noise level, along the line from older to newest."""
+        k = reach(sigma, *(anchor.sigma for anchor in self.anchors))
+        conditional, unconditional, difference = (along(gain, k) for gain in self.gains)
+        change = newest[branch] - older[branch]
+        if branch == UNCONDITIONAL:
+            change.mul_(unconditional)
+        elif UNCONDITIONAL in newest and UNCONDITIONAL in older:
+            change.mul_(difference)
+            of_both = newest[UNCONDITIONAL] - older[UNCONDITIONAL]
+            change.add_(of_both.mul_(unconditional - difference))
+        else:
+            change.mul_(conditional)
+        return change.add_(newest[branch])
 
-    def make_room(self, residuals: int) -> None:
-        """Let go of all residuals but so many, before the blocks need the memory."""
-        for anchor in self.anchors[residuals:]:
-            anchor.residual = None
+    def make_room(self, anchors: int) -> None:
+        """Let go of the residuals of all anchors but so many."""
+        for anchor in self.anchors[anchors:]:
+            anchor.residuals.clear()
 
-    def measure(self, x: float, sample: Tensor) -> Tensor | None:
-        """Hold a true residual against the guesses, and measure the gain anew.
+    def add(self, anchor: Anchor) -> Tensor | None:
+        """Take a computed step: hold it against what would have been guessed, measure the gains.
 
-        Returns [sum|R|, sum|R - held|, sum|R - line|], float64 on the device, over the tokens of
-        all ranks; None if no residual was there to hold.
+        Returns [sum|R|, sum|R - held|, sum|R - line|] over the branches, float64 on the device,
+        over the tokens of all ranks; None for the first step.
         """
-        if not self.anchors:
-            return None
-        held = sample - self.anchors[0].sample
-        if len(self.anchors) == 1:
-            return totals(sample.abs(), held.abs(), held.abs())
-        newest, older = (anchor.sample for anchor in self.anchors)
-        line = sample - self.line(x, newest, older)
-        difference = newest - older
-        sums = totals(
-            *(sample.abs(), held.abs(), line.abs()), held * difference, difference * difference
-        )
-        ahead = reach(x, self.anchors[0].x, self.anchors[1].x)
-        if ahead != 0:
-            self.gain = (sums[3] / (ahead * sums[4])).nan_to_num(0.0).clamp(0, 1).float()
-        return sums[:3]
-
-    def add(self, anchor: Anchor) -> None:
+        errors = totals(self.errors(anchor)) if self.anchors else None
+        if len(self.anchors) == 2:
+            self.measure(anchor)
         self.anchors = [anchor, *self.anchors[:1]]
+        return errors
+
+    def errors(self, anchor: Anchor) -> list[Tensor]:
+        """|R|, |R - held| and |R - line| of the sampled tokens, of both branches."""
+        samples = [anchor.samples for anchor in self.anchors]
+        found: list[list[Tensor]] = [[], [], []]
+        for branch, sample in anchor.samples.items():
+            held = line = samples[0][branch]
+            if len(samples) == 2:
+                line = self.line(anchor.sigma, branch, *samples)
+            for errors, guess in zip(found, (torch.zeros_like(held), held, line), strict=True):
+                errors.append((sample - guess).abs())
+        return [torch.stack(errors) for errors in found]
+
+    def measure(self, anchor: Anchor) -> None:
+        """The gains, anew."""
+        k = reach(anchor.sigma, *(other.sigma for other in self.anchors))
+        now, last, before = map(quantities, (anchor, *self.anchors))
+        names = [name for name in now if name in last and name in before]
+        products = []
+        for name in names:
+            direction = last[name] - before[name]
+            products += [(now[name] - last[name]) * direction, direction * direction]
+        for name, (along_it, length) in zip(names, totals(products).view(-1, 2), strict=True):
+            if k != 0:
+                gain = (along_it / (k * length)).nan_to_num(0.0).clamp(0, 1)
+                self.gains = [*self.gains[:name], gain, *self.gains[name + 1 :]]
+
+
+def quantities(anchor: Anchor) -> dict[int, Tensor]:
+    """The samples of what has a gain of its own."""
+    found = dict(anchor.samples)
+    if UNCONDITIONAL in found:
+        found[DIFFERENCE] = found[CONDITIONAL] - found[UNCONDITIONAL]
+    return found
 
 
 @dataclass(frozen=True)
@@ -530,9 +574,9 @@ class TeaCache:
 
     def __init__(self, config: TeaCacheConfig):
         self.config, self.schedule = config, Schedule(config)
-        self.branches = Branch(), Branch()
+        self.residuals = Residuals()
         self.drifts: list[Drift] = []
-        self.measured: list[tuple[int, Tensor]] = []  # step, and what Branch.measure gave
+        self.measured: list[tuple[int, Tensor]] = []  # step, and what Residuals.add gave
         self.marks: list[float] = []  # seconds: begin of sampling, each decision, end of sampling
         self.calls, self.computing, self.asked = 0, True, False
         self.active: ModelParts | None = None
@@ -547,7 +591,7 @@ class TeaCache:
         RuntimeError: calls that are not two a step, on as many steps as configured.
         """
         self.begin_call(parts, t)
-        if self.branch == 0 or self.config.is_guided(self.step):
+        if self.branch == CONDITIONAL or self.config.is_guided(self.step):
             self.asked = False
             self.output = parts.forward(x, t, *args, **kwargs)
             if not self.asked or len(self.schedule.steps) != self.step + 1:
@@ -555,9 +599,10 @@ class TeaCache:
                     "TeaCache: this model's forward went past the stand-in for its blocks, so "
                     "nothing would be skipped: wrap blocks, not the model, in torch.compile"
                 )
+        output = self.output
         if self.calls == 2 * self.config.steps:
             self.end_sampling()
-        return self.output
+        return output
 
     def begin_call(self, parts: ModelParts, t: Tensor) -> None:
         """Count the call, and see whether it is the one that was expected."""
@@ -567,7 +612,11 @@ class TeaCache:
                 f"TeaCache is set up for {self.step} steps, and the pipeline takes more: make "
                 "TeaCacheConfig.steps the pipeline's sampling_steps"
             )
-        if self.branch == 1 and t is not self.timestep and not torch.equal(t, self.timestep):
+        if (
+            self.branch == UNCONDITIONAL
+            and t is not self.timestep
+            and not torch.equal(t, self.timestep)
+        ):
             raise RuntimeError(
                 "TeaCache needs two calls of the model a step, with the prompt and then without; "
                 "this pipeline's second call has another timestep: it is of a distilled model?"
@@ -575,7 +624,7 @@ class TeaCache:
         self.marks = self.marks or [time.perf_counter()]
         self.calls, self.timestep = self.calls + 1, t
         if parts is not self.active:
-            self.active, self.signal, self.branches = parts, None, (Branch(), Branch())
+            self.active, self.signal, self.residuals = parts, None, Residuals()
 
     def end_sampling(self) -> None:
         """Take the time, read what was measured, and let go of all tensors: the VAE is next."""
@@ -586,14 +635,11 @@ class TeaCache:
         self.release()
 
     def read_drifts(self) -> None:
-        """Bring what was measured to the host; both branches of a step together."""
+        """Bring what was measured to the host."""
         if not self.measured:
             return
-        by_step: dict[int, np.ndarray] = {}
         rows = torch.stack([sums for _, sums in self.measured]).tolist()
-        for (step, _), sums in zip(self.measured, rows, strict=True):
-            by_step[step] = by_step.get(step, 0) + np.array(sums)
-        for step, (size, held, line) in by_step.items():
+        for (step, _), (size, held, line) in zip(self.measured, rows, strict=True):
             if size > 0:
                 self.drifts.append(Drift(step, held / size, line / size))
         self.measured.clear()
@@ -605,7 +651,7 @@ class TeaCache:
         It decides at the conditional call for both branches, with the one host synchronisation
         of a step; among several processes rank 0 decides.
         """
-        if self.branch == 1:
+        if self.branch == UNCONDITIONAL:
             return
         signal = output if self.config.mode == RETENTION else inputs[0]
         signal = signal.flatten(0, -2)[-1]
@@ -615,10 +661,10 @@ class TeaCache:
         timestep, *distance = torch.stack(scalars).tolist()
         self.signal = signal.clone()  # a view would keep all tokens' alive
         decision = self.schedule.decide(timestep, distance[0] if distance else None)
-        decision |= not self.branches[0].anchors and self.config.thresh > 0  # nothing to reuse
+        decision |= not self.residuals.anchors and self.config.thresh > 0  # nothing to reuse
         self.computing = as_rank_0(decision, self.timestep.device)
         self.schedule.overrule(self.computing)
-        self.x = log_snr(timestep)
+        self.sigma = timestep / TRAIN_TIMESTEPS
         self.marks.append(time.perf_counter())
 
     def forward_vace(self, parts: ModelParts, *args: Any, **kwargs: Any) -> list[Tensor] | None:
@@ -632,34 +678,43 @@ class TeaCache:
         head gets float32 on every step.
         """
         self.asked = True
-        branch, keeps = self.branches[self.branch], self.config.keeps(self.step, self.branch)
+        residuals, keeps = self.residuals, self.config.keeps(self.step)
         if not self.computing:
-            out = h + branch.guess(self.x, self.config.order)
+            out = h + residuals.guess(self.sigma, self.branch, self.config.order)
         else:
-            branch.make_room(self.config.order)
+            if self.branch == CONDITIONAL:
+                residuals.make_room(self.config.order)  # before the blocks need the memory
+                self.anchor = Anchor(self.sigma, {}, {})
             out = h
             for block in parts.blocks:
                 out = block(out, **kwargs)
             if self.config.thresh > 0:
-                self.learn(branch, h, out, keeps)
-        if not keeps:
-            branch.make_room(0)
+                self.learn(h, out, keeps)
+        if not keeps and self.is_last_branch:
+            residuals.make_room(0)
         return out
 
-    def learn(self, branch: Branch, h: Tensor, out: Tensor, keeps: bool) -> None:
-        """Take the residual of a computed step, and measure the guesses against it."""
+    @property
+    def is_last_branch(self) -> bool:
+        """Whether the step's last call of the blocks is this one."""
+        return self.branch == UNCONDITIONAL or not self.config.is_guided(self.step)
+
+    def learn(self, h: Tensor, out: Tensor, keeps: bool) -> None:
+        """Take a computed step's residual; after its last branch, hold the guesses against it."""
         every = math.ceil(h.size(1) / SAMPLE_TOKENS)
-        sample = (out[:, ::every] - h[:, ::every]).float()
-        sums = branch.measure(self.x, sample)
-        if sums is not None and not self.schedule.steps[self.step - 1].computed:
-            self.measured.append((self.step, sums))
-        branch.add(Anchor(self.x, sample, out - h if keeps else None))
+        self.anchor.samples[self.branch] = (out[:, ::every] - h[:, ::every]).float()
+        if keeps:
+            self.anchor.residuals[self.branch] = out - h
+        if self.is_last_branch:
+            errors = self.residuals.add(self.anchor)
+            if errors is not None and not self.schedule.steps[self.step - 1].computed:
+                self.measured.append((self.step, errors))
 
     def release(self) -> None:
         """Let go of models and tensors; decisions, times and drifts stay."""
-        self.branches = Branch(), Branch()
+        self.residuals = Residuals()
         self.measured.clear()
-        self.signal = self.timestep = None
+        self.signal = self.timestep = self.output = self.anchor = None
 
     @property
     def seconds(self) -> float:
@@ -892,17 +947,17 @@ class Release:
     name: str
     video_writer: str  # of generate.py
     image_writer: str | None
-    vaes: dict[str, str]  # a config's vae_checkpoint: the class in wan.modules.MODULE
+    vaes: dict[str, str]  # how a config's vae_checkpoint begins: MODULE.CLASS in wan.modules
     no_cache: Sequence[str] = ()  # tasks that sample clip after clip, with other models
 
 
 RELEASES = (
-    Release("Wan2.1", "cache_video", "cache_image", {"": "vae.WanVAE"}),
+    Release("Wan2.1", "cache_video", "cache_image", {"Wan2.1_VAE": "vae.WanVAE"}),
     Release(
         "Wan2.2",
         "save_video",
         None,
-        {"Wan2.1_VAE.pth": "vae2_1.Wan2_1_VAE", "Wan2.2_VAE.pth": "vae2_2.Wan2_2_VAE"},
+        {"Wan2.1_VAE": "vae2_1.Wan2_1_VAE", "Wan2.2_VAE": "vae2_2.Wan2_2_VAE"},
         no_cache=("s2v-14B", "animate-14B"),
     ),
 )
@@ -911,7 +966,8 @@ RELEASES = (
 class Wan:
     """A checkout of Wan2.1 or Wan2.2, imported.
 
-    generate_py: its generate.py. release: what differs.
+    generate_py: its generate.py. release: what differs. What is slow to find out and the same for
+    many videos is remembered here.
     """
 
     def __init__(self, generate_py: ModuleType, release: Release):
@@ -919,6 +975,8 @@ class Wan:
         self.package = sys.modules["wan"]
         self.writers = [w for w in (release.video_writer, release.image_writer) if w]
         self.folder = Path(generate_py.__file__).parent
+        self.known_distances: dict[tuple[Any, ...], list[float | None]] = {}
+        self.good_targets = set[tuple[Path, str]]()  # folder and ending
 
     def config(self, task: str) -> dict[str, Any]:
         """The model's config of a task: sizes, names of files."""
@@ -932,11 +990,16 @@ class Wan:
         """The pipeline classes that generate.py looks up in the package when it runs."""
         return {n: kind for n, kind in vars(self.package).items() if hasattr(kind, "generate")}
 
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """generate.py's parser and assertions, with their objections in our form."""
+    def parse(self, argv: Sequence[str], whole: bool = True) -> argparse.Namespace:
+        """generate.py's parser and assertions, with their objections in our form.
+
+        whole: it is all of a command line; to a part of one its assertions do not apply.
+        """
         our_argparse = SimpleNamespace(**{**vars(argparse), "ArgumentParser": Parser})
         argv = [sys.argv[0], *argv]
-        with shadow(self.generate_py, argparse=our_argparse), shadow(sys, argv=argv):
+        stand_ins = {"argparse": our_argparse}
+        stand_ins |= {} if whole else {"_validate_args": lambda args: None}
+        with shadow(self.generate_py, **stand_ins), shadow(sys, argv=argv):
             try:
                 args = self.generate_py._parse_args()
             except AssertionError as error:
@@ -949,13 +1012,11 @@ class Wan:
         )
         return args
 
-    def vae(self, args: argparse.Namespace) -> Any:
-        """The VAE of a task alone, on the GPU if there is one."""
+    def vae(self, args: argparse.Namespace, device: torch.device) -> Any:
+        """The VAE of a task alone."""
         file = self.config(args.task)["vae_checkpoint"]
-        module, kind = self.release.vaes.get(file, next(iter(self.release.vaes.values()))).split(
-            "."
-        )
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        names = [name for start, name in self.release.vaes.items() if file.startswith(start)]
+        module, kind = names[0].split(".")
         make = getattr(importlib.import_module(f"wan.modules.{module}"), kind)
         return make(vae_pth=str(Path(args.ckpt_dir) / file), device=device)
 
@@ -980,6 +1041,11 @@ class Wan:
         return timesteps
 
 
+def makes_image(args: argparse.Namespace) -> bool:
+    """Whether a task makes one image, not a video."""
+    return args.task.startswith("t2i")
+
+
 def models_of(pipeline: Any) -> list[nn.Module]:
     """The transformers of a pipeline, in the order in which they sample."""
     if hasattr(pipeline, "high_noise_model"):
@@ -1001,14 +1067,14 @@ def switch_of(timesteps: Sequence[float], config: dict[str, Any]) -> int | None:
 
 
 def guided_steps(
-    scale: float | Sequence[float], steps: int, switch: int | None, until: float
+    scale: float | Sequence[float] | None, steps: int, switch: int | None, until: float
 ) -> int | None:
     """On how many steps guidance needs the unconditional branch; None for all of them.
 
     scale: Wan's guide_scale, of Wan2.2 a pair (low noise, high noise). At 1 the unconditional
-    output is multiplied by 0. until: the share of the steps that are asked for.
+    output is multiplied by 0; None runs it all the same. until: the share that is asked for.
     """
-    low, high = (scale, scale) if isinstance(scale, (int, float)) else scale
+    low, high = scale if isinstance(scale, (tuple, list)) else (scale, scale)
     guided = steps if low != 1 else (0 if high == 1 else switch or steps)
     guided = min(guided, round(until * steps))
     return None if guided == steps else guided
@@ -1064,9 +1130,12 @@ def compute_capability() -> tuple[int, int]:
 
 def why_no_import(error: Exception, cuda_needed: bool) -> str:
     """What to do about an exception from importing Wan, in one line."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = reason if len(reason) < 400 else f"{reason[:200]} ... {reason[-200:]}"
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.split(".")[0]
+        if package == "wan":
+            return f"Wan cannot be imported: {reason}: this checkout lacks it: clone it again"
         install = PACKAGES.get(package, package)
         return f"Wan cannot be imported: {reason}: pip install {install}"
     if "torchvision" in reason:
@@ -1082,16 +1151,21 @@ def why_no_import(error: Exception, cuda_needed: bool) -> str:
 # What the time embedding of a checkpoint says, for the plan
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    with refusing(f"--ckpt_dir {file}: cannot be read", "download this file again"):
+        return dict(json.loads(file.read_text(encoding="utf-8-sig")))
+
+
 def tensor_files(folder: Path) -> dict[str | None, Path]:
     """The file of each of a transformer's tensors; {None: file} where one file has them all."""
     names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
     for name in names:  # in the order in which from_pretrained looks
         index = folder / f"{name}.index.json"
+        if index.is_file():
+            files = read_json(index)["weight_map"]
+            return {tensor: folder / file for tensor, file in files.items()}
         if (folder / name).exists():
             return {None: folder / name}
-        if index.is_file():
-            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return {tensor: folder / file for tensor, file in files.items()}
     return {None: folder / names[0]}
 
 
@@ -1101,7 +1175,8 @@ def read_tensor(folder: Path, name: str) -> Any:
     file = files.get(name) or files[None]
     if file.suffix == ".safetensors":
         return safetensors.safe_open(file, "pt").get_slice(name)
-    return torch.load(file, mmap=True, weights_only=True, map_location="cpu")[name]
+    mmap = zipfile.is_zipfile(file)  # an older pickle cannot be mapped
+    return torch.load(file, mmap=mmap, weights_only=True, map_location="cpu")[name]
 
 
 def signal_distances(folder: Path, timesteps: Sequence[float], mode: str) -> list[float]:
@@ -1127,24 +1202,29 @@ def signal_distances(folder: Path, timesteps: Sequence[float], mode: str) -> lis
 
 
 def distances_of(
-    folders: Sequence[Path], timesteps: Sequence[float], mode: str, switch: int | None = None
+    wan: Wan, args: argparse.Namespace, timesteps: Sequence[float], mode: str
 ) -> list[float | None]:
     """The distance of each step to the one before, read out of the weights; the first is None.
 
-    mode: that of the config; "sigma" has no distances, and reads nothing. switch: the first step of
-    the second folder's transformer, whose distances begin anew.
+    mode: that of the config; "sigma" has no distances, and reads nothing. Where a second
+    transformer goes on, distances begin anew.
     """
     if mode == SIGMA:
         return [None] * len(timesteps)
-    halves = [timesteps[:switch], timesteps[switch:]] if switch else [timesteps]
-    distances: list[float | None] = []
-    for folder, part in zip(folders, halves, strict=False):
-        with refusing(
-            f"--ckpt_dir {folder}: its time embedding cannot be read",
-            "download it again, or take --teacache_model sigma, which needs none",
-        ):
-            distances += [None, *signal_distances(folder, part, mode)]
-    return distances
+    key = (args.ckpt_dir, mode, *timesteps)
+    if key not in wan.known_distances:
+        config, distances = wan.config(args.task), []
+        switch = switch_of(timesteps, config)
+        folders = transformer_folders(args.ckpt_dir, config)
+        halves = [timesteps[:switch], timesteps[switch:]] if switch else [timesteps]
+        for folder, half in zip(folders, halves, strict=False):
+            with refusing(
+                f"--ckpt_dir {folder}: its time embedding cannot be read",
+                "download it again, or take --teacache_model sigma, which needs none",
+            ):
+                distances += [None, *signal_distances(folder, half, mode)]
+        wan.known_distances[key] = distances
+    return wan.known_distances[key]
 
 
 # Checks before a weight is loaded
@@ -1171,18 +1251,22 @@ def check_numbers(wan: Wan, args: argparse.Namespace) -> None:
         f"--t5_fsdp {args.t5_fsdp} --dit_fsdp {args.dit_fsdp}: must be started by "
         "torchrun --nproc_per_node=N, N above 1",
     )
-    ulysses, ring = args.ulysses_size, getattr(args, "ring_size", 1)
+    ulysses, ring = args.ulysses_size, getattr(args, "ring_size", 1)  # Wan2.2 has no ring
     require(
         ulysses * ring in (1, processes) and min(ulysses, ring) > 0,
         f"--ulysses_size {ulysses} --ring_size {ring}: their product must be the number of "
         f"processes, {processes} here; torchrun --nproc_per_node={ulysses * ring}",
     )
-    needs_xfuser = ulysses * ring > 1 and hasattr(args, "ring_size")
     require(
-        not needs_xfuser or importlib.util.find_spec("xfuser"),
+        not uses_xfuser(args) or importlib.util.find_spec("xfuser"),
         f"--ulysses_size {ulysses} --ring_size {ring}: No module named 'xfuser': "
         "pip install 'xfuser>=0.4.1'",
     )
+
+
+def uses_xfuser(args: argparse.Namespace) -> bool:
+    """Whether the tokens are split over the processes by xfuser, as Wan2.1 does it."""
+    return hasattr(args, "ring_size") and args.ulysses_size * args.ring_size > 1
 
 
 def damage(file: Path) -> str | None:
@@ -1209,6 +1293,8 @@ def damage(file: Path) -> str | None:
                 return f"has {size:,} bytes of {expected:,}: download this file again"
         elif head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(file):
             return "is cut short: download this file again"  # an older pickle has no such sign
+        elif file.suffix in (".pth", ".bin") and head[:1] not in (b"P", b"\x80"):
+            return "holds no weights, but perhaps an error's web page: download this file again"
     return None
 
 
@@ -1245,12 +1331,23 @@ def check_part(args: argparse.Namespace, path: Path) -> None:
     """A file of weights, or a folder of a tokenizer, is there and whole."""
     what = f"--ckpt_dir {args.ckpt_dir}: {path.name}"
     require(path.exists(), f"{what} is missing, and --task {args.task} needs it: download it")
-    files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = [f for f in path.iterdir() if not f.is_dir() and not f.name.startswith(".")]
     require(files, f"{what} is an empty folder: download it again")
     for file in files:
         with refusing(f"--ckpt_dir {args.ckpt_dir}: {file.name}", "download this file again"):
             fault = damage(file)
         require(not fault, f"--ckpt_dir {args.ckpt_dir}: {file.name} {fault}")
+
+
+KINDS = {  # the transformers that will do, by the first word of Wan's tasks
+    "t2v": ("t2v",),
+    "i2v": ("i2v",),
+    "flf2v": ("flf2v", "i2v"),
+    "vace": ("vace",),
+    "ti2v": ("ti2v",),
+}
 
 
 def check_transformer(args: argparse.Namespace, folder: Path, config: dict[str, Any]) -> None:
@@ -1259,9 +1356,9 @@ def check_transformer(args: argparse.Namespace, folder: Path, config: dict[str, 
     with refusing(what, "download it again, or give the task or the folder that fits"):
         for file in [folder / "config.json", *sorted(set(tensor_files(folder).values()))]:
             check_part(args, file)
-        found = dict(json.loads((folder / "config.json").read_text(encoding="utf-8-sig")))
+        found = read_json(folder / "config.json")
         kind = args.task.split("-")[0].replace("t2i", "t2v")
-        if found.get("model_type", kind) not in {kind, kind.replace("flf2v", "i2v")}:
+        if kind in KINDS and found.get("model_type", kind) not in KINDS[kind]:
             raise ValueError(f"a {found['model_type']} transformer, not one of --task {args.task}")
         if found.get("dim") != config["dim"]:
             dims = f"dim {found.get('dim')}, that of --task {args.task} {config['dim']}"
@@ -1290,13 +1387,17 @@ def inputs_of(args: argparse.Namespace, examples: dict[str, str]) -> dict[str, s
     return found
 
 
+def check_named(flag: str, file: str | None) -> None:
+    require(
+        file != "",
+        f'--{flag} "": is empty, as of an unset shell variable: give a file or leave it out',
+    )
+
+
 def check_inputs(args: argparse.Namespace, examples: dict[str, str]) -> None:
     """Every image and video that generate.py will open is there and can be read."""
     for name in ("ckpt_dir", "save_file", *INPUTS):
-        require(
-            getattr(args, name, None) != "",
-            f'--{name} "": is empty, as of an unset shell variable: give a file or leave it out',
-        )
+        check_named(name, getattr(args, name, None))
     if args.task.startswith("flf2v"):
         require(
             bool(args.first_frame) == bool(args.last_frame),
@@ -1347,7 +1448,7 @@ def check_prompt_extension(wan: Wan, args: argparse.Namespace) -> None:
 
 def check_target(wan: Wan, args: argparse.Namespace) -> None:
     """Two frames go through Wan's own writer, into the folder and with the ending asked for."""
-    image, printed = args.task.startswith("t2i"), io.StringIO()
+    image, printed = makes_image(args), io.StringIO()
     target = Path(args.save_file).absolute()
     ending, cure = (".png", "") if image else (".mp4", "; have ffmpeg (pip install imageio-ffmpeg)")
     with (
@@ -1355,7 +1456,7 @@ def check_target(wan: Wan, args: argparse.Namespace) -> None:
             f"--save_file {target}: cannot be written",
             f"give a {ending} in a folder that is there{cure}",
         ),
-        tempfile.TemporaryDirectory(dir=target.parent) as folder,
+        tempfile.TemporaryDirectory(dir=target.resolve().parent) as folder,
         redirect_stderr(io.StringIO()),
         redirect_stdout(printed),
     ):
@@ -1363,9 +1464,12 @@ def check_target(wan: Wan, args: argparse.Namespace) -> None:
             raise OSError("no file with an ending")
         if target.exists():
             target.open("r+b").close()
+        if (target.parent, target.suffix) in wan.good_targets:
+            return
         frames = torch.linspace(-1, 1, 2).view(1, 1, 2, 1, 1).expand(1, 3, 2, 64, 64)
         probe = f"{folder}/probe{target.suffix}"
         write_video(wan, frames[0, :, :1] if image else frames[0], probe, 16, image)
+    wan.good_targets.add((target.parent, target.suffix))
 
 
 # Writing, and reading back what was written
@@ -1387,7 +1491,8 @@ def checked(write: Callable, *args: Any, **kwargs: Any) -> str:
     call = inspect.signature(write).bind(*args, **kwargs)
     if "retry" in inspect.signature(write).parameters:
         call.arguments["retry"] = 1  # a second try of Wan2.1's overwrites the reason of the first
-    tensor, file = call.arguments["tensor"], str(call.arguments["save_file"])
+    given = {**call.arguments, **call.kwargs}  # a fork's may take **kwargs
+    tensor, file = given["tensor"], str(given["save_file"])
     with logged_and_printed() as printed:
         write(*call.args, **call.kwargs)
     try:
@@ -1416,7 +1521,10 @@ def why_not_written(file: str, printed: str) -> str:
     if folder.is_dir() and shutil.disk_usage(folder).free < 2**20:
         return "the disk is full (No space left on device)"
     try:
-        open(file, "ab").close()
+        if Path(file).exists():
+            open(file, "ab").close()
+        else:
+            tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         return str(error)
     return printed.strip() or "its writer gives no reason"
@@ -1425,7 +1533,8 @@ def why_not_written(file: str, printed: str) -> str:
 def check_written(file: str, frames: int) -> None:
     """OSError: the file does not hold the frames, since the disk was full, or ffmpeg failed."""
     try:
-        if Path(file).suffix.lower() in Image.registered_extensions():
+        kind = Image.registered_extensions().get(Path(file).suffix.lower(), "MPEG")
+        if kind != "MPEG":  # of which Pillow knows the name only
             with Image.open(file) as picture:
                 found = sum(frame.load() is not None for frame in ImageSequence.Iterator(picture))
             found = frames if found else 0  # equal frames are merged into one
@@ -1455,10 +1564,6 @@ class Job:
     label: str = ""  # in a comparison
     noise: float = 0.0  # added to the latents that the model sees at the first step
 
-    @property
-    def is_image(self) -> bool:
-        return self.args.task.startswith("t2i")
-
 
 class Stopped(KeyboardInterrupt):
     """Ctrl-C, or a signal that ends a process."""
@@ -1487,23 +1592,27 @@ def stopped_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+LATENTS = ".latents.pt"  # the ending of latents that are kept
+
+
 def numbered(path: Path) -> Iterator[Path]:
     """A path, and then the same with a number before its ending: x.mp4, x.2.mp4, x.3.mp4."""
     yield path
-    stem, dot, ending = path.name.partition(".")
+    ending = LATENTS if path.name.endswith(LATENTS) else path.suffix
+    stem = path.name.removesuffix(ending)
     for i in range(2, 1000):
-        yield path.with_name(f"{stem}.{i}{dot}{ending}")
+        yield path.with_name(f"{stem}.{i}{ending}")
 
 
 def default_target(args: argparse.Namespace, prompt: str, mark: str) -> str:
     """A name for a video, told by what it is of; ``mark`` tells it from others."""
     words = "_".join(re.findall(r"\w+", prompt))[:50]
-    ending = ".png" if args.task.startswith("t2i") else ".mp4"
+    ending = ".png" if makes_image(args) else ".mp4"
     return f"{args.task}_{args.size.replace('*', 'x')}_{words}_{mark}{ending}"
 
 
 def latents_path(target: Path) -> Path:
-    return target.with_name(f"{target.name.removesuffix(target.suffix)}.latents.pt")
+    return target.with_name(target.name.removesuffix(target.suffix) + LATENTS)
 
 
 def write_ahead(latents: Sequence[Tensor], job: Job, fps: int) -> Path | None:
@@ -1547,14 +1656,8 @@ def write_exclusively(content: dict[str, Any], path: Path) -> Path:
 def decode_command(wan: Wan, latents: Path) -> str:
     """The command line that makes a video of kept latents, quoted for this system's shell."""
     script = str(Path(__file__).absolute())
-    argv = [
-        sys.executable,
-        script,
-        "--wan_repo",
-        str(wan.folder),
-        "--teacache_decode",
-        str(latents),
-    ]
+    flags = ["--wan_repo", str(wan.folder), "--teacache_decode", str(latents)]
+    argv = [sys.executable, script, *flags]
     return subprocess.list2cmdline(argv) if os.name == "nt" else shlex.join(argv)
 
 
@@ -1568,17 +1671,17 @@ def synchronize() -> None:
 def nudged(models: Sequence[nn.Module], std: float) -> Iterator[None]:
     """Noise on the latents that the model sees at the first step: on both branches and all ranks
     the same."""
-    calls = iter(range(2))
+    first_step = iter(range(2))  # its two calls
 
     def add(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if std == 0 or next(calls, None) is None:
+        if next(first_step, None) is None:
             return None
         generator = torch.Generator().manual_seed(0)
         latents = [x + std * torch.randn(x.shape, generator=generator).to(x) for x in args[0]]
         return (latents, *args[1:])
 
     with ExitStack() as stack:
-        for model in models:
+        for model in models if std > 0 else ():
             stack.enter_context(model.register_forward_pre_hook(add))
         yield
 
@@ -1634,6 +1737,7 @@ class Run:
             return video
         except Exception as error:
             self.failure = error
+            log.error(f"TeaCache: not decoded: {error}")
             return [torch.zeros(3, 1, 16, 16)]
         finally:
             self.seconds["decode"] = time.perf_counter() - began
@@ -1658,7 +1762,7 @@ class Run:
     def explain(self, error: BaseException) -> None:
         """Say what went wrong, and how to go on."""
         log.error(f"TeaCache: {self.job.args.save_file}: failed: {error!r}")
-        if self.latents:
+        if self.latents and self.latents.is_file():
             log.error(
                 f"TeaCache: its latents are in {self.latents}; this makes the video of them:\n"
                 f"{decode_command(self.wan, self.latents)}"
@@ -1685,6 +1789,7 @@ class Run:
             report["computed"] = cache.schedule.computed
             report["passes"] = cache.schedule.passes
             report["drift"] = {"hold": cache.drift(0), "line": cache.drift(1)}
+            report["speedup"] = cache.speedup if self.status == "finished" else None
             report["steps"] = [
                 {**asdict(step), "drift": drifts.get(i)}
                 for i, step in enumerate(cache.schedule.steps)
@@ -1714,18 +1819,18 @@ def once(make: Callable) -> Callable:
 class Session:
     """Runs in this process, with one pipeline, one process group and one prompt expander.
 
-    report: a file that says what is known, from the beginning on. settings: what it says of all.
+    report: a file that says what is known, from the beginning on. flags: ours, for the report.
     """
 
-    def __init__(self, wan: Wan, report: str | None, settings: dict[str, Any]):
-        self.wan, self.settings = wan, settings
+    def __init__(self, wan: Wan, report: str | None, flags: dict[str, Any]):
+        self.wan, self.flags = wan, flags
         self.report = Path(report) if report and is_rank_0() else None
-        self.runs: list[Run] = []
+        self.runs, self.videos = list[Run](), 1  # of all that are asked for
         self.pipelines = {name: once(kind) for name, kind in wan.pipelines().items()}
         self.loading = False
 
     @contextmanager
-    def opened(self) -> Iterator[None]:
+    def opened(self, uses_xfuser: bool) -> Iterator[None]:
         """Around all runs: what generate(args) makes each time is made once."""
         generate_py, destroyed = self.wan.generate_py, []
         names = ("DashScopePromptExpander", "QwenPromptExpander")
@@ -1737,7 +1842,7 @@ class Session:
                 "destroy_process_group": lambda *args: destroyed.append(args),
             }
             stack.enter_context(shadow(dist, **group))
-            if "xfuser" in self.settings["parallel"]:
+            if uses_xfuser:
                 xfuser = importlib.import_module("xfuser.core.distributed")
                 makers = ("init_distributed_environment", "initialize_model_parallel")
                 stack.enter_context(
@@ -1771,10 +1876,11 @@ class Session:
                 raise RuntimeError("no pipeline of this Wan has run with TeaCache")
             run.status = "finished"
         except BaseException as error:
-            run.status = f"failed: {error!r}"
+            first = run.failure if run.failure and isinstance(error, Exception) else error
+            run.status = f"failed: {first!r}"  # what came after it is of the frame in its place
             if isinstance(error, Exception) and not self.loading:
                 raise Refused(f"{type(error).__name__}: {error} (see --help)") from error
-            run.explain(error)
+            run.explain(first)
             raise
         finally:
             self.write_report()
@@ -1784,31 +1890,43 @@ class Session:
     def writer(run: Run, write: Callable) -> Callable:
         return functools.wraps(write)(functools.partial(run.write, write))
 
-    def run_all(self, jobs: Sequence[Job]) -> list[Run]:
-        """One video after the other; the runs that failed. Only one process goes on after one."""
-        failed, seconds = [], []
-        for i, job in enumerate(jobs):
-            if len(jobs) > 1:
-                to_go = np.mean(seconds) * (len(jobs) - i) / 60 if seconds else 0
-                eta = f", about {to_go:.0f} min to go" if seconds else ""
-                log.info(f"TeaCache: video {i + 1} of {len(jobs)}{eta}: {job.args.save_file}")
-            began = time.perf_counter()
-            try:
-                self.run(job)
-            except Exception as error:
-                run = self.runs[-1]
-                if isinstance(error, Refused) or (across_ranks() and error is not run.failure):
-                    raise  # the other ranks are somewhere else
-                log.error("TeaCache: here is where:", exc_info=error)
-                failed.append(run)
-                error = None
-                gc.collect()
-                torch.cuda.empty_cache()
-            seconds.append(time.perf_counter() - began)
+    def run_all(self, jobs: Sequence[Job]) -> None:
+        """One video after the other, and the table of them."""
+        self.videos = len(jobs)
+        for job in jobs:
+            self.attempt(job)
         if len(jobs) > 1:
             for line in table(self.runs):
                 log.info(line)
-        return failed
+
+    def attempt(self, job: Job, keep_frames: bool = False) -> Run:
+        """One video. Its failure is said, and is in the run's status; it is raised where it may
+        have left the other ranks somewhere else."""
+        if self.videos > 1:
+            log.info(f"TeaCache: {self.progress()}: {job.args.save_file}")
+        try:
+            self.run(job, keep_frames)
+        except Exception as error:
+            in_step = not across_ranks() or error is self.runs[-1].failure
+            if isinstance(error, Refused) or not in_step:
+                raise
+            log.error("TeaCache: here is where:", exc_info=self.runs[-1].failure or error)
+        self.runs[-1].failure = None  # it holds on to the tensors of where it was raised
+        gc.collect()
+        torch.cuda.empty_cache()
+        return self.runs[-1]
+
+    @property
+    def failed(self) -> list[Run]:
+        return [run for run in self.runs if run.status != "finished"]
+
+    def progress(self) -> str:
+        """Which video is next, and how long all that are left will take, by those that are made."""
+        made = [sum(run.seconds.values()) for run in self.runs if run.status == "finished"]
+        left = self.videos - len(self.runs)
+        to_go = np.mean(made) * left / 60 if made else 0  # they are without the load
+        eta = f", about {math.ceil(to_go)} min to go" if made else ""
+        return f"video {len(self.runs) + 1} of {self.videos}{eta}"
 
     def write_report(self) -> None:
         """For --teacache_report; what cannot be written is said, and hides nothing."""
@@ -1816,7 +1934,7 @@ class Session:
             return
         cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
         common = {
-            **self.settings,
+            "flags": self.flags,
             "device": torch.cuda.get_device_name() if cuda else "cpu",
             "peak_gpu_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
             "versions": {"python": sys.version, "torch": torch.__version__},
@@ -1850,6 +1968,8 @@ def table(runs: Sequence[Run]) -> list[str]:
 
 # Comparison: stock, stock with a little noise, and every setting asked for
 
+STOCK, NOISE = "stock", "noise 1e-4"  # the first two rows
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -1864,35 +1984,43 @@ class Compared:
     psnr: float  # dB; infinite where the frames are equal
     ssim: float | None  # None without scikit-image
 
+    @property
+    def texts(self) -> list[str]:
+        """What stands over it in a picture."""
+        fidelity = "" if self.label == STOCK else f"{self.psnr:.1f} dB"
+        return [self.label, f"{self.seconds:.1f} s    {self.speedup:.2f}x", fidelity]
+
 
 def psnr(frames: np.ndarray, stock: np.ndarray) -> float:
     """Of two videos, uint8 [F, H, W, 3], in dB."""
-    error = torch.from_numpy(frames).double() - torch.from_numpy(stock).double()
-    mean_square = float(error.square().mean())
+    pairs = zip(torch.from_numpy(frames), torch.from_numpy(stock), strict=True)
+    mean_square = float(np.mean([(a.double() - b.double()).square().mean() for a, b in pairs]))
     return 10 * math.log10(255**2 / mean_square) if mean_square else math.inf
 
 
 def ssim(frames: np.ndarray, stock: np.ndarray) -> float | None:
-    """The mean over the frames, by scikit-image."""
-    if importlib.util.find_spec("skimage") is None:
+    """The mean over the frames, by scikit-image, where it can be imported."""
+    try:
+        similarity = importlib.import_module("skimage.metrics").structural_similarity
+    except Exception:  # one that was built for another numpy has its own
         return None
-    similarity = importlib.import_module("skimage.metrics").structural_similarity
     pairs = zip(frames, stock, strict=True)
     return float(np.mean([similarity(a, b, channel_axis=2, data_range=255) for a, b in pairs]))
 
 
 def compare(session: Session, jobs: Sequence[Job], target: Path) -> list[Compared]:
     """Run the jobs of one prompt and seed, the first of them stock; write what compares them."""
-    compared, frames, stock_seconds = [], [], 0.0
+    compared, shown, stock, stock_seconds = [], [], None, math.inf
     for job in jobs:
-        run = session.run(job, keep_frames=True)
-        cache = run.cache
-        if run.frames is None:  # not rank 0
+        run = session.attempt(job, keep_frames=True)
+        cache, video, run.frames = run.cache, run.frames, None
+        if job is jobs[0]:
+            stock = video
+        if video is None or stock is None:  # it has failed, or this is not rank 0
             continue
-        frames.append(run.frames)
-        is_stock = job.config.thresh == 0 and job.config.guided_steps is None
-        if is_stock:  # the faster of the two: the first one warms up
-            stock_seconds = min(stock_seconds or math.inf, cache.seconds)
+        if job.config.thresh == 0 and job.config.guided_steps is None:
+            stock_seconds = min(stock_seconds, cache.seconds)  # the first one warms up
+        shown.append(shrunk(video))
         compared.append(
             Compared(
                 label=job.label,
@@ -1901,99 +2029,112 @@ def compare(session: Session, jobs: Sequence[Job], target: Path) -> list[Compare
                 seconds=cache.seconds,
                 speedup=stock_seconds / cache.seconds,
                 drift=cache.drift(job.config.order),
-                psnr=psnr(run.frames, frames[0]),
-                ssim=ssim(run.frames, frames[0]),
+                psnr=psnr(video, stock),
+                ssim=ssim(video, stock),
             )
         )
-        run.frames = None
-    if frames:
+    if shown:
         fps = session.wan.config(jobs[0].args.task)["sample_fps"]
-        write_comparison(compared, frames, target, fps)
+        write_comparison(compared, shown, target, fps)
     return compared
 
 
 def write_comparison(
-    compared: Sequence[Compared], frames: Sequence[np.ndarray], target: Path, fps: int
+    compared: Sequence[Compared], videos: Sequence[np.ndarray], target: Path, fps: int
 ) -> None:
-    """NAME.compare.mp4, all side by side; .png, a strip of frames; .json, the table."""
-    name = target.name.removesuffix(target.suffix)
+    """NAME.compare.mp4, all side by side; .png, a strip of frames; .json, the table.
+
+    videos: uint8 [F, H, W, 3] of even sides, as ``shrunk`` makes them.
+    """
+    name, (length, _, width, _) = target.name.removesuffix(target.suffix), videos[0].shape
     files = {e: target.with_name(f"{name}.compare.{e}") for e in ("mp4", "png", "json")}
-    panels = [labelled(video, row) for video, row in zip(frames, compared, strict=True)]
-    side_by_side = np.concatenate(panels, axis=2)
-    if len(side_by_side) > 1:
+    if length > 1:
+        head = np.hstack([heading(row.texts, width) for row in compared])
         with imageio.get_writer(files["mp4"], fps=fps, macro_block_size=2) as writer:
-            for frame in side_by_side:
-                writer.append_data(frame)
-        check_written(str(files["mp4"]), len(side_by_side))
-    moments = np.linspace(0, len(side_by_side) - 1, min(6, len(side_by_side))).round().astype(int)
-    Image.fromarray(strip(panels, moments)).save(files["png"])
-    files["json"].write_text(json.dumps([asdict(row) for row in compared], indent=1))
+            for frames in zip(*videos, strict=True):
+                writer.append_data(np.vstack([head, np.hstack(frames)]))
+        check_written(str(files["mp4"]), length)
+    moments = np.linspace(0, length - 1, min(6, length)).round().astype(int)
+    Image.fromarray(strip(compared, videos, moments)).save(files["png"])
+    rows = [asdict(row) | {"psnr": row.psnr if row.psnr < math.inf else None} for row in compared]
+    files["json"].write_text(json.dumps(rows, indent=1))
     log.info(f"TeaCache: side by side in {', '.join(str(f) for f in files.values() if f.exists())}")
 
 
-def labelled(video: np.ndarray, row: Compared) -> np.ndarray:
-    """Frames [F, H, W, 3] of about 480 pixels, and above them which they are."""
+def shrunk(video: np.ndarray) -> np.ndarray:
+    """Frames [F, H, W, 3] at about 480 pixels, small ones at 256, of even sides."""
     height, width = video.shape[1:3]
-    width, height = (2 * round(side * 240 / max(width, 192)) for side in (width, height))
-    fidelity = "" if row.label == "stock" else f"{row.psnr:.1f} dB"
-    lines = (row.label, f"{row.seconds:.1f} s   {row.speedup:.2f}x", fidelity)
-    head = Image.new("RGB", (width, 84), "white")
+    size = [2 * round(side * 240 / max(width, 120)) for side in (width, height)]
+    return np.stack([Image.fromarray(frame).resize(size) for frame in video])
+
+
+def heading(texts: Sequence[str], width: int) -> np.ndarray:
+    """A line of text each, black on white, in letters that fit the width."""
+    head = Image.new("RGB", (width, 28 * len(texts)), "white")
     draw = ImageDraw.Draw(head)
-    for i, text in enumerate(lines):
-        draw.text((8, 4 + 26 * i), text, fill="black", font_size=20)
-    resized = [np.vstack([head, Image.fromarray(frame).resize((width, height))]) for frame in video]
-    return np.stack(resized)
+    longest = max(draw.textlength(text, font_size=20) for text in texts)
+    for i, text in enumerate(texts):
+        draw.text((8, 2 + 26 * i), text, "black", font_size=min(20, 20 * (width - 16) / longest))
+    return np.asarray(head)
 
 
-def strip(panels: Sequence[np.ndarray], moments: Sequence[int]) -> np.ndarray:
-    """A row a video, a column a moment; the labels stand over the first column."""
-    return np.vstack([np.hstack([panel[moment] for moment in moments]) for panel in panels])
+def strip(
+    compared: Sequence[Compared], videos: Sequence[np.ndarray], moments: Sequence[int]
+) -> np.ndarray:
+    """A row a video, a column a moment, and over each row which it is."""
+    rows = []
+    for row, video in zip(compared, videos, strict=True):
+        frames = np.hstack([video[moment] for moment in moments])
+        rows += [heading(["    ".join(row.texts).rstrip()], frames.shape[1]), frames]
+    return np.vstack(rows)
 
 
 def comparison_table(by_line: Sequence[Sequence[Compared]]) -> list[str]:
     """The mean over the lines, with the standard deviation where there are several."""
-    rows = list(zip(*by_line, strict=True))
-    with_ssim = rows[0][0].ssim is not None
-    wide = max(len(row[0].label) for row in rows) + 2
-    lines = [
-        f"{'':{wide}}computed  sampling  speed-up   drift         PSNR"
-        + "          SSIM" * with_ssim
-    ]
-    for row in rows:
-        lines.append(comparison_line(row, wide, with_ssim))
-    floor = np.mean([one.psnr for one in rows[1]])
-    above = [row[0].label for row in rows[2:] if np.mean([one.psnr for one in row]) >= floor]
+    by_label: dict[str, list[Compared]] = {}
+    for line in by_line:
+        for row in line:
+            by_label.setdefault(row.label, []).append(row)
+    with_ssim = by_line[0][0].ssim is not None
+    head = ["", "computed", "sampling", "speed-up", "drift", "PSNR", "SSIM"]
+    cells = [head, *(comparison_cells(rows) for rows in by_label.values())]
+    wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for label, *others in cells:
+        shown = others if with_ssim else others[:-1]
+        aligned = [cell.rjust(n) for cell, n in zip(shown, wide[1:], strict=False)]
+        lines.append("  ".join([label.ljust(wide[0]), *aligned]))
+    floor = np.mean([row.psnr for row in by_label.pop(NOISE, [])] or [math.nan])
+    by_label.pop(STOCK)
+    above = [k for k, rows in by_label.items() if np.mean([row.psnr for row in rows]) >= floor]
     lines.append(
         f"the floor, stock with noise of 1e-4: {floor:.1f} dB; at it or above: "
         f"{', '.join(above) or 'none'}"
     )
-    if not with_ssim:
-        lines.append("for the SSIM: pip install scikit-image")
-    return lines
+    return lines if with_ssim else [*lines, "for the SSIM: pip install scikit-image"]
 
 
-def comparison_line(row: Sequence[Compared], wide: int, with_ssim: bool) -> str:
-    """One label's line of the table."""
+def comparison_cells(rows: Sequence[Compared]) -> list[str]:
+    """One label's line of the table, over all lines of the jobs file."""
 
-    def mean(values: Sequence[float | None], digits: int) -> str:
+    def mean(values: Sequence[float | None], digits: int, unit: str = "") -> str:
         known = [value for value in values if value is not None]
         if not known:
             return ""
-        spread = (
-            f" ± {np.std(known):.{digits}f}" if len(known) > 1 and np.isfinite(known).all() else ""
-        )
-        return f"{np.mean(known):.{digits}f}{spread}"
+        spread = len(known) > 1 and np.isfinite(known).all()
+        deviation = f" ± {np.std(known):.{digits}f}" if spread else ""
+        return f"{np.mean(known):.{digits}f}{deviation}{unit}"
 
-    drifts = [one.drift for one in row]
-    drift = f"{100 * np.mean(drifts):.1f} %" if None not in drifts else ""
-    computed = np.mean([one.computed for one in row])
-    text = (
-        f"{row[0].label:{wide}}{computed:4.0f}/{row[0].steps:<3}  "
-        f"{np.mean([one.seconds for one in row]):6.1f} s  "
-        f"{np.mean([one.speedup for one in row]):7.2f}x  {drift:>6}  "
-        f"{mean([one.psnr for one in row], 1):>11}"
-    )
-    return text + (f"  {mean([one.ssim for one in row], 3):>12}" if with_ssim else "")
+    computed, steps = np.mean([(row.computed, row.steps) for row in rows], axis=0)
+    return [
+        rows[0].label,
+        f"{computed:.0f}/{steps:.0f}",
+        mean([row.seconds for row in rows], 1, " s"),
+        mean([row.speedup for row in rows], 2, "x"),
+        mean([row.drift and 100 * row.drift for row in rows], 1, " %"),
+        mean([row.psnr for row in rows], 1),
+        mean([row.ssim for row in rows], 3),
+    ]
 
 
 # ---------------------------------------------------------------------------------- command line
@@ -2004,10 +2145,9 @@ FOR_ALL_LINES = (  # what the loaded model depends on
     *("task", "ckpt_dir", "ulysses_size", "ring_size", "t5_fsdp", "dit_fsdp", "t5_cpu"),
     *("convert_model_dtype", "prompt_extend_method", "prompt_extend_model"),
 )
-OF_A_LINE = (  # of our flags; the others are for the whole command
-    *("teacache_thresh", "teacache_speedup", "teacache_model", "teacache_coefficients"),
-    *("use_ret_steps", "teacache_order", "teacache_guide_until"),
-)
+HOW_MUCH = ("teacache_thresh", "teacache_speedup")  # either
+WHOSE = ("teacache_model", "teacache_coefficients")  # either
+OF_A_LINE = (*HOW_MUCH, *WHOSE, "use_ret_steps", "teacache_order", "teacache_guide_until")
 
 
 def at_least(low: float, allowed: str, high: float = math.inf) -> Callable[[str], float]:
@@ -2097,10 +2237,13 @@ def choose_i2v_row(args: argparse.Namespace) -> Choice:
 
 
 def download_names(folder: Path) -> list[str]:
-    """The names that may tell what a checkpoint folder holds: its own, that of the folder that a
-    link leads to, and for a hub's cache (NAME/snapshots/COMMIT) that above it. No parents."""
-    names = []
-    for path in (folder.absolute(), folder.resolve()):
+    """The names that may tell what a checkpoint folder holds: that of the folder itself, then those
+    of the links to it, the last one first; for a hub's cache (NAME/snapshots/COMMIT) that above it
+    too. No parents."""
+    names, paths = [], [folder.absolute()]
+    while paths[0].is_symlink():
+        paths.insert(0, paths[0].parent / paths[0].readlink())
+    for path in (folder.resolve(), *paths):
         names.append(path.name)
         if path.parent.name == "snapshots":
             names.append(path.parent.parent.name)
@@ -2128,59 +2271,68 @@ def read_coefficients(file: Path) -> Row:
         return Row(**modes, **content)
 
 
-def settle(wan: Wan, own: argparse.Namespace, args: argparse.Namespace, label: str = "") -> Job:
-    """The settings of a run and its plan, before a weight is loaded. Refused: they are no good."""
+@dataclass(frozen=True)
+class Outlook:
+    """What the policy needs to know of a run, before a weight is loaded."""
+
+    choice: Choice
+    timesteps: Sequence[float]
+    distances: Sequence[float | None]
+
+    def plan(self, config: TeaCacheConfig) -> Schedule:
+        return plan(config, self.timesteps, self.distances)
+
+    def plan_speedup(self, config: TeaCacheConfig, speedup: float) -> Schedule:
+        return plan_speedup(config, self.timesteps, self.distances, speedup)
+
+
+def look_ahead(wan: Wan, own: argparse.Namespace, args: argparse.Namespace) -> Outlook:
+    """The row of a run, its timesteps and, out of the weights, its distances."""
     choice, timesteps = choose_row(own, args), wan.timesteps(args)
-    wan_config = wan.config(args.task)
-    switch = switch_of(timesteps, wan_config)
     require(
         not (own.use_ret_steps and choice.row is None),
         f"--use_ret_steps: is not for {choice.text}: leave it out, or give --teacache_model, one "
         f"of {', '.join(ROWS)}",
     )
+    mode = mode_of(choice.row, own.use_ret_steps)
+    return Outlook(choice, timesteps, distances_of(wan, args, timesteps, mode))
+
+
+def settle(
+    wan: Wan, own: argparse.Namespace, args: argparse.Namespace, outlook: Outlook, label: str = ""
+) -> Job:
+    """The settings of a run and its plan. Refused: they are no good."""
+    thresh, speedup, row = own.teacache_thresh, own.teacache_speedup, outlook.choice.row
+    switch = switch_of(outlook.timesteps, wan.config(args.task))
+    order = (own.teacache_order or [0])[0]
     config = TeaCacheConfig.from_row(
-        choice.row,
-        args.sample_steps,
-        own.teacache_thresh,
-        own.use_ret_steps,
-        order=(own.teacache_order or [0])[0],
-        switch=switch,
+        row, args.sample_steps, thresh, own.use_ret_steps, order=order, switch=switch
     )
     until = 1.0 if own.teacache_guide_until is None else own.teacache_guide_until
-    scale = (
-        0 if own.teacache_thresh == 0 else args.sample_guide_scale
-    )  # off is stock, which computes what it drops
+    scale = None if thresh == 0 else args.sample_guide_scale  # off, as stock, is always guided
     guided = guided_steps(scale, args.sample_steps, switch, until)
-    folders = transformer_folders(args.ckpt_dir, wan_config)
-    distances = distances_of(folders, timesteps, config.mode, switch)
-    if own.teacache_speedup:
-        config = replace(config, guided_steps=guided)
-        config = for_speedup(config, timesteps, distances, own.teacache_speedup, choice)
-    elif choice.row is None and own.teacache_thresh is None:
-        config = plan_speedup(config, timesteps, distances, 2.0).config  # half of them
+    if row is None and thresh is None and speedup is None:
+        config = outlook.plan_speedup(config, 2.0).config  # half of the steps, however guided
     config = replace(config, guided_steps=guided)
-    planned = plan(config, timesteps, distances)
-    check_plan(planned, own, args, choice)
-    asked = (own.teacache_thresh, own.teacache_speedup) != (None, None)
-    return Job(args, config, choice.text, planned, by_default=not asked, label=label)
+    if speedup is not None:
+        config = for_speedup(config, outlook, speedup)
+    planned = outlook.plan(config)
+    if not own.teacache_plan:
+        check_plan(planned, own, args, outlook.choice)
+    by_default = thresh is None and speedup is None
+    return Job(args, config, outlook.choice.text, planned, by_default, label)
 
 
-def for_speedup(
-    config: TeaCacheConfig,
-    timesteps: Sequence[float],
-    distances: Sequence[float | None],
-    speedup: float,
-    choice: Choice,
-) -> TeaCacheConfig:
+def for_speedup(config: TeaCacheConfig, outlook: Outlook, speedup: float) -> TeaCacheConfig:
     """With the threshold for --teacache_speedup."""
     try:
-        schedule = plan_speedup(config, timesteps, distances, speedup)
+        schedule = outlook.plan_speedup(config, speedup)
     except ValueError as error:
         raise Refused(
-            f"--teacache_speedup {speedup:g}: with {choice.text} {error}, and no threshold can be "
-            "trusted: take --teacache_model sigma"
+            f"--teacache_speedup {speedup:g}: with {outlook.choice.text} {error}, and no threshold "
+            "can be trusted: take --teacache_model sigma"
         ) from error
-    fewest = plan(replace(config, thresh=1e9), timesteps, distances)
+    fewest = outlook.plan(replace(config, thresh=1e9))
     require(
         fewest.passes <= math.ceil(2 * config.steps / speedup - 1e-9),
         f"--teacache_speedup {speedup:g}: no threshold reaches it; the nearest is "
@@ -2194,25 +2346,26 @@ def check_plan(
 ) -> None:
     """Refuse a schedule that skips nearly everything, unless it is as published or insisted on."""
     faults, row = planned.faults(), choice.row
-    default = row is None and (own.teacache_thresh, own.teacache_speedup) == (None, None)
-    if not faults or default or own.teacache_plan:
+    flags = [f"--{name} {getattr(own, name):g}" for name in HOW_MUCH if getattr(own, name)]
+    if not faults or (row is None and not flags):
         return
-    now = (args.sample_steps, args.sample_shift, args.sample_solver)
-    fitted = row is not None and now == (row.steps, row.shift, row.solver)
     what = f"{choice.text} would compute {planned.summary()}: {' and '.join(faults)}"
-    if fitted or choice.insisted:
+    if choice.insisted or (row is not None and is_fitted(row, args)):
         log.warning(f"TeaCache: {what}")
         return
-    made_for = (
-        ""
-        if row is None
-        else (f"; it was fitted at {row.steps} steps, shift {row.shift:g}, {row.solver}")
-    )
+    if row is not None:
+        what += f"; it was fitted at {row.steps} steps, shift {row.shift:g}, {row.solver}"
     insist = f", or insist by --teacache_model {choice.name}" if choice.name in ROWS else ""
     raise Refused(
-        f"--teacache_thresh {planned.config.thresh:g}: {what}{made_for}: take --teacache_model "
-        f"sigma, another number of --sample_steps, --teacache_thresh 0{insist}"
+        f"{flags[0] if flags else '--sample_steps'}: {what}: take --teacache_model sigma, another "
+        f"number of --sample_steps, --teacache_thresh 0{insist}"
     )
+
+
+def is_fitted(row: Row, args: argparse.Namespace) -> bool:
+    """Whether a run has the settings that its row was fitted at."""
+    now = (args.sample_steps, args.sample_shift, args.sample_solver)
+    return now == (row.steps, row.shift, row.solver)
 
 
 def announce(job: Job) -> None:
@@ -2236,27 +2389,20 @@ def announce(job: Job) -> None:
 # Plan
 
 
-def plan_rows(wan: Wan, own: argparse.Namespace, job: Job) -> list[Schedule]:
+def plan_rows(own: argparse.Namespace, job: Job, outlook: Outlook) -> list[Schedule]:
     """What the thresholds around the current one do, and those that were tried by others."""
-    args, config = job.args, job.config
-    row, timesteps = choose_row(own, args).row, wan.timesteps(args)
-    folders = transformer_folders(args.ckpt_dir, wan.config(args.task))
-    distances = distances_of(folders, timesteps, config.mode, config.switch)
-    tried = (
-        [config.thresh or 0.1]
-        if row is None
-        else [*(row.retention if config.mode == RETENTION else row.plain).thresholds]
-    )
+    config, row = job.config, outlook.choice.row
+    tried = [config.thresh or 0.1]
+    if row is not None:
+        tried = list((row.retention if own.use_ret_steps else row.plain).thresholds)
     ladder = [tried[-1] * factor for factor in (0.25, 0.5, 0.75, 1.5, 2.0, 3.0)]
     by_text = {f"{thresh:.4g}": thresh for thresh in [*ladder, *tried, config.thresh]}
-    thresholds = sorted(by_text.values())
-    return [plan(replace(config, thresh=t), timesteps, distances) for t in thresholds]
+    return [outlook.plan(replace(config, thresh=thresh)) for thresh in sorted(by_text.values())]
 
 
-def print_plan(wan: Wan, own: argparse.Namespace, job: Job) -> None:
+def print_plan(own: argparse.Namespace, job: Job, outlook: Outlook) -> None:
     """For --teacache_plan, on rank 0; as JSON too, for --teacache_report."""
-    rows = plan_rows(wan, own, job)
-    current = job.config.thresh
+    rows, current = plan_rows(own, job, outlook), job.config.thresh
     print(f"TeaCache plan: {job.row}, {job.config.mode}, {job.config.steps} steps")
     print("   thresh  computed  skipped  speed-up  longest skip  schedule (# computed, . skipped)")
     for schedule in rows:
@@ -2270,26 +2416,23 @@ def print_plan(wan: Wan, own: argparse.Namespace, job: Job) -> None:
     for fault in job.planned.faults():
         print(f"warning: at {current:.4g} {fault}")
     if own.teacache_report:
-        content = {
-            "status": "planned",
-            "row": job.row,
-            "config": asdict(job.config),
-            "computed": job.planned.computed,
-            "plan": [
-                {
-                    "thresh": schedule.config.thresh,
-                    "computed": schedule.computed,
-                    "passes": schedule.passes,
-                    "speedup": schedule.speedup,
-                    "longest_skip": schedule.longest_skip,
-                }
-                for schedule in rows
-            ],
-        }
-        with refusing(
-            f"--teacache_report {own.teacache_report}: cannot be written", "see its folder"
-        ):
-            Path(own.teacache_report).write_text(json.dumps(content, indent=1))
+        report = {"status": "planned", "row": job.row, "config": asdict(job.config)}
+        report["computed"] = job.planned.computed
+        report["plan"] = [plan_report(schedule) for schedule in rows]
+        what = f"--teacache_report {own.teacache_report}: cannot be written"
+        with refusing(what, "see its folder"):
+            Path(own.teacache_report).write_text(json.dumps(report, indent=1))
+
+
+def plan_report(schedule: Schedule) -> dict[str, Any]:
+    """One threshold's plan, for the report."""
+    return {
+        "thresh": schedule.config.thresh,
+        "computed": schedule.computed,
+        "passes": schedule.passes,
+        "speedup": schedule.speedup,
+        "longest_skip": schedule.longest_skip,
+    }
 
 
 # Jobs and comparison: several runs from one command
@@ -2300,13 +2443,22 @@ def read_jobs(file: str) -> list[tuple[int, list[str]]]:
     with refusing(f"--teacache_jobs {file}: cannot be read", "give a file with a video a line"):
         text = Path(file).read_text(encoding="utf-8-sig")
     lines = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         with refusing(f"--teacache_jobs {file}: line {number}", "close the quotes"):
-            flags = shlex.split(line, comments=True)
+            flags = shlex.split(without_comment(line))
         if flags:
             lines.append((number, flags))
     require(lines, f"--teacache_jobs {file}: has no line with flags")
     return lines
+
+
+def without_comment(line: str) -> str:
+    """A line up to a # that begins a word, outside of quotes: shlex takes any # for one."""
+    for match in re.finditer(r"(^|\s)#", line):
+        with suppress(ValueError):
+            shlex.split(line[: match.start()])  # ValueError: within quotes
+            return line[: match.start()]
+    return line
 
 
 def own_of_line(
@@ -2314,14 +2466,12 @@ def own_of_line(
 ) -> tuple[argparse.Namespace, list[str]]:
     """Our flags of a line over those of the command line, and what is left for generate.py."""
     line, rest = own_parser().parse_known_args(flags)
-    given = {name: value for name, value in vars(line).items() if value not in (None, False)}
+    flags_given = vars(line).items()
+    given = {k: v for k, v in flags_given if v is not None and v is not False}  # 0 is given too
     for name in given:
         require(name in OF_A_LINE, f"--{name}: is for the command line, not for a line of the file")
     merged = dict(vars(own))
-    for either in (
-        ("teacache_thresh", "teacache_speedup"),
-        ("teacache_model", "teacache_coefficients"),
-    ):
+    for either in (HOW_MUCH, WHOSE):
         if given.keys() & set(either):
             merged |= dict.fromkeys(either)
     return argparse.Namespace(**{**merged, **given}), rest
@@ -2353,11 +2503,12 @@ def settle_line(
     wan: Wan,
     own: argparse.Namespace,
     argv: list[str],
+    common: argparse.Namespace,
     flags: list[str],
     targets: set[Path],
 ) -> list[Job]:
-    """The jobs of one line of a jobs file. targets: of the lines before, and then of this too."""
-    common = wan.parse(argv)
+    """The jobs of one line of a jobs file. common: what the command line says, by itself.
+    targets: of the lines before, and then of this too."""
     own, rest = own_of_line(own, flags)
     args = parse(wan, own, [*argv, *rest])
     for name in FOR_ALL_LINES:
@@ -2368,10 +2519,11 @@ def settle_line(
             "loaded once",
         )
     if args.save_file is None:  # the same one when the file is started again
-        digest = hashlib.sha256("\0".join([*argv, *flags]).encode()).hexdigest()[:8]
+        ours = [f"{name} {getattr(own, name)}" for name in OF_A_LINE]
+        digest = hashlib.sha256("\0".join([*argv, *flags, *ours]).encode()).hexdigest()[:8]
         names = numbered(Path(default_target(args, prompt_of(wan, args), digest)))
-        args.save_file = str(next(name for name in names if name.absolute() not in targets))
-    target = Path(args.save_file).absolute()
+        args.save_file = str(next(name for name in names if name.resolve() not in targets))
+    target = Path(args.save_file).resolve()
     require(target not in targets, f"--save_file {args.save_file}: is another line's too")
     targets.add(target)
     return settle_entries(wan, own, args)
@@ -2386,20 +2538,21 @@ def settle_entries(wan: Wan, own: argparse.Namespace, args: argparse.Namespace) 
     orders = own.teacache_order or [0]
     if not own.teacache_compare:
         require(len(orders) == 1, "--teacache_order: several are for --teacache_compare")
-        return [settle(wan, own, args)]
+        return [settle(wan, own, args, look_ahead(wan, own, args))]
     stock = with_flags(own, thresh=0.0, order=[0], guide_until=None)
-    jobs = [
-        settle(wan, stock, named(args, "stock"), "stock"),
-        replace(settle(wan, stock, named(args, "noise"), "noise 1e-4"), noise=1e-4),
-    ]
+    asked = [(STOCK, stock), (NOISE, stock)]
     for entry in own.teacache_compare:
         for order in orders:
             label = f"{entry} order {order}" if len(orders) > 1 else entry
-            jobs.append(settle(wan, of_entry(own, entry, order), named(args, label), label))
-    labels = [job.label for job in jobs]
-    require(
-        len(set(labels)) == len(labels), f"--teacache_compare {' '.join(labels)}: twice the same"
-    )
+            asked.append((label, of_entry(own, entry, order)))
+    jobs = []
+    for label, flags in asked:
+        outlook = look_ahead(wan, flags, args)
+        jobs.append(settle(wan, flags, named(args, label), outlook, label))
+    jobs[1] = replace(jobs[1], noise=1e-4)
+    files = [job.args.save_file for job in jobs]  # 0.08 and +0.08 have one too
+    entries = " ".join(own.teacache_compare)
+    require(len(set(files)) == len(files), f"--teacache_compare {entries}: twice the same")
     return jobs
 
 
@@ -2438,13 +2591,15 @@ def settle_all(wan: Wan, own: argparse.Namespace, argv: list[str]) -> list[list[
     if not own.teacache_jobs:
         args = parse(wan, own, argv)
         if args.save_file is None:
-            name = default_target(args, prompt_of(wan, args), time.strftime("%Y%m%d_%H%M%S"))
+            mark = f"{args.base_seed}_{time.strftime('%Y%m%d_%H%M%S')}"
+            name = default_target(args, prompt_of(wan, args), mark)
             args.save_file = str(next(p for p in numbered(Path(name)) if not p.exists()))
         return [settle_entries(wan, own, args)]
+    common = wan.parse(argv, whole=False)
     by_line, errors, targets = [], [], set[Path]()
     for number, flags in read_jobs(own.teacache_jobs):
         try:
-            by_line.append(settle_line(wan, own, argv, flags, targets))
+            by_line.append(settle_line(wan, own, argv, common, flags, targets))
         except Refused as error:
             errors += [
                 f"--teacache_jobs {own.teacache_jobs}: line {number}: {e}" for e in error.args
@@ -2472,28 +2627,34 @@ def run_jobs(session: Session, jobs: Sequence[Job], resume: bool) -> int:
     for job in jobs:
         if job not in waiting:
             log.info(f"TeaCache: {job.args.save_file} is there: skipped")
-    failed = session.run_all(waiting)
-    for run in failed:
+    session.run_all(waiting)
+    return exit_status(session)
+
+
+def exit_status(session: Session) -> int:
+    """1, with the list, if something failed."""
+    for run in session.failed:
         log.error(f"TeaCache: not made: {run.job.args.save_file}: {run.status}")
-    return 1 if failed else 0
+    return 1 if session.failed else 0
 
 
 def run_comparison(
     session: Session, by_line: Sequence[Sequence[Job]], own: argparse.Namespace
 ) -> int:
     """Compare on each line, and print the table."""
-    videos, stock = sum(map(len, by_line)), 2 * len(by_line)
-    log.info(f"TeaCache: {videos} videos, of which {stock} stock")
+    session.videos = sum(map(len, by_line))
+    log.info(f"TeaCache: {session.videos} videos, of which {2 * len(by_line)} stock")
     compared = []
     for jobs in by_line:
-        first = Path(jobs[0].args.save_file)
-        target = first.with_name(first.name.replace(".stock.", ".", 1))
+        stock_file = Path(jobs[0].args.save_file)
+        name, ending = stock_file.name, stock_file.suffix
+        target = stock_file.with_name(name.removesuffix(f".stock{ending}") + ending)
         rows = compare(session, jobs, target)
         if rows:
             compared.append(rows)
     for line in comparison_table(compared) if compared else ():
         print(line)
-    return 0
+    return exit_status(session)
 
 
 # Decoding kept latents
@@ -2505,6 +2666,8 @@ def decode_latents(own: argparse.Namespace, argv: Sequence[str]) -> None:
     parser.add_argument("--save_file")
     parser.add_argument("--ckpt_dir")
     given, file = parser.parse_args(argv), Path(own.teacache_decode)
+    for name, value in vars(given).items():
+        check_named(name, value)
     with refusing(
         f"--teacache_decode {file}: cannot be used", "give a NAME.latents.pt that was kept"
     ):
@@ -2512,7 +2675,7 @@ def decode_latents(own: argparse.Namespace, argv: Sequence[str]) -> None:
         names = ("task", "ckpt_dir", "save_file")
         found = {name: getattr(given, name, None) or content[name] for name in names}
         latents, fps = content["latents"], content["fps"]
-    wan = import_wan(own.wan_repo, generates=True)
+    wan = import_wan(own.wan_repo, generates=False)  # slow, but possible without a GPU
     args = argparse.Namespace(**found)
     require(
         args.task in wan.generate_py.WAN_CONFIGS,
@@ -2520,10 +2683,10 @@ def decode_latents(own: argparse.Namespace, argv: Sequence[str]) -> None:
     )
     check_part(args, Path(args.ckpt_dir) / wan.config(args.task)["vae_checkpoint"])
     check_target(wan, args)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.no_grad():
-        vae = wan.vae(args)
-        video = vae.decode([latent.to(vae.device) for latent in latents])[0]
-    write_video(wan, video, args.save_file, fps, args.task.startswith("t2i"))
+        video = wan.vae(args, device).decode([latent.to(device) for latent in latents])[0]
+    write_video(wan, video, args.save_file, fps, makes_image(args))
     file.unlink()
     log.info(f"TeaCache: wrote {args.save_file}; {file} is deleted")
 
@@ -2531,19 +2694,11 @@ def decode_latents(own: argparse.Namespace, argv: Sequence[str]) -> None:
 # main
 
 
-def settings_of(own: argparse.Namespace, jobs: Sequence[Job]) -> dict[str, Any]:
-    """What the report says of all runs."""
-    args = jobs[0].args
-    ulysses_or_ring = args.ulysses_size * getattr(args, "ring_size", 1) > 1
-    return {
-        "flags": vars(own),
-        "parallel": "xfuser" if ulysses_or_ring and hasattr(args, "ring_size") else "",
-    }
-
-
 def run(argv: Sequence[str]) -> int:
     """The command line; the exit status. Refused: what is wrong, before a weight is loaded."""
     own, rest = own_parser().parse_known_args(argv)
+    for name, value in vars(own).items():
+        check_named(name, value)
     if own.teacache_decode:
         decode_latents(own, rest)
         return 0
@@ -2553,18 +2708,21 @@ def run(argv: Sequence[str]) -> int:
     wan = import_wan(own.wan_repo, generates=not (asks_help or own.teacache_plan))
     if own.teacache_plan and not asks_help:
         require(not own.teacache_jobs, "--teacache_plan, --teacache_jobs: give one of them")
-        job = settle(wan, own, parse(wan, own, rest))
+        args = parse(wan, own, rest)
+        outlook = look_ahead(wan, own, args)
+        job = settle(wan, own, args, outlook)
         if is_rank_0():
-            print_plan(wan, own, job)
+            print_plan(own, job, outlook)
         return 0
     by_line = settle_all(wan, own, rest)
     jobs = [job for line in by_line for job in line]
     for job in jobs:
         announce(job)
     with refusing(f"--teacache_report {own.teacache_report}: cannot be written", "see its folder"):
-        session = Session(wan, own.teacache_report, settings_of(own, jobs))
-        session.write_report()
-    with session.opened():
+        session = Session(wan, own.teacache_report, vars(own))
+        if session.report:
+            session.report.write_text('{"status": "started"}')
+    with session.opened(uses_xfuser(jobs[0].args)):
         if own.teacache_compare:
             return run_comparison(session, by_line, own)
         return run_jobs(session, jobs, resume=bool(own.teacache_jobs))
@@ -2575,8 +2733,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for what was refused, 1 for what failed, 128 + its number for a signal; returns otherwise."""
     status = 0
     try:
-        with stopped_by_signals():
-            status = run(sys.argv[1:] if argv is None else argv)
+        with stopped_by_signals(), shadow(logging, raiseExceptions=False):  # of lines nobody reads
+            try:
+                status = run(sys.argv[1:] if argv is None else argv)
+            except SystemExit as leaving:  # of --help
+                status = leaving.code or 0
             sys.stdout.flush()
     except Refused as error:
         speaks = environment("LOCAL_RANK", 0) == 0 or environment("LOCAL_WORLD_SIZE", 1) == 1

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from real_wan import make_model, prepare, seeded, settings
+from real_wan import make_model, prepare, seeded
 
 from teacache_generate import (
     Schedule,
@@ -218,7 +218,7 @@ def in_turns(
 def build_model(config: Any) -> nn.Module:
     """Wan2.1's WanModel, held as WanT2V holds it: float32, which autocast makes bfloat16 of."""
     if not CUDA:
-        return make_model("WanT2V", config, seed=0)
+        return make_model({**config, "model_type": "t2v", "in_dim": 16, "out_dim": 16}, seed=0)
     names = ("patch_size", "dim", "ffn_dim", "freq_dim", "num_heads", "num_layers", "window_size")
     sizes = {name: config[name] for name in (*names, "qk_norm", "cross_attn_norm", "eps")}
     torch.manual_seed(0)
@@ -232,10 +232,12 @@ def build_pipeline(config: Any) -> Any:
     """A WanT2V that has loaded nothing: stand-ins, and a model with random weights."""
     wan = sys.modules["wan"]
     wan.text2video.tqdm = iter  # there is one progress bar, and it is ours
-    asked = SimpleNamespace(config=config, rank=0, t5_cpu=True, t5_fsdp=False, use_usp=False)
     pipeline, model = object.__new__(wan.WanT2V), build_model(config)
-    context = seeded(100, model.text_dim).to(config.t5_dtype)
-    vars(pipeline).update(settings(asked), device=DEVICE, model=model)
+    names = ("num_train_timesteps", "param_dtype", "vae_stride", "patch_size", "sample_neg_prompt")
+    vars(pipeline).update({name: config[name] for name in names}, config=config, rank=0, sp_size=1)
+    vars(pipeline).update(t5_cpu=True, device=DEVICE, model=model)
+    pipeline.vae = SimpleNamespace(model=SimpleNamespace(z_dim=16))
+    context = seeded(min(100, model.text_len), model.text_dim).to(config.t5_dtype)
     pipeline.text_encoder = lambda texts, device: [context.to(device)]
     return pipeline
 

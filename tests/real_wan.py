@@ -1,41 +1,46 @@
-"""The real Wan2.1 on a CPU, at small sizes: many jobs for one import of it.
+"""The real Wan2.1 or Wan2.2 on a CPU, at small sizes: many jobs for one import of it.
 
     python tests/real_wan.py --repo WAN_REPO jobs.json OUT_DIR
     torchrun --nproc_per_node=2 tests/real_wan.py --repo WAN_REPO jobs.json OUT_DIR
 
 jobs.json is a list of
     {"name": ..., "mode": "stock" | "teacache" | "reference", "argv": [flags],
-     "seed": of the model's weights, 0 by default,
-     "coefficients": [...], "thresh": ..., "use_ret_steps": ..., "order": ...}
-the last four for reference only.
-stock runs Wan2.1's generate.py, teacache the script at the top of the project, reference the stock
-run with the method on top of it as its text says it (``Reference``). ``--ckpt_dir AUTO`` in argv
-makes a checkpoint folder in OUT_DIR. Every job leaves there NAME.npy, the frames given to
-cache_video or cache_image, and NAME.rank0.json with what was seen from outside (``Run.result``).
+     "seed": of the models' weights, 0 by default, "fails": "decode" if the VAE is to fail,
+     "float32": whether autocast is to that, and for reference the settings of ``Reference``}
+stock runs generate.py, teacache the script at the top of the project, reference the stock run with
+the method on top of it as its text says it. In argv, ``--ckpt_dir AUTO`` makes a checkpoint folder
+in OUT_DIR, and LEFT:FOLDER is the file that an earlier job left in a folder beside its videos.
+Every job leaves in OUT_DIR the frames that the writer was given for each of its videos, NAME.npy,
+NAME.1.npy and so on, and NAME.rank0.json with what was seen from outside (``Run.result``).
 
-What is Wan2.1's own: generate.py, the pipelines' ``generate``, the schedulers, the models and their
-forwards (also those for Ulysses and ring), FSDP's wrapping. What is not: the weights (small and
-random), text encoder, VAE, CLIP, xfuser, flash-attn, and the sizes (``shrink``). CUDA's autocast is
-done on the CPU, so that dtypes are those of a GPU: blocks take bfloat16 and return float32.
+What is Wan's own: generate.py, the pipelines with their constructors, the schedulers, the models
+and their forwards (also those for Ulysses and ring), FSDP's wrapping in bfloat16, xfuser. What is
+not: the weights (small and random), text encoder, VAE, CLIP, flash-attn, NCCL, and the sizes
+(``shrink``). CUDA's autocast is done on the CPU, so that dtypes are those of a GPU: blocks take
+bfloat16 and return float32.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import datetime
 import functools
 import importlib
-import inspect
+import importlib.machinery
+import importlib.util
+import itertools
 import json
 import math
 import os
 import sys
+import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import MethodType, ModuleType, SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -45,9 +50,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")
-DIM = 48  # of the small models
-PIPELINES = ("WanT2V", "WanI2V", "WanFLF2V", "WanVace")  # the first release has only two of them
-WRITERS = ("cache_video", "cache_image")
+DIM, TEXT = 48, 64  # of the small models; of the prompts, in bytes
+PIPELINES = ("WanT2V", "WanI2V", "WanFLF2V", "WanVace", "WanTI2V")  # a release has some of them
+WRITERS = ("cache_video", "cache_image", "save_video")
 KEPT: list[Any] = []  # what must live as long as the process
 
 
@@ -56,7 +61,7 @@ def seeded(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
-# ------------------------------------------------------------------- before Wan2.1 is imported
+# ------------------------------------------------------------------------ before Wan is imported
 
 
 def prepare(repo: str | Path) -> None:
@@ -67,24 +72,45 @@ def prepare(repo: str | Path) -> None:
     torch.cuda.set_device = lambda device: None  # three functions: torch wants no two names of one
     torch.cuda.synchronize = lambda: None
     torch.cuda.empty_cache = lambda: None
-    torch.cuda.amp.autocast = autocast
+    torch.amp.autocast, torch.layer_norm = Autocast, layer_norm
+    torch.cuda.amp.autocast = functools.partial(Autocast, "cuda")
     prepare_torchvision()
     sys.modules |= {"flash_attn": None, "flash_attn_interface": None}  # "not installed"
-    sys.modules |= {module.__name__: module for module in fake_xfuser()}
-    init = dist.init_process_group
-
-    def init_process_group(backend: str = "", **kwargs: Any) -> None:
-        """Gloo for every backend; generate.py asks again at every job."""
-        if not dist.is_initialized():
-            init("gloo", timeout=datetime.timedelta(seconds=60), **kwargs)
-
-    dist.init_process_group = init_process_group
+    for name in ("librosa", "peft"):  # Wan2.2 imports them for tasks that are not run here
+        if importlib.util.find_spec(name) is None:
+            sys.modules[name] = Absent(name)
+    prepare_distributed()
     sys.path.insert(0, str(repo))
 
 
-def autocast(enabled: bool = True, dtype: torch.dtype = torch.bfloat16) -> torch.autocast:
-    """torch.cuda.amp.autocast, on the CPU, where float32 means none."""
-    return torch.autocast("cpu", torch.bfloat16, enabled and dtype != torch.float32)
+class Autocast(torch.autocast):
+    """CUDA's autocast, on the CPU. To float32 it casts too, which matters to bfloat16 weights."""
+
+    float32 = False  # whether the job at hand is one in float32 throughout
+
+    def __init__(self, device_type: str, dtype: torch.dtype | None = None, enabled: bool = True):
+        super().__init__("cpu", torch.bfloat16, enabled)
+        self.fast_dtype = torch.float32 if self.float32 else dtype or torch.float16
+
+
+def layer_norm(x: Tensor, shape: Any, *affine: Any, stock: Callable = torch.layer_norm) -> Tensor:
+    """On CUDA it is one of the functions that autocast does in float32, weights and all."""
+    if torch.is_autocast_enabled("cpu"):
+        x, *affine = (u.float() if isinstance(u, Tensor) else u for u in (x, *affine))
+    return stock(x, shape, *affine)
+
+
+class Absent(ModuleType):
+    """A module in place of one that is imported from and never used."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return object
 
 
 def prepare_torchvision() -> None:
@@ -100,30 +126,40 @@ def prepare_torchvision() -> None:
         KEPT.append(library)
 
 
-def fake_xfuser() -> list[ModuleType]:
-    """The part of xfuser that Wan2.1 uses, for one group of all processes."""
+def prepare_distributed() -> None:
+    """Gloo for every backend, and a GPU's looks for xfuser's imports."""
+    init, new_group, count = dist.init_process_group, dist.new_group, itertools.count()
+    shared = f"{tempfile.gettempdir()}/real_wan.{os.getenv('TORCHELASTIC_RUN_ID')}"
 
-    def all_gather(x: Tensor, dim: int) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts, dim)
+    def init_process_group(backend: str = "", **kwargs: Any) -> None:
+        """With a store of its own: after Wan2.2's destroy_process_group, torchrun's is used up."""
+        ranks = {name: int(os.environ[name.upper()]) for name in ("rank", "world_size")}
+        store = Path(f"{shared}.{next(count)}")
+        atexit.register(store.unlink, missing_ok=True)
+        init("gloo", init_method=store.as_uri(), timeout=datetime.timedelta(seconds=60), **ranks)
 
-    class LongContextAttention:
-        """Every rank's queries against the keys and values of all of them."""
+    def gloo_group(*args: Any, backend: str = "", **kwargs: Any) -> Any:
+        return new_group(*args, backend="gloo", **kwargs)
 
-        def __call__(self, _: None, query: Tensor, key: Tensor, value: Tensor, **__: Any) -> Tensor:
-            return attention(query, all_gather(key, 1), all_gather(value, 1))
+    dist.init_process_group, dist.new_group = init_process_group, gloo_group
+    torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(
+        name="", major=8, minor=0
+    )
+    torch.cuda.get_device_capability = lambda device=None: (8, 0)
+    torch.cuda.get_device_name = lambda device=None: ""
+    torch.version.cuda = "12.4"
 
-    root, core = ModuleType("xfuser"), ModuleType("xfuser.core")
-    distributed = ModuleType("xfuser.core.distributed")
-    distributed.get_sequence_parallel_rank = lambda: dist.get_rank()
-    distributed.get_sequence_parallel_world_size = lambda: dist.get_world_size()
-    distributed.get_sp_group = lambda: SimpleNamespace(all_gather=all_gather)
-    distributed.init_distributed_environment = lambda **kwargs: None
-    distributed.initialize_model_parallel = lambda **kwargs: None
-    long_ctx = ModuleType("xfuser.core.long_ctx_attention")
-    long_ctx.xFuserLongContextAttention = LongContextAttention
-    return [root, core, distributed, long_ctx]
+
+def prepare_xfuser() -> None:
+    """The attention of xfuser's own dependency, on the CPU; groups of earlier jobs are gone."""
+    if int(os.getenv("WORLD_SIZE", "1")) == 1 or importlib.util.find_spec("xfuser") is None:
+        return
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    importlib.import_module(
+        "yunchang.kernels.attention"
+    )._scaled_dot_product_flash_attention = kernel
+    state = importlib.import_module("xfuser.core.distributed.parallel_state")
+    vars(state).update(dict.fromkeys(("_WORLD", "_DP", "_CFG", "_SP", "_TP", "_PP")))
 
 
 # ----------------------------------------------------------------- in place of what is too large
@@ -150,42 +186,62 @@ class TextModel(nn.Module):
 
 
 class TextEncoder:
-    def __init__(self) -> None:
+    """In place of T5EncoderModel."""
+
+    def __init__(self, *, shard_fn: Callable | None, checkpoint_path: str, **_: Any) -> None:
+        torch.load(checkpoint_path)
         self.model = TextModel().requires_grad_(False)
+        if shard_fn is not None:
+            self.model = shard_fn(self.model, sync_module_states=False)
 
     def __call__(self, texts: list[str], device: torch.device) -> list[Tensor]:
-        return [self.model(torch.tensor(list(text.encode()[:512]))).to(device) for text in texts]
+        ids = (torch.tensor(list(text.encode()[:TEXT])) for text in texts)
+        return [self.model(u).float().to(device) for u in ids]
 
 
 class VAE:
-    """Averages over 4 x 8 x 8 as 16 channels, and back; the first frame is one of its own."""
+    """Averages over 4 x side x side as z_dim channels, and back; the first frame is its own."""
 
-    def __init__(self) -> None:
-        self.model = SimpleNamespace(z_dim=16)
+    z_dim, side = 16, 8
+    decoding: Callable[[], None]  # is called before every decoding
+
+    def __init__(self, *, vae_pth: str, device: Any = CPU, **_: Any) -> None:
+        torch.load(vae_pth)
+        self.device, self.dtype, self.model = device, torch.float32, TextModel()
+        self.model.z_dim = self.z_dim
 
     def encode(self, videos: list[Tensor]) -> list[Tensor]:
         def one(video: Tensor) -> Tensor:
             video = torch.cat([video[:, :1].expand(-1, 3, -1, -1), video], dim=1)
-            return torch.einsum("zc,cthw->zthw", seeded(16, 3), F.avg_pool3d(video, (4, 8, 8)))
+            small = F.avg_pool3d(video, (4, self.side, self.side))
+            return torch.einsum("zc,cthw->zthw", seeded(self.z_dim, 3), small)
 
-        with autocast(enabled=False):
+        with torch.autocast("cpu", enabled=False):
             return [one(video) for video in videos]
 
     def decode(self, latents: list[Tensor]) -> list[Tensor]:
         def one(z: Tensor) -> Tensor:
-            video = torch.einsum("cz,zthw->cthw", seeded(3, 16) / 16, z.float())
-            for dim, times in ((1, 4), (2, 8), (3, 8)):
+            video = torch.einsum("cz,zthw->cthw", seeded(3, self.z_dim) / 16, z.float())
+            for dim, times in ((1, 4), (2, self.side), (3, self.side)):
                 video = video.repeat_interleave(times, dim)
             return video[:, 3:].clamp(-1, 1)
 
-        with autocast(enabled=False):
+        type(self).decoding()
+        with torch.autocast("cpu", enabled=False):
             return [one(z) for z in latents]
+
+
+class VAE48(VAE):
+    """That of ti2v-5B."""
+
+    z_dim, side = 48, 16
 
 
 class CLIP:
     """257 tokens of 1280 for every picture [3, 1, H, W]."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, checkpoint_path: str, **_: Any) -> None:
+        torch.load(checkpoint_path)
         self.model = nn.Identity()
 
     def visual(self, pictures: list[Tensor]) -> Tensor:
@@ -193,23 +249,27 @@ class CLIP:
         return torch.stack([torch.cat([u.mean(1, True), u], 1).T @ seeded(3, 1280) for u in tokens])
 
 
-def make_model(kind: str, config: Any, seed: int) -> nn.Module:
-    """A small WanModel or VaceWanModel for the pipeline class ``kind``.
+def make_model(config: dict[str, Any], seed: int) -> nn.Module:
+    """A small WanModel or VaceWanModel in place of that of a checkpoint's config.json.
 
     Nothing in it is zero that would let a block's work come to nothing. Its time embedding moves
     by distances of which the published polynomials, one for 1.3B and one for 14B, skip about half.
     """
-    models = importlib.import_module("wan.modules")
-    e_std, e0_bias_std = (0.05, 1.0) if config.dim < 2000 else (0.25, 4.0)
+    models = importlib.import_module("wan.modules.model")
+    e_std, e0_bias_std = (0.05, 1.0) if config["dim"] < 2000 else (0.25, 4.0)
     size = dict(dim=DIM, ffn_dim=2 * DIM, num_heads=4, num_layers=3, text_dim=64)
+    size |= {name: config[name] for name in ("model_type", "in_dim", "out_dim")}
+    if config["model_type"] not in ("i2v", "flf2v"):  # these cut their context at 512
+        size["text_len"] = TEXT
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if kind == "WanVace":
-            model = models.VaceWanModel(vace_in_dim=96, **size)
+        if config["model_type"] == "vace":
+            kind = importlib.import_module("wan.modules.vace_model").VaceWanModel
+            model = kind(vace_in_dim=96, **size)
         else:
-            model_type = {"WanI2V": "i2v", "WanFLF2V": "flf2v"}.get(kind, "t2v")
-            in_dim = 16 if model_type == "t2v" else 36
-            model = models.WanModel(model_type=model_type, in_dim=in_dim, **size)
+            model = models.WanModel(**size)
+        if hasattr(model, "img_emb"):  # of CLIP's 1280, narrow in between
+            model.img_emb.proj[1], model.img_emb.proj[3] = nn.Linear(1280, 32), nn.Linear(32, DIM)
         nn.init.normal_(model.time_embedding[2].weight, std=e_std)
         nn.init.normal_(model.time_embedding[2].bias)
         nn.init.normal_(model.time_projection[1].bias, std=e0_bias_std)
@@ -220,24 +280,36 @@ def make_model(kind: str, config: Any, seed: int) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def from_pretrained(folder: str | Path, subfolder: str = "", *, seed: int) -> nn.Module:
+    """In place of WanModel's; the two of A14B differ."""
+    config = json.loads((Path(folder) / subfolder / "config.json").read_text())
+    return make_model(config, seed + 1000 * (subfolder == "high_noise_model"))
+
+
 def make_checkpoint(folder: str | Path, task: str, cfg: Any, seed: int = 0) -> Path:
-    """A checkpoint folder with the files that Wan2.1's config ``cfg`` of a task names, all empty
-    but config.json and the time embedding of ``make_model``."""
+    """A checkpoint folder with the files that Wan's config ``cfg`` of a task names. They are sound
+    and tiny; of the transformers there is config.json and the time embedding of ``make_model``."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
     for part in ("t5_tokenizer", "clip_tokenizer"):
         if part in cfg:
             (folder / cfg[part]).mkdir(parents=True, exist_ok=True)
+            (folder / cfg[part] / "tokenizer.json").write_text("{}")
     for part in ("t5_checkpoint", "vae_checkpoint", "clip_checkpoint"):
         if part in cfg:
-            (folder / cfg[part]).touch()
-    config = {"dim": cfg["dim"], "model_type": task.split("-")[0].replace("t2i", "t2v")}
-    (folder / "config.json").write_text(json.dumps(config))
-    kinds = {"i2v": "WanI2V", "flf2v": "WanFLF2V", "vace": "WanVace"}
-    model = make_model(kinds.get(task.split("-")[0], "WanT2V"), cfg, seed)
-    tensors = {k: v for k, v in model.state_dict().items() if k.startswith("time_")}
-    save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
+            torch.save({"weight": torch.zeros(4)}, folder / cfg[part])
+    config = {name: cfg[name] for name in ("dim", "ffn_dim", "freq_dim", "num_heads", "num_layers")}
+    config["model_type"] = task.split("-")[0].replace("t2i", "t2v")
+    channels = 48 if config["model_type"] == "ti2v" else 16
+    config["in_dim"] = 36 if config["model_type"] in ("i2v", "flf2v") else channels
+    config["out_dim"] = channels
+    for name in [v for k, v in cfg.items() if k.endswith("_noise_checkpoint")] or [""]:
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "config.json").write_text(json.dumps(config))
+        weights = from_pretrained(folder, name, seed=seed).state_dict()
+        tensors = {k: v for k, v in weights.items() if k.startswith("time_")}
+        save_file(tensors, folder / name / "diffusion_pytorch_model.safetensors")
     return folder
 
 
@@ -246,54 +318,132 @@ def make_checkpoint(folder: str | Path, task: str, cfg: Any, seed: int = 0) -> P
 
 class Reference:
     """TeaCache as its text says it, on top of a stock run: every step computes all blocks, and on
-    a step that the method skips their output is thrown away for h + r; at order 1 that r is on the
-    line through the last two, three quarters of the way, unless they are more than 4 apart."""
+    a step that the method skips their output is thrown away for h + r.
 
-    def __init__(self, model: nn.Module, steps: int, job: dict[str, Any]):
-        self.steps, self.thresh = steps, job["thresh"]
-        self.use_ret_steps = job.get("use_ret_steps", False)
-        self.p, self.order = np.poly1d(job["coefficients"]), job.get("order", 0)
-        self.calls, self.a = 0, 0.0
+    Of a job: ``thresh``; ``method``, plain, ret or sigma, the first two with ``coefficients``;
+    ``guided_steps`` n, from step n on the unconditional call returns the conditional output;
+    ``order`` 1, r goes on along the line through the last two residuals u of the unconditional
+    branch and, apart, along that of the difference c - u, by g + g^2 + ... over the gaps of the
+    noise level, each with the g that was measured when the last step was computed.
+
+    A pipeline may have two models. The schedule is one over both, but nothing of one is of use to
+    the other: the first step of each is computed, and its residuals start anew.
+    """
+
+    def __init__(self, models: list[nn.Module], steps: int, job: dict[str, Any]):
+        self.steps, self.job, self.method = steps, job, job.get("method", "plain")
+        self.p, self.order = np.poly1d(job.get("coefficients", [0])), job.get("order", 0)
+        self.guided_steps = job.get("guided_steps", steps)
+        self.thresh = job["thresh"]
+        if isinstance(self.thresh, str):  # the report of a run that had its default
+            self.thresh = json.loads(Path(self.thresh).read_text())["config"]["thresh"]
+        self.calls, self.accumulated, self.model = 0, 0.0, None
         self.computed: list[bool] = []
-        self.r: dict[int, list[tuple[int, Tensor]]] = {0: [], 1: []}
-        signal = model.time_projection if self.use_ret_steps else model.time_embedding
-        signal.register_forward_hook(self.decide)
-        model.blocks[0].register_forward_pre_hook(self.enter)
-        model.blocks[-1].register_forward_hook(self.leave)
+        for model in models:
+            model.register_forward_pre_hook(functools.partial(self.call, model), with_kwargs=True)
+            model.register_forward_hook(self.returned)
+            signals = {"plain": "time_embedding", "ret": "time_projection"}
+            if self.method in signals:
+                signal = getattr(inner(model), signals[self.method])
+                signal.register_forward_hook(self.decide_by_signal)
+            inner(model).blocks[0].register_forward_pre_hook(self.enter)
+            inner(model).blocks[-1].register_forward_hook(self.leave)
 
-    def decide(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        i, self.branch = divmod(self.calls, 2)
+    def call(self, model: nn.Module, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.step, self.branch = divmod(self.calls, 2)
         self.calls += 1
         if self.branch == 1:
             return
-        m = output.double().numpy()
-        always = i < 5 if self.use_ret_steps else i in (0, self.steps - 1)
-        if not always:
-            d = np.abs(m - self.previous).mean() / np.abs(self.previous).mean()
-            self.a += self.p(d)
-        compute = bool(always or self.a >= self.thresh)
-        if compute:
-            self.a = 0.0
-        self.computed.append(compute)
+        t = kwargs["t"] if "t" in kwargs else args[1]
+        self.s = float(t.flatten()[-1]) / 1000  # ti2v's first frame, the first tokens, may have 0
+        self.first_of_model, self.model = model is not self.model, model
+        if self.first_of_model:
+            self.past: dict[int, list[tuple[float, Tensor]]] = {0: [], 1: []}
+            self.gain = {"c": 1.0, "u": 1.0, "c-u": 1.0}
+        if self.method == "sigma":
+            self.decide_by_sigma()
+
+    def decide_by_sigma(self) -> None:
+        def g(s: float) -> float:
+            return 0.33 + 0.66 * s
+
+        always = self.step < math.ceil(self.steps / 5) or self.step == self.steps - 1
+        change = 0.0 if self.step == 0 else abs(1 - g(self.s) / g(self.s_computed))
+        self.decide(always, change)
+        if self.computed[-1]:
+            self.s_computed = self.s
+
+    def decide_by_signal(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if self.branch == 1:
+            return
+        m = (output[:, -1] if output.dim() == 3 else output).double().numpy()
+        last = self.step == self.steps - 1
+        always = self.step < 5 if self.method == "ret" else self.step == 0 or last
+        change = 0.0
+        if self.step > 0:
+            change = self.p(np.abs(m - self.previous).mean() / np.abs(self.previous).mean())
         self.previous = m
+        self.decide(always, change)
+
+    def decide(self, always: bool, change: float) -> None:
+        always = always or self.first_of_model
+        if not always:
+            self.accumulated += change
+        compute = bool(always or self.accumulated >= self.thresh)
+        if compute:
+            self.accumulated = 0.0
+        self.computed.append(compute)
 
     def enter(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.h = args[0]
 
     def leave(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        step, past = len(self.computed) - 1, self.r[self.branch]
+        past = self.past[self.branch]
         if self.computed[-1]:
-            past.append((step, output - self.h))
+            past.append((self.s, output - self.h))
+            if self.branch == 1 or self.step >= self.guided_steps:
+                self.measure()
             return output
-        last, r = past[-1]
+        r = past[-1][1]
         if self.order and len(past) > 1:
-            before, old = past[-2]
-            gap, ahead = last - before, step - last
-            if gap <= 4:
-                ahead = 4 if ahead > 4 else ahead
-                ahead = 2 * gap if ahead > 2 * gap else ahead
-                r = torch.lerp(old, r, 1 + 0.75 * ahead / gap)
+            if self.branch == 1 or len(self.past[1]) < len(past):
+                r = self.onward(past, "u" if self.branch == 1 else "c")
+            else:
+                both = zip(past, self.past[1], strict=True)
+                apart = [(s, c - u) for (s, c), (_, u) in both]
+                r = self.onward(self.past[1], "u") + self.onward(apart, "c-u")
         return self.h + r
+
+    def onward(self, past: list[tuple[float, Tensor]], name: str) -> Tensor:
+        """To this step along the line through the last two."""
+        (s2, r2), (s1, r1) = past[-2:]
+        if s1 == s2:
+            return r1
+        g, k = self.gain[name], (self.s - s1) / (s1 - s2)
+        return r1 + (k if g == 1 else g * (1 - g**k) / (1 - g)) * (r1 - r2)
+
+    def measure(self) -> None:
+        """The gains, by what was computed at this step and at the two before it."""
+        c, u = self.past[0], self.past[1]
+        series = {"c": c}
+        if len(u) == len(c):
+            apart = [(s, one - other) for (s, one), (_, other) in zip(c, u, strict=True)]
+            series |= {"u": u, "c-u": apart}
+        for name, past in series.items():
+            if len(past) < 3:
+                continue
+            every = math.ceil(past[-1][1].size(1) / 1024)
+            (s2, r2), (s1, r1), (_, r) = [(s, x[:, ::every].double()) for s, x in past[-3:]]
+            length = float(((r1 - r2) ** 2).sum())
+            k = (self.s - s1) / (s1 - s2) if s1 != s2 else 0.0
+            if k:
+                g = float(((r - r1) * (r1 - r2)).sum()) / (k * length) if length else 0.0
+                self.gain[name] = min(max(g, 0.0), 1.0)
+
+    def returned(self, module: nn.Module, args: Any, output: list[Tensor]) -> list[Tensor] | None:
+        if self.branch == 0:
+            self.conditional = output
+        return self.conditional if self.step >= self.guided_steps else None
 
 
 def inner(model: nn.Module) -> nn.Module:
@@ -313,36 +463,48 @@ class Run:
 
     def __init__(self, job: dict[str, Any], out: Path):
         self.job, self.out = job, out
-        self.steps_asked = 0
-        self.ran: list[bool] = []  # by call of the model: did the first block run?
+        self.steps_asked = self.constructed = 0
+        self.ran: list[bool] = []  # by call of a model: did the first block run?
         self.vace_ran: list[bool] = []
-        self.model: nn.Module | None = None
+        self.which: list[int] = []  # by call of a model: which of the pipeline's?
+        self.decoded: list[int] = []  # by video: calls of models until it was decoded
+        self.models: list[nn.Module] = []
         self.reference: Reference | None = None
 
-    def watch(self, model: nn.Module) -> None:
+    def watch(self, models: list[nn.Module]) -> None:
         """Called at the end of a pipeline's constructor."""
 
-        def called(*_: Any) -> None:
+        def called(which: int, *_: Any) -> None:
             self.ran.append(False)
             self.vace_ran.append(False)
+            self.which.append(which)
 
-        self.model, wan_model = model, inner(model)
-        model.register_forward_pre_hook(called)
-        for name, ran in (("blocks", self.ran), ("vace_blocks", self.vace_ran)):
-            if hasattr(wan_model, name):
-                block = getattr(wan_model, name)[0]
-                block.register_forward_pre_hook(lambda *_, ran=ran: ran.__setitem__(-1, True))
+        self.constructed += 1
+        self.models = models
+        for i, model in enumerate(models):
+            model.register_forward_pre_hook(functools.partial(called, i))
+            for name, ran in (("blocks", self.ran), ("vace_blocks", self.vace_ran)):
+                if hasattr(inner(model), name):
+                    block = getattr(inner(model), name)[0]
+                    block.register_forward_pre_hook(lambda *_, ran=ran: ran.__setitem__(-1, True))
         if self.job["mode"] == "reference":
-            self.reference = Reference(wan_model, self.steps_asked, self.job)
-        self.before = state(model)
+            self.reference = Reference(models, self.steps_asked, self.job)
+        self.before = [state(model) for model in models]
+
+    def decoding(self) -> None:
+        """Called before the VAE decodes."""
+        if self.job.get("fails") == "decode":
+            raise torch.OutOfMemoryError("CUDA out of memory, says the test")
+        self.decoded.append(len(self.ran))
 
     def recorded(self, write: Callable) -> Callable:
-        """cache_video or cache_image, which also keep the frames of the run as they came."""
+        """A writer, which also keeps the frames of the run as they came."""
 
         @functools.wraps(write)
         def wrapper(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self.ran:  # else the script is only trying the writer
-                np.save(self.out / f"{self.job['name']}.npy", tensor.float().numpy())
+            if self.decoded:  # else the script is only trying the writer
+                ending = f".{len(self.decoded) - 1}" if len(self.decoded) > 1 else ""
+                np.save(self.out / f"{self.job['name']}{ending}.npy", tensor.float().numpy())
             return write(tensor, *args, **kwargs)
 
         return wrapper
@@ -351,12 +513,15 @@ class Run:
         def by_step(ran: list[bool]) -> list[list[bool]]:
             return [ran[i : i + 2] for i in range(0, len(ran), 2)]
 
-        has_vace = self.model is not None and hasattr(inner(self.model), "vace_blocks")
+        has_vace = any(hasattr(inner(model), "vace_blocks") for model in self.models)
         return {
             "steps": by_step(self.ran),  # [conditional ran the blocks, unconditional did]
             "vace_steps": by_step(self.vace_ran) if has_vace else None,
-            "restored": self.model is None or state(self.model) == self.before,
+            "models": self.which[::2],  # by step
+            "restored": not self.models or [state(model) for model in self.models] == self.before,
             "computed": self.reference and self.reference.computed,  # by the reference's decision
+            "constructed": self.constructed,  # pipelines
+            "decoded": [calls // 2 for calls in self.decoded],  # by video: steps until then
         }
 
 
@@ -364,13 +529,13 @@ class Run:
 
 
 class Harness:
-    """The imported Wan2.1, with small pipelines that tell ``self.run`` of their model."""
+    """The imported Wan, with small pipelines that tell ``self.run`` of their models."""
 
     run: Run
 
     def __init__(self) -> None:
         self.generate, self.wan = map(importlib.import_module, ("generate", "wan"))
-        self.writers = {name: getattr(self.generate, name) for name in WRITERS}
+        self.writers = {n: getattr(self.generate, n) for n in WRITERS if hasattr(self.generate, n)}
         self.flash = {
             module: module.flash_attention
             for name, module in sys.modules.items()
@@ -379,48 +544,71 @@ class Harness:
         self.pipelines = {
             name: vars(self.wan)[name] for name in PIPELINES if name in vars(self.wan)
         }
-        for name, kind in self.pipelines.items():
-            kind.__init__ = self.constructor(name, kind.__init__)
+        self.stand_in()
+        for kind in self.pipelines.values():
+            kind.device = property(lambda pipeline: CPU, lambda pipeline, device: None)
+            kind.__init__ = self.watched(kind.__init__)
         if "WanVace" in self.pipelines:
             prepare_small_sources(self.pipelines["WanVace"])
         self.shrink()
 
+    def stand_in(self) -> None:
+        """Put what is small in place of what is not, wherever it was imported to."""
+        small = {"T5EncoderModel": TextEncoder, "CLIPModel": CLIP}
+        small |= {"WanVAE": VAE, "Wan2_1_VAE": VAE, "Wan2_2_VAE": VAE48}
+        VAE.decoding = lambda: self.run.decoding()
+        modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "wan"]
+        shard_model = importlib.import_module("wan.distributed.fsdp").shard_model
+
+        def shard(model: nn.Module, device_id: Any, **kwargs: Any) -> nn.Module:
+            """Wan's own, but that nothing is synced, which FSDP has on GPUs only: the ranks'
+            weights are the same ones."""
+            return shard_model(model, CPU, **{**kwargs, "sync_module_states": False})
+
+        def load(folder: str, subfolder: str = "") -> nn.Module:
+            return from_pretrained(folder, subfolder, seed=self.run.job.get("seed", 0))
+
+        for module in modules:
+            for name in {*small, "shard_model"} & set(vars(module)):
+                setattr(module, name, small.get(name, shard))
+            for name in {"WanModel", "VaceWanModel"} & set(vars(module)):
+                getattr(module, name).from_pretrained = staticmethod(load)
+
     def shrink(self) -> None:
-        """About 1/8 of every side, in multiples of 16, under the names of the full sizes."""
+        """About 1/16 of every side, in multiples of 16, under the names of the full sizes. Of
+        ti2v's sizes 1/8: they are multiples of 32."""
         sizes, areas = self.generate.SIZE_CONFIGS, self.generate.MAX_AREA_CONFIGS
         for name, size in sizes.items():
-            sizes[name] = tuple(round(side / 128) * 16 for side in size)
+            part = 8 if 704 in size else 16
+            sizes[name] = tuple(round(side / part / 16) * 16 for side in size)
         for name in areas:
             areas[name] = math.prod(sizes[name])
 
-    def constructor(self, name: str, stock: Callable) -> Callable:
-        """A pipeline's ``__init__`` with the stock one's signature."""
-        signature = inspect.signature(stock)
+    def watched(self, stock: Callable) -> Callable:
+        """A pipeline's constructor."""
 
         @functools.wraps(stock)
         def __init__(pipeline: Any, *args: Any, **kwargs: Any) -> None:
-            given = signature.bind(pipeline, *args, **kwargs)
-            given.apply_defaults()
-            asked = SimpleNamespace(**given.arguments)
-            vars(pipeline).update(settings(asked))
-            model = make_model(name, asked.config, self.run.job.get("seed", 0))
-            if asked.use_usp:
-                use_usp(model)
-            pipeline.model = shard(model) if asked.dit_fsdp else model
-            self.run.watch(pipeline.model)
+            stock(pipeline, *args, **kwargs)
+            names = ("model", "high_noise_model", "low_noise_model")
+            self.run.watch([vars(pipeline)[name] for name in names if name in vars(pipeline)])
 
         return __init__
 
     def do(self, run: Run) -> None:
         """Run a job as if it were the first one."""
         self.run, job = run, run.job
+        Autocast.float32 = job.get("float32", False)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        prepare_xfuser()
         for name, kind in self.pipelines.items():
             setattr(self.wan, name, kind)
         for name, write in self.writers.items():
             setattr(self.generate, name, run.recorded(write))
         for module, flash in self.flash.items():
             module.flash_attention = flash if job["mode"] == "teacache" else attention
-        argv = self.with_checkpoint(job["argv"], run.out)
+        argv = [left_in(flag) for flag in self.with_checkpoint(job["argv"], run.out)]
         if job["mode"] == "teacache":
             script = importlib.import_module("teacache_generate")
             script.main([*argv, "--wan_repo", str(Path(self.generate.__file__).parent)])
@@ -433,43 +621,20 @@ class Harness:
     def with_checkpoint(self, argv: list[str], out: Path) -> list[str]:
         if "AUTO" not in argv:
             return argv
-        task = argv[argv.index("--task") + 1] if "--task" in argv else "t2v-14B"
-        folder = out / f"checkpoint-{task}-rank{os.getenv('RANK', '0')}"
         configs = self.generate.WAN_CONFIGS
+        task = argv[argv.index("--task") + 1] if "--task" in argv else next(iter(configs))
+        folder = out / f"checkpoint-{task}-rank{os.getenv('RANK', '0')}"
         seed = self.run.job.get("seed", 0)
-        make_checkpoint(folder, task, configs.get(task, configs["t2v-14B"]), seed)
+        make_checkpoint(folder, task, configs.get(task, next(iter(configs.values()))), seed)
         return [str(folder) if argument == "AUTO" else argument for argument in argv]
 
 
-def settings(asked: SimpleNamespace) -> dict[str, Any]:
-    """The attributes that the pipelines' ``generate`` reads, but for the model."""
-    text_encoder = TextEncoder()
-    if asked.t5_fsdp:
-        text_encoder.model = shard(text_encoder.model)
-    as_configured = ("num_train_timesteps", "param_dtype", "vae_stride", "patch_size")
-    return {
-        **{name: asked.config[name] for name in (*as_configured, "sample_neg_prompt")},
-        **{name: getattr(asked, name) for name in ("config", "rank", "t5_cpu", "use_usp")},
-        **{"device": CPU, "text_encoder": text_encoder, "vae": VAE(), "clip": CLIP()},
-        "sp_size": dist.get_world_size() if asked.use_usp else 1,
-    }
-
-
-def use_usp(model: nn.Module) -> None:
-    """Ulysses and ring as the stock constructors set them up: forwards set on the instances."""
-    usp = importlib.import_module("wan.distributed.xdit_context_parallel")
-    for block in [*model.blocks, *getattr(model, "vace_blocks", ())]:
-        block.self_attn.forward = MethodType(usp.usp_attn_forward, block.self_attn)
-    model.forward = MethodType(usp.usp_dit_forward, model)
-    if hasattr(model, "vace_blocks"):
-        model.forward_vace = MethodType(usp.usp_dit_forward_vace, model)
-
-
-def shard(model: nn.Module) -> nn.Module:
-    """FSDP by Wan2.1's own wrapping. The ranks' weights are the same ones: there is no syncing,
-    which FSDP has on GPUs only."""
-    shard_model = importlib.import_module("wan.distributed.fsdp").shard_model
-    return shard_model(model, CPU, param_dtype=torch.float32, sync_module_states=False)
+def left_in(flag: str) -> str:
+    """LEFT:FOLDER is the file that an earlier job left in a folder, beside videos and pictures."""
+    if not flag.startswith("LEFT:"):
+        return flag
+    files = Path(flag.removeprefix("LEFT:")).iterdir()
+    return next((str(file) for file in files if file.suffix not in (".mp4", ".png")), flag)
 
 
 class Side(int):
@@ -477,7 +642,7 @@ class Side(int):
     prepare_source takes."""
 
     def __mul__(self, other: int) -> int:
-        return 720 * 1280 if int(self) * int(other) > 10_000 else 480 * 832
+        return 720 * 1280 if int(self) * int(other) > 2_000 else 480 * 832
 
 
 def prepare_small_sources(vace: Any) -> None:
@@ -487,7 +652,7 @@ def prepare_small_sources(vace: Any) -> None:
 
     class SmallVideoProcessor(processor):  # type: ignore[misc,valid-type]
         def set_area(self, area: int) -> None:
-            super().set_area(area // 64)
+            super().set_area(area // 256)
 
     def prepare_source(self: Any, *sources: Any) -> Any:
         *others, size, _ = sources
@@ -517,7 +682,7 @@ def attempt(harness: Harness, run: Run) -> tuple[int, str | None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repo", type=Path, required=True, help="Wan2.1's folder")
+    parser.add_argument("--repo", type=Path, required=True, help="Wan2.1's or Wan2.2's folder")
     parser.add_argument("jobs", type=Path)
     parser.add_argument("out", type=Path)
     given = parser.parse_args()

@@ -99,8 +99,9 @@ def test_the_video_is_that_of_the_method_written_plainly(
         ours = pipeline.generate(*inputs, **settings)
     assert cache.residuals == {}
     stock = pipeline.generate(*inputs, **settings)
-    method = {"thresh": thresh, "coefficients": coefficients, "use_ret_steps": use_ret_steps}
-    reference = Reference(pipeline.model, steps, method)
+    method = "ret" if use_ret_steps else "plain"
+    settings_of_it = {"thresh": thresh, "coefficients": coefficients, "method": method}
+    reference = Reference([pipeline.model], steps, settings_of_it)
     expected = pipeline.generate(*inputs, **settings)
     assert [step.computed for step in cache.schedule.steps] == reference.computed
     assert 10 < sum(reference.computed) < 45

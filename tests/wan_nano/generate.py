@@ -70,15 +70,11 @@ def _validate_args(args: argparse.Namespace) -> None:
     assert args.task in WAN_CONFIGS and args.task in EXAMPLE_PROMPT, f"Unsupported {args.task=}"
     sizes = SUPPORTED_SIZES[args.task]
     assert args.size in sizes, f"Unsupported {args.size=}: one of {', '.join(sizes)}"
-    assert not args.use_prompt_extend, "The miniature cannot extend prompts."
-    if args.sample_steps is None:
-        args.sample_steps = 40 if "i2v" in args.task else 50
-    if args.sample_shift is None:
-        args.sample_shift = 5.0
-    if args.frame_num is None:
-        args.frame_num = 17
-    if args.base_seed < 0:
-        args.base_seed = random.randint(0, sys.maxsize)
+    steps = 40 if "i2v" in args.task else 50
+    defaults = {"sample_steps": steps, "sample_shift": 5.0, "frame_num": 17}
+    for name, value in defaults.items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    args.base_seed = args.base_seed if args.base_seed >= 0 else random.randrange(2**63)
 
 
 def _init_logging(rank: int) -> None:
@@ -114,6 +110,7 @@ def generate(args: argparse.Namespace) -> None:
     _init_logging(rank)
     if args.offload_model is None:
         args.offload_model = world_size == 1
+    assert not args.use_prompt_extend, "The miniature cannot extend prompts."
     torch.set_num_threads(1)
     _init_processes(args, local_rank, world_size)
     args.prompt = args.prompt or EXAMPLE_PROMPT[args.task]["prompt"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import imageio
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -36,13 +37,18 @@ def cache_video(
     value_range: tuple[float, float] = (-1, 1),
     retry: int = 5,
 ) -> str | None:
-    """Write [B, 3, F, H, W] by H.264. Returns the file, or prints why there is none."""
+    """Write [B, 3, F, H, W] by H.264. Returns the file, or prints why there is none.
+
+    As in Wan2.1 a second try is given the bytes that the first one made, fails on them, and so only
+    that is printed: the reason of the first is known with ``retry=1`` alone.
+    """
     target = save_file or tempfile.mktemp(suffix=f".{suffix.lstrip('.')}")
     error: Exception | None = None
     for _ in range(retry):
         try:
+            tensor = torch.from_numpy(grid_frames(tensor, nrow, normalize, value_range))
             with imageio.get_writer(target, fps=fps, codec="libx264", quality=8) as writer:
-                for frame in grid_frames(tensor, nrow, normalize, value_range):
+                for frame in tensor.numpy():
                     writer.append_data(frame)
             return target
         except Exception as caught:

@@ -1,0 +1,181 @@
+"""The script on the real Wan2.2, small and on a CPU, against stock and an independent reference.
+
+As test_real_wan.py, by the same ``real_wan.py``, in processes of their own.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from real_cases import (
+    CATS,
+    LINES,
+    Case,
+    check,
+    frames,
+    guided_until,
+    jobs_file,
+    jobs_of_all,
+    left,
+    order_1,
+    run,
+    single_of,
+    with_row,
+    with_sigma,
+)
+
+WAN = Path(os.getenv("WAN22_REPO", "~/.cache/teacache4wan/Wan2.2")).expanduser()
+
+if not (WAN / "generate.py").is_file():
+    pytest.skip(f"no real Wan2.2 at {WAN} (or $WAN22_REPO): not tried", allow_module_level=True)
+
+
+def command(task: str, size: str, *flags: str) -> list[str]:
+    common = ["--task", task, "--size", size, "--ckpt_dir", "AUTO", "--prompt", CATS]
+    return [*common, "--base_seed", "42", *flags]
+
+
+IMAGE = ("--image", str(WAN / "examples" / "i2v_input.JPG"))
+T2V = command("t2v-A14B", "832*480")
+I2V = command("i2v-A14B", "832*480", *IMAGE)
+TI2V = command("ti2v-5B", "1280*704", "--frame_num", "33")  # 9 x 15 tokens: two ranks pad it
+TI2V_IMAGE = command("ti2v-5B", "1280*704", "--frame_num", "33", *IMAGE)
+TASKS = {"t2v": T2V, "i2v": I2V, "ti2v": TI2V, "ti2v-image": TI2V_IMAGE}
+DPM = ("--sample_solver", "dpm++")
+CASES = {
+    **{name: with_sigma(flags) for name, flags in TASKS.items()},
+    **{f"{name}-dpm": with_sigma([*flags, *DPM]) for name, flags in TASKS.items()},
+    **{f"{name}-order-1": order_1(with_sigma(flags, thresh=0.2)) for name, flags in TASKS.items()},
+    "t2v-low-thresh": with_sigma(T2V, thresh=0.05),
+    "t2v-20-steps": with_sigma([*T2V, "--sample_steps", "20", "--sample_shift", "5"], thresh=0.2),
+    "t2v-bfloat16": with_sigma([*T2V, "--convert_model_dtype"], thresh=0.2),
+    "t2v-no-offload": with_sigma([*T2V, "--offload_model", "False"], thresh=0.2),
+    "ti2v-121": with_sigma(command("ti2v-5B", "1280*704"), thresh=0.2),
+    "ti2v-guide-until": guided_until(with_sigma(TI2V, thresh=0.2), 0.5, 25),
+    "t2v-guide-until": guided_until(with_sigma(T2V, thresh=0.2), 0.75, 30),
+    "t2v-speedup": with_sigma(T2V, "--teacache_speedup", "2"),
+    # Borrowed rows, which look at the last token's e: of ti2v's first frame it does not move.
+    "t2v-row": with_row("t2v-14B", T2V, "--teacache_model", "t2v-14B"),
+    "i2v-row-ret": with_row(
+        "i2v-14B-480P", I2V, "--teacache_model", "i2v-14B-480P", "--use_ret_steps"
+    ),
+    "ti2v-image-row": with_row("t2v-14B", TI2V_IMAGE, "--teacache_model", "t2v-14B"),
+}
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory) -> tuple[Path, str]:
+    """All jobs of one process: their folder, and what they printed."""
+    out = tmp_path_factory.mktemp("head")
+    jobs = jobs_of_all(CASES, CASES, out)
+
+    def teacache(name: str, argv: list[str], **more: str) -> None:
+        jobs.append({"name": name, "mode": "teacache", "argv": argv, **more})
+
+    for name, flags in TASKS.items():
+        video = ["--save_file", str(out / "off.mp4")]
+        teacache(f"{name}.off", [*flags, "--teacache_thresh", "0", *video])
+    teacache("jobs", [*T2V, "--teacache_jobs", str(jobs_file(out, "jobs"))])
+    jobs += [single_of(line, T2V, out, f"line.{i}") for i, line in enumerate(LINES)]
+    for name in ("t2v", "ti2v"):
+        folder = out / f"decode-{name}"
+        folder.mkdir()
+        argv = [*TASKS[name], "--save_file", str(folder / "video.mp4")]
+        teacache(f"{name}.fails", argv, fails="decode")
+        teacache(f"{name}.decode", [*argv, "--teacache_decode", f"LEFT:{folder}"])
+    return out, run(WAN, jobs, out)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_task_computes_the_steps_of_the_method_and_its_frames(head, name):
+    check(head[0], name, CASES)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_threshold_zero_is_stock_to_the_bit(head, name):
+    out, _ = head
+    assert np.array_equal(frames(out, f"{name}.off"), frames(out, f"{name}.stock"))
+    assert all(map(all, left(out, f"{name}.off")["steps"]))
+
+
+@pytest.mark.parametrize("name", ["t2v", "i2v", "t2v-dpm", "i2v-order-1", "t2v-row"])
+def test_both_experts_skip_and_each_begins_with_a_computed_step(head, name):
+    seen = left(head[0], f"{name}.teacache")
+    computed = [conditional for conditional, _ in seen["steps"]]
+    switch = seen["models"].index(1)  # high_noise_model is 0, low_noise_model is 1
+    assert seen["models"] == [0] * switch + [1] * (len(computed) - switch)
+    assert computed[0] and computed[switch]
+    assert not all(computed[:switch])
+    assert not all(computed[switch:])
+
+
+def test_a_file_of_jobs_loads_once_and_makes_the_videos_of_single_runs(head):
+    out, _ = head
+    seen = left(out, "jobs")
+    assert (seen["exit"], seen["error"]) == (0, None)
+    assert (seen["constructed"], seen["restored"]) == (1, True)
+    assert seen["decoded"] == [40, 80, 120]
+    for i in range(len(LINES)):
+        together = frames(out, "jobs" if i == 0 else f"jobs.{i}")
+        assert np.array_equal(together, frames(out, f"line.{i}"))
+
+
+@pytest.mark.parametrize("name", ["t2v", "ti2v"])
+def test_latents_that_could_not_be_decoded_are_decoded_later_without_a_model(head, name):
+    out, _ = head
+    assert left(out, f"{name}.fails")["exit"] != 0
+    assert left(out, f"{name}.decode")["exit"] == 0
+    assert left(out, f"{name}.decode")["steps"] == []
+    assert np.array_equal(frames(out, f"{name}.decode"), frames(out, f"{name}.teacache"))
+    (video,) = (out / f"decode-{name}").iterdir()  # the latents are gone
+    assert video.stat().st_size > 0
+
+
+PARALLEL = {
+    "ulysses": ["--ulysses_size", "2"],
+    "fsdp": ["--dit_fsdp"],
+    "all": ["--ulysses_size", "2", "--dit_fsdp", "--t5_fsdp"],
+}
+MANY = ("t2v", "i2v-order-1", "ti2v", "ti2v-image", "t2v-row", "t2v-guide-until")
+
+
+def in_parallel(case: Case, parallel: str) -> Case:
+    return Case([*case.flags, *PARALLEL[parallel]], case.ours, case.reference)
+
+
+TWO = {f"{name}.{way}": in_parallel(CASES[name], way) for name in MANY for way in PARALLEL}
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("two")
+    argv = [*in_parallel(CASES["t2v"], "all").flags, "--teacache_jobs"]
+    together = {"name": "jobs", "mode": "teacache", "argv": [*argv, str(jobs_file(out, "jobs"))]}
+    return out, run(WAN, [*jobs_of_all(TWO, TWO, out), together], out, processes=2)
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_two_processes_skip_alike_and_give_the_frames_of_the_reference(two_processes, name):
+    out, _ = two_processes
+    check(out, name, TWO)
+    first, second = (left(out, f"{name}.teacache", rank) for rank in (0, 1))
+    assert (second["exit"], second["error"], second["restored"]) == (0, None, True)
+    assert second["steps"] == first["steps"]
+
+
+@pytest.mark.parametrize("name", ["t2v", "ti2v-image"])
+def test_ulysses_gives_the_frames_of_one_process(head, two_processes, name):
+    """FSDP's bfloat16 weights round otherwise, stock's too."""
+    one = frames(head[0], f"{name}.teacache")
+    assert np.array_equal(frames(two_processes[0], f"{name}.ulysses.teacache"), one)
+
+
+def test_a_file_of_jobs_in_two_processes(two_processes):
+    """Wan2.2 destroys the process group after each video."""
+    out, _ = two_processes
+    for rank in (0, 1):
+        seen = left(out, "jobs", rank)
+        assert (seen["exit"], seen["error"], seen["constructed"]) == (0, None, 1)
+    assert np.array_equal(frames(out, "jobs"), frames(out, "t2v.all.teacache"))
+    assert np.array_equal(frames(out, "jobs.2"), frames(out, "t2v.all.stock"))
