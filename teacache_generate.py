@@ -245,7 +245,8 @@ class Schedule:
         if self.config.mode == SIGMA:
             last_computed = next(step for step in reversed(self.steps) if step.computed)
             return abs(1 - residual_norm(timestep) / residual_norm(last_computed.timestep))
-        return float(np.polyval(self.config.coefficients, distance))
+        known = math.nan if distance is None else distance
+        return float(np.polyval(self.config.coefficients, known))
 
     def overrule(self, computed: bool) -> None:
         """Put another decision in the place of the last one: that of rank 0."""
