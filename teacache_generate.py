@@ -715,7 +715,7 @@ class TeaCache:
         """Let go of models and tensors; decisions, times and drifts stay."""
         self.residuals = Residuals()
         self.measured.clear()
-        self.signal = self.timestep = self.output = self.anchor = None
+        self.signal = self.timestep = self.output = self.anchor = self.active = None
 
     @property
     def seconds(self) -> float:
