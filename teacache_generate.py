@@ -641,7 +641,7 @@ class TeaCache:
             return
         rows = torch.stack([sums for _, sums in self.measured]).tolist()
         for (step, _), (size, held, line) in zip(self.measured, rows, strict=True):
-            if size > 0:
+            if size > 0 and math.isfinite(size + held + line):
                 self.drifts.append(Drift(step, held / size, line / size))
         self.measured.clear()
 
