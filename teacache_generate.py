@@ -726,7 +726,8 @@ class TeaCache:
     def speedup(self) -> float:
         """Against stock's 2 * steps passes, at the median seconds of the passes that were run."""
         seconds = np.diff(self.marks[1:])  # of each step: from its decision to the next
-        passes = [seconds[i] / (1 + self.config.is_guided(i)) for i in self.schedule.computed]
+        whole = [i for i in self.schedule.computed if i < len(seconds)]  # not one that was stopped
+        passes = [seconds[i] / (1 + self.config.is_guided(i)) for i in whole]
         return float(np.median(passes)) * 2 * len(seconds) / self.seconds
 
     def drift(self, order: int) -> float | None:
@@ -737,7 +738,7 @@ class TeaCache:
     def summary(self) -> str:
         """What was computed, how long it took, what it saved and how far off it was, in a line."""
         schedule = self.schedule
-        if not schedule.computed:
+        if len(self.marks) < 3:  # begin, decision, end
             return "TeaCache: no step was taken"
         text = (
             f"TeaCache: computed {len(schedule.computed)} of {len(schedule.steps)} steps "
