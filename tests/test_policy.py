@@ -12,10 +12,9 @@ import teacache_generate
 from teacache_generate import (
     ROWS,
     Anchor,
-    Branch,
+    Residuals,
     Schedule,
     TeaCacheConfig,
-    log_snr,
     plan,
     plan_speedup,
     ranges,
@@ -260,29 +259,23 @@ def test_by_default_sigma_computes_half_of_the_steps_and_skips_at_most_6_in_a_ro
         assert 1 <= found.longest_skip <= 6, steps
 
 
-# ------------------------------------------------------------------------ order 1's way and reach
-
-
-@pytest.mark.parametrize(
-    ("timestep", "expected"),
-    [
-        *((500, 0.0), (750, math.log(3)), (100, -math.log(9))),
-        *((1000, math.log(999)), (0, -math.log(999)), (999.9, math.log(999))),
-    ],
-)
-def test_log_snr_is_finite_and_grows_with_the_noise_also_at_its_ends(timestep, expected):
-    assert log_snr(timestep) == pytest.approx(expected)
+# ------------------------------------------------------------------------------- order 1's reach
 
 
 def test_reach_counts_in_gaps_of_the_last_two_computed_steps():
-    assert reach(1.0, 2.0, 4.0) == 0.5
-    assert reach(-2.0, 2.0, 4.0) == 2.0
+    assert reach(0.5, 0.6, 0.8) == pytest.approx(0.5)
+    assert reach(0.2, 0.6, 0.8) == pytest.approx(2.0)
 
 
-def test_reach_is_to_hold_where_the_computed_steps_coincide():
-    assert reach(1.0, 2.0, 2.0) == 0.0
-    assert reach(*map(log_snr, (990, 1000, 1000))) == 0.0
-    assert reach(*map(log_snr, (990, 999.5, 1000))) == 0.0  # both at the end of the scale
+@pytest.mark.parametrize("level", [0.0, 0.3, 1.0])
+def test_reach_is_to_hold_where_the_computed_steps_are_at_one_level(level):
+    assert reach(0.2, level, level) == 0.0
+    assert reach(level, level, level) == 0.0
+
+
+@pytest.mark.parametrize("levels", [(0.0, 0.5, 1.0), (0.0, 0.0, 1.0), (1.0, 1.0, 0.5)])
+def test_reach_is_finite_at_both_ends_of_the_noise(levels):
+    assert math.isfinite(reach(*levels))
 
 
 SCHEDULES = {  # the three kinds of the published comparison: of 50 steps, and of 40
@@ -305,14 +298,13 @@ def norm_errors(model: str, computed: list[int]) -> tuple[float, float]:
     """Mean error in per cent of held and of extrapolated norms, on the skipped steps."""
     norms = np.cumprod([1.0, *NORMS[model]["ratios"]])
     timesteps = wan_timesteps(len(norms), NORMS[model]["shift"])
-    branch, errors = Branch(), []
-    for step, (norm, x) in enumerate(zip(norms, map(log_snr, timesteps), strict=True)):
-        residual = torch.full((1, 1, 1), norm)
+    known, errors = Residuals(), []
+    for step, (norm, timestep) in enumerate(zip(norms, timesteps, strict=True)):
+        residual, level = {0: torch.full((1, 1, 1), norm)}, timestep / 1000
         if step in computed:
-            branch.measure(x, residual)
-            branch.add(Anchor(x, residual, residual))
+            known.add(Anchor(level, residual, residual))
         else:
-            guesses = [branch.guess(x, order).item() for order in (0, 1)]
+            guesses = [known.guess(level, 0, order).item() for order in (0, 1)]
             errors.append([100 * abs(guess / norm - 1) for guess in guesses])
     held, line = np.mean(errors, axis=0)
     return held, line
@@ -403,15 +395,12 @@ def test_steps_are_told_in_ranges():
         ({"mode": "retention", "order": 1}, "nnnyyyyn"),
         ({"thresh": 0.0}, "nnnnnnnn"),
         ({"switch": 3}, "yynyyynn"),
-        ({"guided_steps": 4, "branch": 0}, "yyyyyynn"),
-        ({"guided_steps": 4, "branch": 1}, "yyynnnnn"),
-        ({"guided_steps": 0, "branch": 1}, "nnnnnnnn"),
+        ({"guided_steps": 4}, "yyyyyynn"),
     ],
 )
 def test_a_residual_is_kept_while_a_later_step_may_use_it(settings, kept):
-    branch = settings.get("branch", 0)
-    config = made(8, **{"thresh": 1.0} | {k: v for k, v in settings.items() if k != "branch"})
-    assert "".join("ny"[config.keeps(step, branch)] for step in range(8)) == kept
+    config = made(8, **{"thresh": 1.0, **settings})
+    assert "".join("ny"[config.keeps(step)] for step in range(8)) == kept
 
 
 # ---------------------------------------------------------------------------------- target speed-up
