@@ -2373,7 +2373,7 @@ def is_fitted(row: Row, args: argparse.Namespace) -> bool:
 def announce(job: Job) -> None:
     """What will be computed, in one line, before anything is loaded."""
     config, planned = job.config, job.planned
-    if config.thresh == 0 and config.guided_steps is None:
+    if config.thresh == 0 and config.guided_steps is None and not job.by_default:
         does = "off: stock Wan"
     elif planned.passes == 2 * config.steps:
         does = f"computes all {config.steps} steps: nothing is gained"
