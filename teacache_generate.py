@@ -2270,7 +2270,12 @@ def read_coefficients(file: Path) -> Row:
                     raise ValueError(f"{mode}: {name} must be finite numbers")
             if min(modes[mode].thresholds) < 0:
                 raise ValueError(f"{mode}: a threshold is below 0")
-        return Row(**modes, **content)
+        row = Row(**modes, **content)
+        if not (isinstance(row.steps, int) and isinstance(row.shift, (int, float))):
+            raise ValueError("steps and shift must be numbers")
+        if not isinstance(row.solver, str):
+            raise ValueError("solver must be a name")
+        return row
 
 
 @dataclass(frozen=True)
