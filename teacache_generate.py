@@ -1265,8 +1265,9 @@ def check_numbers(wan: Wan, args: argparse.Namespace) -> None:
 
 
 def uses_xfuser(args: argparse.Namespace) -> bool:
-    """Whether the tokens are split over the processes by xfuser, as Wan2.1 does it."""
-    return hasattr(args, "ring_size") and args.ulysses_size * args.ring_size > 1
+    """Whether the tokens are split over the processes by xfuser: Wan2.1 does, Wan2.2 does not."""
+    split = args.ulysses_size * getattr(args, "ring_size", 1) > 1
+    return split and importlib.util.find_spec("wan.distributed.xdit_context_parallel") is not None
 
 
 def damage(file: Path) -> str | None:
