@@ -231,7 +231,8 @@ class Schedule:
 
     def decide(self, timestep: float, distance: float | None) -> bool:
         """Take the next step: True to compute it, False to reuse the last residual."""
-        if self.config.always_computes(len(self.steps)):
+        nothing_to_compare = distance is None and self.config.mode != SIGMA
+        if self.config.always_computes(len(self.steps)) or nothing_to_compare:
             self.steps.append(Step(timestep, distance, None, 0.0, computed=True))
             return True
         increment, before = self.increment(timestep, distance), self.steps[-1]
@@ -714,7 +715,7 @@ class TeaCache:
         """Let go of models and tensors; decisions, times and drifts stay."""
         self.residuals = Residuals()
         self.measured.clear()
-        self.signal = self.timestep = self.output = self.anchor = None
+        self.signal = self.timestep = self.output = self.anchor = self.active = None
 
     @property
     def seconds(self) -> float:
