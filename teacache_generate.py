@@ -231,7 +231,8 @@ class Schedule:
 
     def decide(self, timestep: float, distance: float | None) -> bool:
         """Take the next step: True to compute it, False to reuse the last residual."""
-        if self.config.always_computes(len(self.steps)):
+        nothing_to_compare = distance is None and self.config.mode != SIGMA
+        if self.config.always_computes(len(self.steps)) or nothing_to_compare:
             self.steps.append(Step(timestep, distance, None, 0.0, computed=True))
             return True
         increment, before = self.increment(timestep, distance), self.steps[-1]
@@ -245,8 +246,7 @@ class Schedule:
         if self.config.mode == SIGMA:
             last_computed = next(step for step in reversed(self.steps) if step.computed)
             return abs(1 - residual_norm(timestep) / residual_norm(last_computed.timestep))
-        known = math.nan if distance is None else distance
-        return float(np.polyval(self.config.coefficients, known))
+        return float(np.polyval(self.config.coefficients, distance))
 
     def overrule(self, computed: bool) -> None:
         """Put another decision in the place of the last one: that of rank 0."""
@@ -1267,8 +1267,9 @@ def check_numbers(wan: Wan, args: argparse.Namespace) -> None:
 
 
 def uses_xfuser(args: argparse.Namespace) -> bool:
-    """Whether the tokens are split over the processes by xfuser, as Wan2.1 does it."""
-    return hasattr(args, "ring_size") and args.ulysses_size * args.ring_size > 1
+    """Whether the tokens are split over the processes by xfuser: Wan2.1 does, Wan2.2 does not."""
+    split = args.ulysses_size * getattr(args, "ring_size", 1) > 1
+    return split and importlib.util.find_spec("wan.distributed.xdit_context_parallel") is not None
 
 
 def damage(file: Path) -> str | None:

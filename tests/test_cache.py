@@ -16,11 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import teacache_generate
 from teacache_generate import (
-    Anchor,
     Drift,
-    Residuals,
     TeaCacheConfig,
-    along,
     relative_l1,
     sdpa_attention,
     shadow,
@@ -227,81 +224,7 @@ def test_vace_runs_its_blocks_on_computed_steps_only():
     assert model.vace_runs == 6
 
 
-# ------------------------------------------------------------------------------ order 1: its gain
-
-
-CONDITIONAL, UNCONDITIONAL, DIFFERENCE = 0, 1, 2
-
-
-def vector(*values: float) -> torch.Tensor:
-    return torch.tensor([[[float(value)] for value in values]])
-
-
-def residuals_of(*anchors: tuple) -> Residuals:
-    """Computed steps, oldest first: noise level, conditional residual, unconditional if any."""
-    residuals = Residuals()
-    for level, *of_branches in anchors:
-        found = dict(enumerate(of_branches))
-        residuals.add(Anchor(level, found, dict(found)))
-    return residuals
-
-
-@pytest.mark.parametrize(
-    ("level", "true", "gain"),
-    [
-        (0.7, (3.0, 3.0), 0.8),  # D (1, 2), k 1: <(2, 1), D> / <D, D> = 4 / 5
-        (0.6, (3.0, 3.0), 0.4),  # k 2
-        (0.75, (1.5, 2.5), 0.6),  # k 1/2: 1.5 / (5 / 2)
-        (0.7, (2.0, 4.0), 1.0),  # on the line
-        (0.7, (9.0, 9.0), 1.0),  # beyond it: 22 / 5
-        (0.7, (2.0, 1.0), 0.0),  # (1, -1): -1 / 5
-        (0.7, (1.0, 2.0), 0.0),  # nothing has changed
-        (0.7, (3.0, 1.0), 0.0),  # across it
-    ],
-)
-def test_the_gain_is_the_share_of_the_line_that_the_residual_has_gone(level, true, gain):
-    residuals = residuals_of((0.9, vector(0, 0)), (0.8, vector(1, 2)), (level, vector(*true)))
-    assert residuals.gains[CONDITIONAL].item() == pytest.approx(gain)
-
-
-def test_the_gains_of_the_unconditional_residual_and_of_the_difference_are_measured_apart():
-    residuals = residuals_of(
-        (0.9, vector(0), vector(0)),
-        (0.8, vector(3), vector(2)),  # the difference is 1
-        (0.7, vector(4), vector(2.5)),  # and 1.5: half of the way; the unconditional a quarter
-    )
-    assert residuals.gains[UNCONDITIONAL].item() == pytest.approx(0.25)
-    assert residuals.gains[DIFFERENCE].item() == pytest.approx(0.5)
-    assert residuals.gains[CONDITIONAL].item() == pytest.approx(1 / 3)
-    # one gap on, from 2.5 by .25 of .5; the difference from 1.5 by .5 of .5
-    assert residuals.guess(0.6, UNCONDITIONAL, 1).item() == pytest.approx(2.625)
-    assert residuals.guess(0.6, CONDITIONAL, 1).item() == pytest.approx(2.625 + 1.75)
-    assert residuals.guess(0.6, UNCONDITIONAL, 0).item() == 2.5
-    assert residuals.guess(0.6, CONDITIONAL, 0).item() == 4.0
-
-
-@pytest.mark.parametrize(
-    ("gain", "gaps", "way"),
-    [
-        *((0.5, 1, 0.5), (0.5, 2, 0.75), (0.5, 3, 0.875), (0.25, 2, 0.3125), (0.25, 0.5, 1 / 6)),
-        *((0.0, 1, 0.0), (0.0, 3, 0.0), (0.5, 0, 0.0)),
-        *((1.0, 1, 1.0), (1.0, 2.5, 2.5), (1.0, 0, 0.0)),
-    ],
-)
-def test_each_gap_along_the_line_is_a_gain_shorter_than_the_one_before(gain, gaps, way):
-    found = along(torch.tensor(gain, dtype=torch.float64), gaps).item()
-    assert found == pytest.approx(way, abs=1e-6)
-
-
-def test_the_gain_is_1_until_it_is_measured_with_two_residuals_behind():
-    residuals = residuals_of((0.9, vector(1)), (0.8, vector(1.5)))
-    assert [gain.item() for gain in residuals.gains] == [1.0, 1.0, 1.0]
-    assert residuals.guess(0.6, CONDITIONAL, 1).item() == pytest.approx(2.5)
-
-
-def test_a_residual_that_stands_still_is_held():
-    residuals = residuals_of((0.9, vector(3)), (0.8, vector(3)), (0.7, vector(4)))  # 0 / 0
-    assert residuals.gains[CONDITIONAL].item() == 0.0
+# ----------------------------------------------------- order 1, by the gains of test_order.py
 
 
 def test_order_1_uses_a_gain_of_each_branch_from_one_computed_step_to_the_next():
@@ -335,13 +258,6 @@ def test_order_1_holds_where_the_computed_steps_are_at_one_place():
     assert outputs[4] == 2.0
     assert outputs[8] == 3.5  # the gain is 1 still: where no line was, none was measured
     assert cache.drifts[0] == Drift(3, 1 / 3, 1 / 3)
-
-
-def test_a_gain_is_kept_where_the_next_computed_step_is_at_the_place_of_the_last():
-    residuals = residuals_of(
-        (0.9, vector(0)), (0.8, vector(1)), (0.7, vector(1.5)), (0.7, vector(7))
-    )
-    assert residuals.gains[CONDITIONAL].item() == pytest.approx(0.5)
 
 
 def test_order_1_holds_where_there_is_one_residual_only():

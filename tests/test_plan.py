@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,15 @@ from nano import PROMPT, ROW, SCRIPT, attempt
 from safetensors.torch import load_file, save_file
 
 import teacache_generate
-from teacache_generate import ROWS, TeaCacheConfig, plan, plan_speedup, read_coefficients
+from teacache_generate import (
+    ROWS,
+    TeaCacheConfig,
+    choose_row,
+    guided_steps,
+    plan,
+    plan_speedup,
+    read_coefficients,
+)
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRAINED = SCRIPT.parent / "assets" / "wan_nano"
@@ -212,6 +221,14 @@ def test_sigma_is_the_default_of_tasks_without_a_row(capsys, ckpt):
     assert planned(said)[1].count("#") == 25
 
 
+@pytest.mark.parametrize("task", ["vace-1.3B", "vace-14B", "flf2v-14B", "ti2v-5B", "a fork's"])
+def test_no_row_is_borrowed(task, tmp_path):
+    own = SimpleNamespace(teacache_model=None, teacache_coefficients=None)
+    args = SimpleNamespace(task=task, ckpt_dir=tmp_path / "Wan2.1-14B-720P", size="832*480")
+    choice = choose_row(own, args)
+    assert (choice.row, choice.name, choice.insisted) == (None, "sigma", False)
+
+
 def test_a_plan_of_sigma_needs_no_checkpoint(capsys, wan, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for flags in ([], ["--teacache_model", "sigma"]):
@@ -305,6 +322,29 @@ def test_a_target_with_a_row_that_cannot_be_trusted_is_refused(make, fitted_for_
     assert code == 2
     assert "negative at steps 1-" in said
     assert "take --teacache_model sigma" in said
+
+
+# --------------------------------------------------------------------------------------- guidance
+
+
+@pytest.mark.parametrize(
+    ("scale", "switch", "until", "guided"),
+    [
+        (5.0, None, 1.0, None),
+        (5.0, None, 0.6, 24),
+        (5.0, None, 0.0, 0),
+        (1.0, None, 1.0, 0),  # the unconditional output is multiplied by 0
+        (1.0, None, 0.5, 0),
+        (None, None, 1.0, None),  # off: as stock, whatever the scale
+        ((3.0, 4.0), 26, 1.0, None),  # Wan2.2: of the low and of the high noise
+        ((1.0, 4.0), 26, 1.0, 26),  # the second model runs unguided
+        ((1.0, 4.0), 26, 0.5, 20),
+        ((3.0, 1.0), 26, 1.0, None),
+        ((1.0, 1.0), 26, 1.0, 0),
+    ],
+)
+def test_so_many_of_40_steps_are_guided(scale, switch, until, guided):
+    assert guided_steps(scale, 40, switch, until) == guided
 
 
 # ------------------------------------------------------------------------------- target speed-up

@@ -1,4 +1,4 @@
-"""The policy on written-out numbers: no model; tensors of one element stand for residuals."""
+"""The policy on written-out numbers: no model."""
 
 import json
 import math
@@ -6,19 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import teacache_generate
 from teacache_generate import (
     ROWS,
-    Anchor,
-    Residuals,
     Schedule,
     TeaCacheConfig,
     plan,
     plan_speedup,
     ranges,
-    reach,
     residual_norm,
 )
 
@@ -257,72 +253,6 @@ def test_by_default_sigma_computes_half_of_the_steps_and_skips_at_most_6_in_a_ro
         found = sigma(steps, wan_timesteps(steps, shift, solver))
         assert len(found.computed) == (steps + 1) // 2, steps
         assert 1 <= found.longest_skip <= 6, steps
-
-
-# ------------------------------------------------------------------------------- order 1's reach
-
-
-def test_reach_counts_in_gaps_of_the_last_two_computed_steps():
-    assert reach(0.5, 0.6, 0.8) == pytest.approx(0.5)
-    assert reach(0.2, 0.6, 0.8) == pytest.approx(2.0)
-
-
-@pytest.mark.parametrize("level", [0.0, 0.3, 1.0])
-def test_reach_is_to_hold_where_the_computed_steps_are_at_one_level(level):
-    assert reach(0.2, level, level) == 0.0
-    assert reach(level, level, level) == 0.0
-
-
-@pytest.mark.parametrize("levels", [(0.0, 0.5, 1.0), (0.0, 0.0, 1.0), (1.0, 1.0, 0.5)])
-def test_reach_is_finite_at_both_ends_of_the_noise(levels):
-    assert math.isfinite(reach(*levels))
-
-
-SCHEDULES = {  # the three kinds of the published comparison: of 50 steps, and of 40
-    "a fifth first": {
-        50: [*range(10), 14, 18, 22, 26, 30, 34, 38, 42, 46, 48, 49],
-        40: [*range(8), 11, 14, 17, 20, 23, 26, 29, 32, 35, 37, 39],
-    },
-    "five first": {
-        50: [*range(5), 9, 14, 19, 24, 29, 34, 39, 44, 49],
-        40: [*range(5), 8, 12, 16, 20, 24, 28, 32, 36, 39],
-    },
-    "even": {
-        50: [0, 3, 6, 9, 12, 15, 18, 21, 24, 28, 31, 34, 37, 40, 43, 46, 49],
-        40: [0, 2, 5, 7, 10, 12, 15, 17, 20, 22, 24, 27, 29, 32, 34, 37, 39],
-    },
-}
-
-
-def norm_errors(model: str, computed: list[int]) -> tuple[float, float]:
-    """Mean error in per cent of held and of extrapolated norms, on the skipped steps."""
-    norms = np.cumprod([1.0, *NORMS[model]["ratios"]])
-    timesteps = wan_timesteps(len(norms), NORMS[model]["shift"])
-    known, errors = Residuals(), []
-    for step, (norm, timestep) in enumerate(zip(norms, timesteps, strict=True)):
-        residual, level = {0: torch.full((1, 1, 1), norm)}, timestep / 1000
-        if step in computed:
-            known.add(Anchor(level, residual, residual))
-        else:
-            guesses = [known.guess(level, 0, order).item() for order in (0, 1)]
-            errors.append([100 * abs(guess / norm - 1) for guess in guesses])
-    held, line = np.mean(errors, axis=0)
-    return held, line
-
-
-@pytest.mark.parametrize("kind", SCHEDULES)
-@pytest.mark.parametrize("model", ["t2v-1.3B", "t2v-14B", "i2v-14B-720P", "vace-1.3B"])
-def test_order_1_extrapolates_the_published_norms_of_real_models(model, kind):
-    held, line = norm_errors(model, SCHEDULES[kind][NORMS[model]["steps"]])
-    assert line < 0.8  # per cent
-    assert held > 2.0
-
-
-def test_the_hardest_of_the_published_norms():
-    """i2v at 480P, every fifth step: the table jumps at its first steps and near its end."""
-    assert norm_errors("i2v-14B-480P", SCHEDULES["a fifth first"][40])[1] < 0.8
-    assert norm_errors("i2v-14B-480P", SCHEDULES["even"][40])[1] < 0.8
-    assert norm_errors("i2v-14B-480P", SCHEDULES["five first"][40])[1] < 1.1
 
 
 # --------------------------------------------------------------------------------- what is counted

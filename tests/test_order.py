@@ -1,0 +1,164 @@
+"""Order 1 on written-out numbers: the gains, and the published norms of the real models."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from teacache_generate import Anchor, Residuals, along, reach, residual_norm
+
+NORMS = json.loads((Path(__file__).parent / "wan_residual_norms.json").read_text())["tables"]
+
+
+def anchor(sigma, **residuals):
+    """A computed step with residuals of one token: c of the conditional branch, u of the other."""
+    tensors = {"cu".index(name): torch.tensor([[value]]) for name, value in residuals.items()}
+    return Anchor(sigma, tensors, dict(tensors))
+
+
+def test_the_reach_is_the_way_in_noise_levels_by_the_gap_before():
+    assert reach(0.25, 0.5, 1.0) == 0.5
+    assert reach(0.0, 0.5, 0.75) == 2.0
+    for level in (0.0, 0.5, 1.0):  # two steps at one level: hold
+        assert reach(0.3, level, level) == 0.0
+        assert reach(level, level, level) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("gain", "gaps", "way"),
+    [(1.0, 2.5, 2.5), (0.0, 3.0, 0.0), (0.5, 1.0, 0.5), (0.5, 2.0, 0.75), (0.5, 3.0, 0.875)],
+)
+def test_each_gap_of_a_line_is_the_gain_times_the_one_before(gain, gaps, way):
+    assert along(torch.tensor(gain, dtype=torch.float64), gaps).item() == pytest.approx(way)
+
+
+def test_at_first_the_gain_is_1_and_then_what_was_right():
+    residuals = Residuals()
+    for sigma, c in ((1.0, [8.0, 0.0]), (0.75, [6.0, 0.0])):
+        residuals.add(anchor(sigma, c=c))
+    # a quarter further down the line says 4
+    assert residuals.guess(0.5, 0, order=1).flatten().tolist() == [4.0, 0.0]
+    assert residuals.guess(0.5, 0, order=0).flatten().tolist() == [6.0, 0.0]
+    residuals.add(anchor(0.5, c=[5.0, 7.0]))  # half as far along the line, and something beside it
+    assert residuals.gains[0].item() == 0.5
+    # D is [-1, 7]: half of it to go
+    assert residuals.guess(0.25, 0, order=1).flatten().tolist() == [4.5, 10.5]
+
+
+@pytest.mark.parametrize(("c", "gain"), [(9.0, 0.0), (6.0, 0.0), (1.0, 1.0)])
+def test_the_gain_is_at_least_0_and_at_most_1(c, gain):
+    residuals = Residuals()
+    for sigma, value in ((1.0, 8.0), (0.75, 6.0), (0.5, c)):
+        residuals.add(anchor(sigma, c=[value]))
+    assert residuals.gains[0].item() == gain
+
+
+def test_a_gain_is_measured_by_the_reach_that_was_taken():
+    residuals = Residuals()
+    for sigma, value in ((1.0, 8.0), (0.75, 6.0), (0.25, 4.0)):  # two gaps on, one step down
+        residuals.add(anchor(sigma, c=[value]))
+    assert residuals.gains[0].item() == 0.5
+
+
+def test_residuals_that_do_not_change_are_held():
+    residuals = Residuals()
+    for sigma in (1.0, 0.75, 0.5):
+        residuals.add(anchor(sigma, c=[8.0]))
+    assert residuals.gains[0].item() == 0.0
+    assert residuals.guess(0.25, 0, order=1).flatten().tolist() == [8.0]
+
+
+def test_two_steps_at_one_level_leave_the_gain():
+    residuals = Residuals()
+    for sigma, value in ((1.0, 8.0), (0.75, 6.0), (0.5, 5.0), (0.5, 4.0)):
+        residuals.add(anchor(sigma, c=[value]))
+    assert residuals.gains[0].item() == 0.5
+
+
+def test_the_conditional_residual_is_the_unconditional_one_and_their_difference():
+    residuals = Residuals()
+    for sigma, c, u in ((1.0, 9.0, 8.0), (0.75, 9.0, 6.0), (0.5, 5.0, 4.0)):
+        residuals.add(anchor(sigma, c=[c], u=[u]))
+    # u goes on evenly; the difference went from 1 to 3 and back to 1, so that it is held
+    assert [gain.item() for gain in residuals.gains[1:]] == [1.0, 0.0]
+    assert residuals.guess(0.25, 1, order=1).flatten().tolist() == [2.0]
+    assert residuals.guess(0.25, 0, order=1).flatten().tolist() == [3.0]
+
+
+def test_errors_are_those_of_what_would_have_been_taken():
+    residuals = Residuals()
+    assert residuals.add(anchor(1.0, c=[8.0, 8.0])) is None
+    assert residuals.add(anchor(0.75, c=[6.0, 8.0])).tolist() == [14.0, 2.0, 2.0]
+    # held 6 and 8, the line 4 and 8; true 5 and -8
+    assert residuals.add(anchor(0.5, c=[5.0, -8.0])).tolist() == [13.0, 17.0, 17.0]
+
+
+def sigmas(steps, shift):
+    flat = [1 - i / steps for i in range(steps)]
+    return [shift * s / (1 + (shift - 1) * s) for s in flat]
+
+
+def norms(table):
+    values = [1.0]
+    for ratio in table["ratios"]:
+        values.append(values[-1] * ratio)
+    return values
+
+
+SCHEDULES = {  # the three kinds of the published comparison: of 50 steps, and of 40
+    "a fifth first": {
+        50: [*range(10), 14, 18, 22, 26, 30, 34, 38, 42, 46, 48, 49],
+        40: [*range(8), 11, 14, 17, 20, 23, 26, 29, 32, 35, 37, 39],
+    },
+    "five first": {
+        50: [*range(5), 9, 14, 19, 24, 29, 34, 39, 44, 49],
+        40: [*range(5), 8, 12, 16, 20, 24, 28, 32, 36, 39],
+    },
+    "even": {
+        50: [0, 3, 6, 9, 12, 15, 18, 21, 24, 28, 31, 34, 37, 40, 43, 46, 49],
+        40: [0, 2, 5, 7, 10, 12, 15, 17, 20, 22, 24, 27, 29, 32, 34, 37, 39],
+    },
+}
+
+
+def norm_errors(model: str, computed: list[int]) -> tuple[float, float]:
+    """Mean error in per cent of held and of extrapolated norms, on the skipped steps."""
+    table = NORMS[model]
+    levels, true = sigmas(table["steps"], table["shift"]), norms(table)
+    residuals, errors = Residuals(), []
+    for step, (sigma, norm) in enumerate(zip(levels, true, strict=True)):
+        if step in computed:
+            residuals.add(anchor(sigma, c=[norm]))
+        else:
+            guesses = [residuals.guess(sigma, 0, order).item() for order in (0, 1)]
+            errors.append([100 * abs(guess / norm - 1) for guess in guesses])
+    held, line = torch.tensor(errors).mean(0).tolist()
+    return held, line
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("model", ["t2v-1.3B", "t2v-14B", "i2v-14B-720P", "vace-1.3B"])
+def test_order_1_extrapolates_the_published_norms_of_real_models(model, kind):
+    held, line = norm_errors(model, SCHEDULES[kind][NORMS[model]["steps"]])
+    assert line < 0.8  # per cent
+    assert held > 2.0
+
+
+def test_the_hardest_of_the_published_norms():
+    """i2v at 480P, every fifth step: the table jumps at its first steps and near its end."""
+    assert norm_errors("i2v-14B-480P", SCHEDULES["a fifth first"][40])[1] < 0.8
+    assert norm_errors("i2v-14B-480P", SCHEDULES["even"][40])[1] < 0.8
+    assert norm_errors("i2v-14B-480P", SCHEDULES["five first"][40])[1] < 1.1
+
+
+@pytest.mark.parametrize(("model", "off"), [("t2v-1.3B", 0.04), ("t2v-14B", 0.05)])
+def test_the_published_norms_are_nearly_a_line_in_the_noise_level(model, off):
+    table = NORMS[model]
+    levels, true = sigmas(table["steps"], table["shift"]), norms(table)
+    pairs = [(s, n) for s, n in zip(levels, true, strict=True) if 0.2 <= s <= 0.93]
+    curve = [residual_norm(1000 * s) for s, _ in pairs]
+    ratios = [n / c for (_, n), c in zip(pairs, curve, strict=True)]
+    middle = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    assert max(abs(ratio / middle - 1) for ratio in ratios) < off
