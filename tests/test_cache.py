@@ -443,6 +443,18 @@ def test_residuals_live_as_long_as_they_may_be_used(order):
     ]
 
 
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("steps", [8, 9])
+def test_before_the_last_step_which_is_computed_all_residuals_go(steps, order):
+    """Of 8 steps the one before the last is computed too, of 9 it is skipped."""
+    model, kept = Toy(), []
+    with teacache(model, config(steps, order=order)) as cache:
+        for step in range(steps - 1):
+            sample(model, [2.0**-step], begin=step)
+            kept.append(sum(len(anchor.residuals) for anchor in cache.residuals.anchors))
+    assert kept[-2:] == [2 * (1 + order), 0]
+
+
 def test_after_the_guided_steps_no_unconditional_residual_is_kept():
     model, kept = Toy(), []
     with teacache(model, config(8, 0.5, guided_steps=4)) as cache:
