@@ -2352,10 +2352,14 @@ def for_speedup(config: TeaCacheConfig, outlook: Outlook, speedup: float) -> Tea
 def check_plan(
     planned: Schedule, own: argparse.Namespace, args: argparse.Namespace, choice: Choice
 ) -> None:
-    """Refuse a schedule that skips nearly everything, unless it is as published or insisted on."""
+    """Refuse a schedule that skips nearly everything, unless it is as published or insisted on.
+
+    Half of the steps by "sigma", its default, are never that, though of a few steps a run of
+    skipped ones is soon more than a quarter.
+    """
     faults, row = planned.faults(), choice.row
     flags = [f"--{name} {getattr(own, name):g}" for name in HOW_MUCH if getattr(own, name)]
-    if not faults or (row is None and not flags):
+    if not faults or (row is None and 2 * len(planned.computed) >= len(planned.steps)):
         return
     what = f"{choice.text} would compute {planned.summary()}: {' and '.join(faults)}"
     if choice.insisted or (row is not None and is_fitted(row, args)):
@@ -2363,10 +2367,12 @@ def check_plan(
         return
     if row is not None:
         what += f"; it was fitted at {row.steps} steps, shift {row.shift:g}, {row.solver}"
-    insist = f", or insist by --teacache_model {choice.name}" if choice.name in ROWS else ""
+    instead = "a lower one" if row is None else "--teacache_model sigma"
+    named = choice.name in (SIGMA, *ROWS)
+    insist = f", or insist by --teacache_model {choice.name}" if named else ""
     raise Refused(
-        f"{flags[0] if flags else '--sample_steps'}: {what}: take --teacache_model sigma, another "
-        f"number of --sample_steps, --teacache_thresh 0{insist}"
+        f"{flags[0] if flags else '--sample_steps'}: {what}: take {instead}, another number of "
+        f"--sample_steps, --teacache_thresh 0{insist}"
     )
 
 
