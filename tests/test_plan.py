@@ -15,13 +15,19 @@ from safetensors.torch import load_file, save_file
 
 import teacache_generate
 from teacache_generate import (
+    RELEASES,
     ROWS,
     TeaCacheConfig,
+    Wan,
     choose_row,
     guided_steps,
+    look_ahead,
+    own_parser,
+    parse,
     plan,
     plan_speedup,
     read_coefficients,
+    settle,
 )
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -146,6 +152,24 @@ def test_a_plan_shows_the_published_thresholds_and_marks_the_current_one(capsys,
         assert int(skipped) == schedule.count(".")
         assert speedup == f"{50 / int(computed):.2f}x"
         assert int(longest) == max(map(len, schedule.split("#")))
+
+
+@pytest.mark.parametrize(
+    ("flags", "count"),
+    [
+        ([*ROW], 9),  # six around the default, and three that are published
+        ([*ROW, "--teacache_thresh", "0.04"], 9),  # half of the default, as it is
+        ([*ROW, "--teacache_thresh", "0.0400001"], 9),
+        ([*ROW, "--teacache_thresh", "0.041"], 10),
+        (["--teacache_model", "sigma"], 7),
+    ],
+)
+def test_a_plan_has_no_threshold_twice(capsys, ckpt, flags, count):
+    code, said = attempt(capsys, "--ckpt_dir", ckpt, *flags, "--teacache_plan")
+    rows = [line[1:].split()[0] for line in said.splitlines() if re.match(r"[ >] +[\d.]+ ", line)]
+    assert code == 0
+    assert len(rows) == len(set(rows)) == count
+    assert len([line for line in said.splitlines() if line.startswith(">")]) == 1
 
 
 def test_a_plan_warns_where_a_run_would_be_refused(capsys, ckpt):
@@ -314,6 +338,32 @@ def test_a_threshold_with_which_sigma_skips_a_quarter_is_refused_by_default_too(
     code, said, _ = make("--sample_steps", "20", "--teacache_thresh", "9")
     assert code == 2
     assert "row sigma (nobody has fitted t2v-nano) would compute 5 of 20 steps" in said
+
+
+def test_sigma_is_not_named_as_the_cure_of_sigma(make):
+    code, said, _ = make("--sample_steps", "20", "--teacache_speedup", "4")
+    assert code == 2
+    assert "--teacache_speedup 4: row sigma (" in said
+    assert (
+        "steps in a row: take a lower one, another number of --sample_steps, --teacache_thresh 0, "
+        "or insist by --teacache_model sigma"
+    ) in said
+
+
+@pytest.mark.parametrize("steps", [4, 10, 16])
+def test_half_of_a_few_steps_by_sigma_are_run_asked_for_or_not(wan, ckpt, steps):
+    """Of 10, ##....#.##: four in a row are more than a quarter, and not nearly everything."""
+    jobs = []
+    for flags in ([], ["--teacache_speedup", "2"]):
+        own, rest = own_parser().parse_known_args(
+            [*flags, "--ckpt_dir", str(ckpt), "--sample_steps", str(steps), *PROMPT]
+        )
+        held = Wan(wan[0], RELEASES[0])
+        args = parse(held, own, rest)
+        jobs.append(settle(held, own, args, look_ahead(held, own, args)))
+    assert jobs[0].planned.marks() == jobs[1].planned.marks()
+    assert jobs[0].planned.marks().count("#") == steps // 2
+    assert jobs[0].planned.longest_skip > steps / 4
 
 
 @pytest.mark.parametrize("flags", [["--teacache_speedup", "2"], []])
