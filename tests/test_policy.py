@@ -64,7 +64,7 @@ def planned(distances, thresh=1.0, mode="plain", **others) -> Schedule:
 
 
 def wan_timesteps(steps: int, shift: float, solver: str = "unipc") -> list[int]:
-    """Those of Wan2.1's schedulers."""
+    """Those of Wan2.1's schedulers, to within one."""
     levels = np.linspace(0.999 if solver == "unipc" else 1.0, 0.0, steps + 1)[:-1]
     return (1000 * shift * levels / (1 + (shift - 1) * levels)).astype(int).tolist()
 
@@ -363,6 +363,15 @@ def test_a_speedup_that_no_threshold_reaches_gives_the_nearest():
     config = made(10, 0.0, "retention")
     found = plan_speedup(config, [0.0] * 10, [None, *[0.1] * 9], 2.5)
     assert found.computed == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("speedup", "marks", "thresh"), [(1.0, "####", 0.0), (4 / 3, "#.##", 1.5), (2.0, "#..#", 4.0)]
+)
+def test_a_target_knows_what_is_accumulated_from_the_first_step_on(speedup, marks, thresh):
+    """1 and 2 from the first step, and 1 from the second: a threshold above 2 skips both."""
+    found = plan_speedup(made(4, 0.0), [0.0] * 4, [None, 1.0, 1.0, 0.0], speedup)
+    assert (found.marks(), found.config.thresh) == (marks, thresh)
 
 
 def test_a_target_counts_passes():
