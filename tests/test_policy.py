@@ -255,6 +255,14 @@ def test_by_default_sigma_computes_half_of_the_steps_and_skips_at_most_6_in_a_ro
         assert 1 <= found.longest_skip <= 6, steps
 
 
+def test_sigma_computes_any_number_of_steps_that_is_asked_for():
+    """100 / (50 / 29) is a little more than 58 in floating point, and not one more step."""
+    timesteps, config = wan_timesteps(50, 5), TeaCacheConfig(50, 0.0, "sigma")
+    for count in range(11, 51):
+        found = plan_speedup(config, timesteps, [None] * 50, 50 / count)
+        assert len(found.computed) == count
+
+
 # --------------------------------------------------------------------------------- what is counted
 
 
