@@ -525,13 +525,14 @@ def test_a_residual_never_crosses_from_one_model_to_the_other():
     assert (high.runs, low.runs) == (2, 4)
 
 
-def test_a_switch_elsewhere_than_configured_computes_its_first_step():
+@pytest.mark.parametrize(("mode", "marks"), [("plain", "#..#.#.#"), ("sigma", "##.#.#.#")])
+def test_a_switch_elsewhere_than_configured_computes_its_first_step(mode, marks):
     high, low = Toy(), Toy(lambda step, branch: torch.tensor(50.0 + step))
-    with teacache([high, low], config(8, 9.0, switch=3)) as cache:
+    with teacache([high, low], config(8, 9.0, mode, switch=3)) as cache:
         sample(high, 5)
         outputs = numbers(sample(low, [2.0**-step for step in range(5, 8)], begin=5)[::2])
     assert outputs == [55, 55, 57]
-    assert cache.schedule.marks() == "#..#.#.#"
+    assert cache.schedule.marks() == marks
 
 
 def test_only_the_active_models_residuals_are_alive():
