@@ -611,6 +611,8 @@ def test_more_steps_than_configured_are_an_error_and_fewer_a_warning(caplog):
         sample(model, 3)
     assert "set up for 4 steps, but saw 3" in caplog.text
     assert cache.summary().startswith("TeaCache: computed 2 of 3 steps (0 2)")
+    assert [drift.step for drift in cache.drifts] == [2]  # what was measured is read all the same
+    assert len(cache.marks) == 5  # begin, three decisions, end
     with teacache(model, config(4)) as cache:
         pass
     assert cache.summary() == "TeaCache: no step was taken"

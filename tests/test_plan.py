@@ -205,8 +205,12 @@ def test_a_plan_warns_where_a_run_would_be_refused(capsys, ckpt):
         ),
         (["--sample_steps", "2"], "sigma: computes all 2 steps: nothing is gained"),
         (["--sample_steps", "4", "--teacache_thresh", "0"], "thresh 0, sigma: off: stock Wan"),
+        (
+            ["--sample_steps", "4", "--teacache_thresh", "0", "--sample_guide_scale", "1"],
+            "thresh 0, sigma: off: stock Wan",  # which runs both branches at 1 too
+        ),
     ],
-    ids=["default", "guided", "few", "low", "two", "off"],
+    ids=["default", "guided", "few", "low", "two", "off", "off at guidance 1"],
 )
 def test_what_will_be_computed_is_said_in_one_line_before_anything_is_loaded(make, flags, line):
     _, log, _ = make("--frame_num", "1", *flags)
