@@ -565,6 +565,27 @@ def test_a_compiled_model_is_an_error_and_not_a_cache_that_skips_nothing(compile
         sample(compiled, 1)
 
 
+class Past(Toy):
+    """Its forward can go past its blocks, as a graph does that was compiled with others."""
+
+    past = False
+
+    def forward(self, x, t, context=None, seq_len=None):
+        if not self.past:
+            return super().forward(x, t)
+        self.time_projection(self.embed(t))
+        return [x[0].bfloat16()]
+
+
+def test_a_forward_that_goes_past_the_blocks_in_a_later_step_only_is_an_error_too():
+    model = Past()
+    with teacache(model, config(4)):
+        sample(model, 2)
+        model.past = True
+        with pytest.raises(RuntimeError, match="went past"):
+            sample(model, [0.25], begin=2)
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 def test_where_compiling_goes_through_the_cache_it_skips_as_it_says(compiler, in_place):
     model = Toy()
