@@ -648,7 +648,7 @@ class TeaCache:
             return
         rows = torch.stack([sums for _, sums in self.measured]).tolist()
         for (step, _), (size, held, line) in zip(self.measured, rows, strict=True):
-            if size > 0:
+            if size > 0 and math.isfinite(size + held + line):
                 self.drifts.append(Drift(step, held / size, line / size))
         self.measured.clear()
 
@@ -733,7 +733,8 @@ class TeaCache:
     def speedup(self) -> float:
         """Against stock's 2 * steps passes, at the median seconds of the passes that were run."""
         seconds = np.diff(self.marks[1:])  # of each step: from its decision to the next
-        passes = [seconds[i] / (1 + self.config.is_guided(i)) for i in self.schedule.computed]
+        whole = [i for i in self.schedule.computed if i < len(seconds)]  # not one that was stopped
+        passes = [seconds[i] / (1 + self.config.is_guided(i)) for i in whole]
         return float(np.median(passes)) * 2 * len(seconds) / self.seconds
 
     def drift(self, order: int) -> float | None:
@@ -744,7 +745,7 @@ class TeaCache:
     def summary(self) -> str:
         """What was computed, how long it took, what it saved and how far off it was, in a line."""
         schedule = self.schedule
-        if not schedule.computed:
+        if len(self.marks) < 3:  # begin, decision, end
             return "TeaCache: no step was taken"
         text = (
             f"TeaCache: computed {len(schedule.computed)} of {len(schedule.steps)} steps "
@@ -2277,7 +2278,12 @@ def read_coefficients(file: Path) -> Row:
                     raise ValueError(f"{mode}: {name} must be finite numbers")
             if min(modes[mode].thresholds) < 0:
                 raise ValueError(f"{mode}: a threshold is below 0")
-        return Row(**modes, **content)
+        row = Row(**modes, **content)
+        if not (isinstance(row.steps, int) and isinstance(row.shift, (int, float))):
+            raise ValueError("steps and shift must be numbers")
+        if not isinstance(row.solver, str):
+            raise ValueError("solver must be a name")
+        return row
 
 
 @dataclass(frozen=True)
@@ -2353,10 +2359,14 @@ def for_speedup(config: TeaCacheConfig, outlook: Outlook, speedup: float) -> Tea
 def check_plan(
     planned: Schedule, own: argparse.Namespace, args: argparse.Namespace, choice: Choice
 ) -> None:
-    """Refuse a schedule that skips nearly everything, unless it is as published or insisted on."""
+    """Refuse a schedule that skips nearly everything, unless it is as published or insisted on.
+
+    Half of the steps by "sigma", its default, are never that, though of a few steps a run of
+    skipped ones is soon more than a quarter.
+    """
     faults, row = planned.faults(), choice.row
     flags = [f"--{name} {getattr(own, name):g}" for name in HOW_MUCH if getattr(own, name)]
-    if not faults or (row is None and not flags):
+    if not faults or (row is None and 2 * len(planned.computed) >= len(planned.steps)):
         return
     what = f"{choice.text} would compute {planned.summary()}: {' and '.join(faults)}"
     if choice.insisted or (row is not None and is_fitted(row, args)):
@@ -2364,10 +2374,12 @@ def check_plan(
         return
     if row is not None:
         what += f"; it was fitted at {row.steps} steps, shift {row.shift:g}, {row.solver}"
-    insist = f", or insist by --teacache_model {choice.name}" if choice.name in ROWS else ""
+    instead = "a lower one" if row is None else "--teacache_model sigma"
+    named = choice.name in (SIGMA, *ROWS)
+    insist = f", or insist by --teacache_model {choice.name}" if named else ""
     raise Refused(
-        f"{flags[0] if flags else '--sample_steps'}: {what}: take --teacache_model sigma, another "
-        f"number of --sample_steps, --teacache_thresh 0{insist}"
+        f"{flags[0] if flags else '--sample_steps'}: {what}: take {instead}, another number of "
+        f"--sample_steps, --teacache_thresh 0{insist}"
     )
 
 
@@ -2380,7 +2392,7 @@ def is_fitted(row: Row, args: argparse.Namespace) -> bool:
 def announce(job: Job) -> None:
     """What will be computed, in one line, before anything is loaded."""
     config, planned = job.config, job.planned
-    if config.thresh == 0 and config.guided_steps is None:
+    if config.thresh == 0 and config.guided_steps is None and not job.by_default:
         does = "off: stock Wan"
     elif planned.passes == 2 * config.steps:
         does = f"computes all {config.steps} steps: nothing is gained"

@@ -1,22 +1,21 @@
-"""The policy on written-out numbers: no model, no tensors."""
+"""The policy on written-out numbers: no model."""
 
 import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import teacache_generate
 from teacache_generate import (
-    PLAIN,
-    RETENTION,
     ROWS,
-    SIGMA,
     Schedule,
     TeaCacheConfig,
     plan,
     plan_speedup,
     ranges,
+    residual_norm,
 )
 
 # The coefficients as they are published, highest power first: (plain, with retention steps).
@@ -44,286 +43,415 @@ THRESHOLDS = {  # as published; the last is the default
     "i2v-14B-480P": ((0.13, 0.19, 0.26), (0.2, 0.3)),
     "i2v-14B-720P": ((0.18, 0.2, 0.3), (0.2, 0.3)),
 }
+FITTED_AT = {  # steps, shift, solver: generate.py's defaults
+    "t2v-1.3B": (50, 5, "unipc"),
+    "t2v-14B": (50, 5, "unipc"),
+    "i2v-14B-480P": (40, 3, "unipc"),
+    "i2v-14B-720P": (40, 5, "unipc"),
+}
 LINE = [0.0, 0.0, 0.0, 1.0, 0.0]  # the increment is the distance
+NORMS = json.loads(Path(__file__).with_name("wan_residual_norms.json").read_text())["tables"]
 
 
-def decisions(distances, steps=None, mode=PLAIN, **settings) -> list[bool]:
-    """The decisions for a first step and one more for every distance."""
-    thresh = settings.pop("thresh")
-    config = TeaCacheConfig(steps or len(distances) + 1, thresh, mode, LINE, **settings)
-    schedule = Schedule(config)
-    return [schedule.decide(0.0, d) for d in (None, *distances)]
+def made(steps, thresh, mode="plain", **others) -> TeaCacheConfig:
+    return TeaCacheConfig(steps, thresh, mode, LINE, **others)
 
 
-@pytest.mark.parametrize("row", ROWS)
+def planned(distances, thresh=1.0, mode="plain", **others) -> Schedule:
+    """The plan for a first step and one more for every distance, all at timestep 0."""
+    config = made(len(distances) + 1, thresh, mode, **others)
+    return plan(config, [0.0] * config.steps, [None, *distances])
+
+
+def wan_timesteps(steps: int, shift: float, solver: str = "unipc") -> list[int]:
+    """Those of Wan2.1's schedulers, to within one."""
+    levels = np.linspace(0.999 if solver == "unipc" else 1.0, 0.0, steps + 1)[:-1]
+    return (1000 * shift * levels / (1 + (shift - 1) * levels)).astype(int).tolist()
+
+
+def sigma(steps, timesteps, thresh=None, **others) -> Schedule:
+    """At a threshold; None is the default, with half of the steps."""
+    config = TeaCacheConfig(steps, thresh or 0.0, "sigma", **others)
+    distances = [None] * steps
+    if thresh is None:
+        return plan_speedup(config, timesteps, distances, 2.0)
+    return plan(config, timesteps, distances)
+
+
+# ------------------------------------------------------------------------------------ as published
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("use_ret_steps", [False, True])
-def test_coefficients_and_thresholds_are_the_published_ones(row, use_ret_steps):
-    made = ROWS[row].retention if use_ret_steps else ROWS[row].plain
-    assert made.coefficients == tuple(map(float, PUBLISHED[row][use_ret_steps].split(",")))
-    assert made.thresholds == THRESHOLDS[row][use_ret_steps]
-    config = TeaCacheConfig.from_row(ROWS[row], 50, use_ret_steps=use_ret_steps)
-    assert (config.thresh, config.coefficients) == (made.thresholds[-1], made.coefficients)
-    assert config.mode == (RETENTION if use_ret_steps else PLAIN)
+def test_coefficients_and_thresholds_are_the_published_ones(name, use_ret_steps):
+    row = ROWS[name]
+    polynomial = row.retention if use_ret_steps else row.plain
+    assert polynomial.coefficients == tuple(map(float, PUBLISHED[name][use_ret_steps].split(",")))
+    assert polynomial.thresholds == THRESHOLDS[name][use_ret_steps]
+    config = TeaCacheConfig.from_row(row, 50, use_ret_steps=use_ret_steps)
+    assert config.coefficients == polynomial.coefficients
+    assert config.thresh == THRESHOLDS[name][use_ret_steps][-1]
+    assert config.mode == ("retention" if use_ret_steps else "plain")
 
 
-def test_rows_were_fitted_at_the_defaults_of_generate_py():
-    fitted = {name: (row.steps, row.shift, row.solver) for name, row in ROWS.items()}
-    assert fitted == {
-        "t2v-1.3B": (50, 5.0, "unipc"),
-        "t2v-14B": (50, 5.0, "unipc"),
-        "i2v-14B-480P": (40, 3.0, "unipc"),
-        "i2v-14B-720P": (40, 5.0, "unipc"),
-    }
+def test_rows_are_those_of_four_models_at_the_settings_of_generate_py():
+    assert {n: (row.steps, row.shift, row.solver) for n, row in ROWS.items()} == FITTED_AT
+
+
+def test_what_is_not_asked_for_is_as_published():
+    config = TeaCacheConfig.from_row(ROWS["t2v-1.3B"], 50)
+    assert (config.order, config.guided_steps, config.switch) == (0, None, None)
+    assert TeaCacheConfig.from_row(ROWS["t2v-1.3B"], 50, 0.05, order=1).thresh == 0.05
 
 
 def test_a_step_is_computed_when_the_accumulated_distance_reaches_the_threshold():
     # 0.25, 0.5 reaches; 0.25, 0.5 reaches; then the last step
-    assert decisions([0.25] * 5, thresh=0.5) == [True, False, True, False, True, True]
+    assert planned([0.25] * 5, thresh=0.5).marks() == "#.#.##"
 
 
 def test_plain_mode_always_computes_the_first_and_the_last_step():
-    assert decisions([0.0] * 9, thresh=1.0) == [True] + [False] * 8 + [True]
+    assert planned([0.0] * 9).marks() == "#........#"
 
 
 def test_retention_mode_always_computes_the_first_five_steps_and_not_the_last():
-    assert decisions([0.0] * 9, thresh=1.0, mode=RETENTION) == [True] * 5 + [False] * 5
+    assert planned([0.0] * 9, mode="retention").marks() == "#####....."
 
 
 def test_nothing_is_accumulated_on_an_always_computed_step():
     # 0.9 comes before the fifth step each time; what counts begins after it
-    got = decisions([0.9, 0.9, 0.9, 0.9, 0.5, 0.5, 0.5], thresh=1.0, mode=RETENTION)
-    assert got == [True] * 5 + [False, True, False]
+    got = planned([0.9, 0.9, 0.9, 0.9, 0.5, 0.5, 0.5], mode="retention")
+    assert got.marks() == "#####.#."
+    assert [step.increment for step in got.steps] == [None] * 5 + [0.5] * 3
 
 
-def test_a_negative_increment_lowers_what_is_accumulated_and_is_reported():
-    schedule = Schedule(TeaCacheConfig(6, 0.5, PLAIN, LINE))
-    got = [schedule.decide(0.0, d) for d in (None, 0.25, -0.25, 0.25, 0.25, 0.25)]
-    assert got == [True, False, False, False, True, True]
-    assert [step.accumulated for step in schedule.steps] == [0.0, 0.25, 0.0, 0.25, 0.5, 0.0]
-    assert schedule.negative == [2]
-    assert schedule.faults()[0] == "its increments are negative at steps 2"
-    assert schedule.computed == [0, 4, 5]
+def test_a_negative_increment_lowers_what_is_accumulated():
+    got = planned([0.25, -0.25, 0.25, 0.25, 0.25], thresh=0.5)
+    assert got.marks() == "#...##"
+    assert [step.accumulated for step in got.steps] == [0.0, 0.25, 0.0, 0.25, 0.5, 0.0]
+    assert got.negative == [2]
 
 
 def test_the_polynomial_takes_its_highest_power_first():
-    schedule = Schedule(TeaCacheConfig(3, 100.0, PLAIN, [1.0, 2.0, 3.0, 4.0, 5.0]))
+    schedule = Schedule(TeaCacheConfig(3, 100.0, "plain", [1.0, 2.0, 3.0, 4.0, 5.0]))
     schedule.decide(1000.0, None)
     schedule.decide(990.0, 2.0)
     assert schedule.steps[1].increment == 1 * 16 + 2 * 8 + 3 * 4 + 4 * 2 + 5
     assert schedule.steps[1].timestep == 990.0
+    assert schedule.steps[1].distance == 2.0
 
 
-def test_threshold_zero_computes_every_step_even_where_increments_are_negative():
-    assert decisions([-1.0] * 7, thresh=0.0) == [True] * 8
-    assert decisions([-1.0] * 7, thresh=0.0, mode=RETENTION) == [True] * 8
+@pytest.mark.parametrize("mode", ["plain", "retention", "sigma"])
+def test_threshold_zero_computes_every_step_even_where_increments_are_negative(mode):
+    assert planned([-1.0] * 7, 0.0, mode).marks() == "########"
 
 
 @pytest.mark.parametrize("odd", [math.nan, math.inf])
 def test_a_distance_that_is_no_number_computes_the_step(odd):
-    assert decisions([odd, 0.0, 0.0], thresh=0.5) == [True, True, False, True]
+    assert planned([odd, 0.0, 0.0], thresh=0.5).marks() == "##.#"
 
 
-@pytest.mark.parametrize("mode", [PLAIN, RETENTION, SIGMA])
+@pytest.mark.parametrize("mode", ["plain", "retention", "sigma"])
 def test_one_step_is_computed(mode):
-    assert decisions([], thresh=9.0, mode=mode) == [True]
+    assert planned([], 9.0, mode).marks() == "#"
 
 
-def test_the_first_step_of_a_second_model_is_computed():
-    assert decisions([0.0] * 7, thresh=1.0, switch=3) == [True] + [False] * 2 + [True] + [
-        False
-    ] * 3 + [True]
+@pytest.mark.parametrize("thresh", [-0.1, math.nan, math.inf])
+def test_a_threshold_that_means_nothing_is_an_error(thresh):
+    with pytest.raises(ValueError, match="must be 0"):
+        made(4, thresh)
 
 
-def planned(thresh, distances=(0.25,) * 5, **settings):
-    config = TeaCacheConfig(len(distances) + 1, thresh, PLAIN, LINE, **settings)
-    return plan(config, range(len(distances) + 1), [None, *distances])
+def test_wan22s_second_model_begins_with_a_computed_step():
+    got = plan(made(8, 9.0, switch=3), [0.0] * 8, [None, 0, 0, None, 0, 0, 0, 0])
+    assert got.marks() == "#..#...#"
 
 
-def test_a_plan_is_the_same_decisions_at_once():
-    config = TeaCacheConfig(6, 0.5, PLAIN, LINE)
-    schedule = plan(config, [6, 5, 4, 3, 2, 1], [None, *[0.25] * 5])
-    assert schedule.marks() == "#.#.##"
-    assert schedule.longest_skip == 1
-    assert [step.timestep for step in schedule.steps] == [6, 5, 4, 3, 2, 1]
-    assert schedule.summary() == "4 of 6 steps (about 1.5x)"
+def test_rank_0s_decision_takes_the_place_of_an_own_one():
+    schedule = Schedule(made(5, 0.5))
+    schedule.decide(9.0, None)
+    schedule.decide(8.0, 0.25)
+    schedule.overrule(True)
+    schedule.decide(7.0, 0.25)  # from the computed step on: 0.25, not 0.5
+    assert schedule.marks() == "##."
+    assert [step.accumulated for step in schedule.steps] == [0.0, 0.25, 0.25]
 
 
-def test_the_longest_run_of_skipped_steps_is_counted():
-    assert planned(0.5, [0.1] * 6).longest_skip == 4
-    assert planned(0.5, [0.1]).longest_skip == 0
+# ------------------------------------------------------------------------------------------- sigma
 
 
-def test_passes_are_two_on_a_guided_step_and_one_after():
-    assert planned(0.5).passes == 8  # steps 0 2 4 5
-    assert planned(0.5, guided_steps=3).passes == 6
-    assert planned(0.5, guided_steps=0).passes == 4
-    assert planned(0.5, guided_steps=3).speedup == 2.0
-    assert planned(0.5, guided_steps=3).summary() == "4 of 6 steps, 6 of 12 passes (about 2.0x)"
+TENTHS = [1000, 900, 800, 700, 600, 500, 400, 300, 200, 100]
+# g is .99, .924, .858, .792, .726, .66, .594, .528, .462, .396
 
 
-def test_more_than_a_quarter_of_the_steps_skipped_in_a_row_is_a_fault():
-    assert planned(1.0, [0.25] * 15).faults() == []  # 3 of 16 in a row
-    assert planned(1.25, [0.25] * 15).faults() == []  # 4
-    assert planned(1.5, [0.25] * 15).faults() == ["it skips 5 steps in a row"]
+def test_the_norm_is_a_line_in_the_noise_level():
+    assert residual_norm(1000) == pytest.approx(0.99)
+    assert residual_norm(500) == pytest.approx(0.66)
+    assert residual_norm(0) == pytest.approx(0.33)
 
 
-def test_numbers_that_follow_each_other_are_a_range():
-    assert ranges([1, 2, 3, 7, 9, 10]) == "1-3 7 9-10"
-    assert ranges([]) == ""
+def test_sigma_adds_the_change_of_the_norm_since_the_last_computed_step():
+    got = sigma(10, TENTHS, 0.2)
+    assert got.marks() == "##.#.#.#.#"
+    assert [step.accumulated for step in got.steps] == pytest.approx(
+        # since step 1: 1/14, 3/14; since 3: 1/12, 3/12; since 5: .1, .3; since 7: .125
+        [0, 0, 1 / 14, 3 / 14, 1 / 12, 3 / 12, 0.1, 0.3, 0.125, 0]
+    )
+    # since step 1: 1/14, 3/14, 6/14; since 4: 1/11, 3/11; since 6: 1/9, 3/9; then the last
+    assert sigma(10, TENTHS, 0.22).marks() == "##..#.#.##"
+    assert sigma(10, TENTHS, 1e-9).marks() == "##########"
 
 
-# ----------------------------------------------------------------------------- target speed-up
+@pytest.mark.parametrize(("steps", "first"), [(1, 1), (5, 1), (6, 2), (10, 2), (11, 3), (50, 10)])
+def test_sigma_always_computes_the_first_fifth_and_the_last_step(steps, first):
+    computed = sigma(steps, wan_timesteps(steps, 5), 1e6).computed
+    assert computed == [*range(first), *range(max(first, steps - 1), steps)]
 
 
-@pytest.mark.parametrize(
-    ("speedup", "computed", "band"),
-    [
-        (1.0, 10, None),  # nothing to skip: off
-        (1.6, 7, None),  # 6.25 asked for, and no threshold gives 7: all but the off
-        (2.0, 6, (0.125, 0.25)),  # 4 and 6 can be had
-        (2.5, 4, (0.25, 0.375)),
-        (3.0, 4, (0.375, 0.5)),
-        (5.0, 2, None),
-    ],
-)
-def test_a_target_speedup_computes_as_many_steps_or_the_nearest_more(speedup, computed, band):
-    config = TeaCacheConfig(10, 0.0, PLAIN, LINE)
-    schedule = plan_speedup(config, range(10), [None, *[0.125] * 9], speedup)
-    found = len(schedule.computed)
-    assert found >= 10 / speedup
-    every = {len(planned(t / 1000, [0.125] * 9).computed) for t in range(2000)}
-    assert found == min(n for n in every if n >= 10 / speedup)
-    if speedup == 2.0:
-        assert (found, schedule.config.thresh) == (6, (0.125 + 0.25) / 2)
+def test_sigma_needs_no_distances_and_has_no_default_threshold():
+    config = TeaCacheConfig.from_row(None, 50)
+    assert (config.mode, config.thresh, config.coefficients) == ("sigma", 0.0, ())
+    assert sigma(10, TENTHS, 0.2).negative == []
 
 
-def test_the_threshold_is_the_middle_of_those_with_its_plan():
-    config = TeaCacheConfig(10, 0.0, PLAIN, LINE)
-    distances = [None, 0.1, 0.2, 0.3, 0.1, 0.2, 0.3, 0.1, 0.2, 0.3]
-    schedule = plan_speedup(config, range(10), distances, 2.0)
-    thresh = schedule.config.thresh
-    same = [
-        t / 10000
-        for t in range(1, 20000)
-        if plan(TeaCacheConfig(10, t / 10000, PLAIN, LINE), range(10), distances).marks()
-        == schedule.marks()
-    ]
-    assert thresh == pytest.approx((same[0] + same[-1]) / 2, abs=2e-4)
-
-
-def test_rounding_of_the_distances_does_not_change_a_planned_number_of_steps():
-    import torch
-
-    config, generator = TeaCacheConfig(50, 0.0, PLAIN, LINE), torch.Generator().manual_seed(0)
-    for _ in range(24):
-        distances = (0.05 + 0.1 * torch.rand(49, generator=generator)).tolist()
-        rounded = torch.tensor(distances) * (
-            1 + 0.002 * (torch.rand(49, generator=generator) - 0.5)
-        )  # of a mean over thousands of channels in bfloat16
-        for speedup in (1.5, 2.0, 2.5, 3.0):
-            wanted = plan_speedup(config, range(50), [None, *distances], speedup)
-            found = plan(wanted.config, range(50), [None, *rounded.tolist()])
-            assert abs(len(found.computed) - len(wanted.computed)) <= 1
-
-
-def test_an_impossible_target_at_200_steps_takes_few_plans(monkeypatch):
-    plans = []
-    monkeypatch.setattr(teacache_generate, "plan", lambda *args: plans.append(args) or plan(*args))
-    config = TeaCacheConfig(200, 0.0, RETENTION, LINE)
-    schedule = plan_speedup(config, range(200), [None, *[0.1] * 199], 1000.0)
-    assert schedule.computed == [0, 1, 2, 3, 4]
-    assert len(plans) <= 20
-    plans.clear()
-    plan_speedup(config, range(200), [None, *[0.1 + i / 1e4 for i in range(199)]], 2.0)
-    assert len(plans) <= 20
-
-
-def test_a_target_counts_passes():
-    config = TeaCacheConfig(10, 0.0, PLAIN, LINE, guided_steps=5)
-    schedule = plan_speedup(config, range(10), [None, *[0.125] * 9], 2.0)
-    assert schedule.passes >= 10
-    assert schedule.computed == list(range(10)) or schedule.passes < 15
-
-
-def test_with_a_negative_increment_no_threshold_counts():
-    config = TeaCacheConfig(10, 0.0, PLAIN, LINE)
-    with pytest.raises(ValueError, match="negative at steps 3"):
-        plan_speedup(config, range(10), [None, 0.1, 0.1, -0.1, *[0.1] * 6], 2.0)
-
-
-# --------------------------------------------------------------------------------------- sigma
-
-NORMS = json.loads((Path(__file__).parent / "wan_residual_norms.json").read_text())["tables"]
-
-
-def timesteps(steps, shift):
-    flat = [1 - i / steps for i in range(steps)]
-    return [1000 * shift * s / (1 + (shift - 1) * s) for s in flat]
-
-
-def by_sigma(steps, shift, speedup):
-    config = TeaCacheConfig(steps, 1.0, SIGMA)
-    return plan_speedup(config, timesteps(steps, shift), [None] * steps, speedup)
-
-
-def test_sigma_computes_a_step_once_the_norm_will_have_changed_by_the_threshold():
-    levels = [1000, 900, 800, 700, 600, 500, 400, 300, 200, 100]
-    schedule = plan(TeaCacheConfig(10, 0.3, SIGMA), levels, [None] * 10)
-    # g = .99 .924 .858 .792 .726 .66 .594 .528 .462 .396; the first two and the last are computed.
-    # From step 1: |1 - .858/.924| = .0714, + .1429 = .2143, + .2143 = .4286 >= .3 at step 4;
-    # from step 4: .0909, + .1818 = .2727, + .2727 = .5455 at step 7; from there .125 at step 8
-    assert schedule.computed == [0, 1, 4, 7, 9]
-    accumulated = [round(step.accumulated, 4) for step in schedule.steps]
-    assert accumulated == [0, 0, 0.0714, 0.2143, 0.4286, 0.0909, 0.2727, 0.5455, 0.125, 0]
-
-
-def test_sigma_always_computes_the_first_fifth_and_the_last_step():
-    for steps, first in ((50, 10), (40, 8), (51, 11), (4, 1)):
-        schedule = plan(TeaCacheConfig(steps, 1e9, SIGMA), timesteps(steps, 5), [None] * steps)
-        assert schedule.computed == [*range(first), steps - 1]
-
-
-@pytest.mark.parametrize("steps", [20, 25, 30, 40, 50, 60, 80, 100])
-@pytest.mark.parametrize("shift", [3, 5, 8, 12, 16])
-@pytest.mark.parametrize("rounded", [False, True], ids=["dpm++", "unipc"])
-def test_sigma_halves_the_steps_at_any_number_of_them_and_any_shift(steps, shift, rounded):
-    levels = timesteps(steps, shift)
-    if rounded:  # unipc's are whole numbers, and begin at 999
-        levels = [min(int(level), 999) for level in levels]
-    schedule = plan_speedup(TeaCacheConfig(steps, 1.0, SIGMA), levels, [None] * steps, 2.0)
-    assert steps / 2 <= len(schedule.computed) <= steps / 2 + 1
-    assert schedule.longest_skip <= MOST_SKIPPED.get((steps, shift), 6)
-
-
-MOST_SKIPPED = {}  # none
-
-
-def by_table(table, thresh):
-    """MagCache's rule with its published norms."""
-    norms = [1.0]
-    for ratio in table["ratios"]:
-        norms.append(norms[-1] * ratio)
-    steps, computed, error = len(norms), [], 0.0
-    for step, norm in enumerate(norms):
-        if step >= math.ceil(steps / 5) and step < steps - 1:
-            error += abs(1 - norm / norms[computed[-1]])
-            if error < thresh:
-                continue
-        computed.append(step)
-        error = 0.0
-    return computed
+def table_schedule(norms: list[float], count: int) -> list[int]:
+    """By MagCache's rule: the largest threshold, of many, that computes so many steps."""
+    steps, first = len(norms), math.ceil(len(norms) / 5)
+    for thresh in np.arange(2.0, 0.0, -0.0005):
+        computed, total = list(range(first)), 0.0
+        for step in range(first, steps):
+            total += abs(1 - norms[step] / norms[computed[-1]])
+            if total >= thresh or step == steps - 1:
+                computed.append(step)
+                total = 0.0
+        if len(computed) >= count:
+            return computed
+    raise AssertionError
 
 
 @pytest.mark.parametrize("share", [1 / 2, 0.42, 1 / 3])
-@pytest.mark.parametrize("model", NORMS)
-def test_one_line_stands_for_magcaches_tables(model, share):
+@pytest.mark.parametrize(
+    ("model", "apart"),
+    [("t2v-1.3B", 1), ("t2v-14B", 1), ("i2v-14B-480P", 1), ("i2v-14B-720P", 1), ("vace-1.3B", 3)],
+)
+def test_one_line_stands_for_the_published_tables(model, apart, share):
+    """Of real models: the same rule with each table's products of ratios in place of the line."""
     table = NORMS[model]
     steps = table["steps"]
-    wanted = round(share * steps)
-    by_number = {len(by_table(table, t / 2000)): by_table(table, t / 2000) for t in range(1, 2000)}
-    ours = by_sigma(steps, table["shift"], steps / wanted).computed
-    theirs = by_number[len(ours)]
-    assert len(ours) == wanted
-    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) <= (
-        3 if "vace" in model else 1
-    )
+    config = TeaCacheConfig(steps, 0.0, "sigma")
+    timesteps = wan_timesteps(steps, table["shift"])
+    found = plan_speedup(config, timesteps, [None] * steps, 1 / share).computed
+    assert len(found) == math.ceil(round(share * steps, 9))
+    expected = table_schedule(np.cumprod([1.0, *table["ratios"]]).tolist(), len(found))
+    assert len(expected) == len(found)
+    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= apart
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpm++"])
+@pytest.mark.parametrize("shift", [3, 5, 8, 12, 16])
+def test_by_default_sigma_computes_half_of_the_steps_and_skips_at_most_6_in_a_row(solver, shift):
+    for steps in [*range(20, 100, 7), 30, 40, 50, 99, 100]:
+        found = sigma(steps, wan_timesteps(steps, shift, solver))
+        assert len(found.computed) == (steps + 1) // 2, steps
+        assert 1 <= found.longest_skip <= 6, steps
+
+
+def test_sigma_computes_any_number_of_steps_that_is_asked_for():
+    """100 / (50 / 29) is a little more than 58 in floating point, and not one more step."""
+    timesteps, config = wan_timesteps(50, 5), TeaCacheConfig(50, 0.0, "sigma")
+    for count in range(11, 51):
+        found = plan_speedup(config, timesteps, [None] * 50, 50 / count)
+        assert len(found.computed) == count
+
+
+# --------------------------------------------------------------------------------- what is counted
+
+
+def test_a_plan_is_the_same_decisions_at_once():
+    schedule = plan(made(6, 0.5), [6, 5, 4, 3, 2, 1], [None, *[0.25] * 5])
+    assert schedule.marks() == "#.#.##"
+    assert schedule.computed == [0, 2, 4, 5]
+    assert schedule.longest_skip == 1
+    assert [step.timestep for step in schedule.steps] == [6, 5, 4, 3, 2, 1]
+
+
+def test_the_longest_run_of_skipped_steps_is_counted():
+    assert planned([0.1] * 6, 0.5).marks() == "#....##"
+    assert planned([0.1] * 6, 0.5).longest_skip == 4
+    assert planned([0.0] * 9, mode="retention").longest_skip == 5  # also at the end
+    assert planned([0.1], 0.5).longest_skip == 0
+
+
+@pytest.mark.parametrize(
+    ("guided", "passes", "summary"),
+    [
+        (None, 8, "4 of 6 steps (about 1.5x)"),  # computed are 0, 2, 4 and 5
+        (6, 8, "4 of 6 steps (about 1.5x)"),
+        (4, 6, "4 of 6 steps, 6 of 12 passes (about 2.0x)"),
+        (3, 6, "4 of 6 steps, 6 of 12 passes (about 2.0x)"),
+        (2, 5, "4 of 6 steps, 5 of 12 passes (about 2.4x)"),
+        (0, 4, "4 of 6 steps, 4 of 12 passes (about 3.0x)"),
+    ],
+)
+def test_a_step_is_two_passes_while_it_is_guided_and_one_after(guided, passes, summary):
+    found = planned([0.25] * 5, 0.5, guided_steps=guided)
+    assert found.computed == [0, 2, 4, 5]
+    assert found.passes == passes
+    assert found.summary() == summary
+    assert found.speedup == 12 / passes
+
+
+def test_sigma_with_guidance_to_60_per_cent_is_39_of_100_passes():
+    found = sigma(50, wan_timesteps(50, 5))
+    assert found.marks() == "##########.....#....#...#...#..#..#..#.#.#.#.#####"
+    guided = sigma(50, wan_timesteps(50, 5), found.config.thresh, guided_steps=30)
+    assert guided.computed == found.computed
+    assert guided.summary() == "25 of 50 steps, 39 of 100 passes (about 2.6x)"
+
+
+def test_a_schedule_at_fault_says_why():
+    assert planned([0.25] * 11, 0.75).faults() == []  # 2 in a row, of 12
+    assert planned([0.25] * 11, 1.0).faults() == []  # 3, a quarter
+    assert planned([0.25] * 11, 1.25).faults() == ["it skips 4 steps in a row"]
+    negative = planned([0.25, -0.1, -0.1, 0.5, 0.5, -0.1, 0.5], 0.5)
+    assert negative.faults() == [
+        "its increments are negative at steps 2-3 6",
+        "it skips 3 steps in a row",
+    ]
+
+
+def test_steps_are_told_in_ranges():
+    assert ranges([]) == ""
+    assert ranges([1, 2, 3, 7, 9, 10]) == "1-3 7 9-10"
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({}, "yyyyyynn"),  # the last step is computed, whatever comes before
+        ({"order": 1}, "yyyyyynn"),
+        ({"mode": "retention"}, "nnnnyyyn"),  # nothing is reused before step 5, nor after 7
+        ({"mode": "retention", "order": 1}, "nnnyyyyn"),
+        ({"thresh": 0.0}, "nnnnnnnn"),
+        ({"switch": 3}, "yynyyynn"),
+        ({"guided_steps": 4}, "yyyyyynn"),
+    ],
+)
+def test_a_residual_is_kept_while_a_later_step_may_use_it(settings, kept):
+    config = made(8, **{"thresh": 1.0, **settings})
+    assert "".join("ny"[config.keeps(step)] for step in range(8)) == kept
+
+
+# ---------------------------------------------------------------------------------- target speed-up
+
+
+@pytest.mark.parametrize(
+    ("speedup", "computed", "thresh"),
+    [
+        (1.0, 10, 0.0),  # nothing to skip: off
+        (1.6, 10, 0.0),  # 7 are asked for; thresholds give 6, or all of them
+        (1.66, 10, 0.0),
+        (5 / 3, 6, 0.1875),  # 0 2 4 6 8 9
+        (2.0, 6, 0.1875),  # 5 are asked for
+        (2.5, 4, 0.4375),  # 0 4 8 9, from .375 to .5; 0 3 6 9 has as many, at lower ones
+        (3.0, 4, 0.4375),
+        (3.4, 3, 0.9375),  # 0 8 9
+        (5.0, 2, 2.0),  # 0 9, from 1 on
+        (9.0, 2, 2.0),
+    ],
+)
+def test_a_target_computes_as_many_steps_as_asked_for_or_the_nearest_more(
+    speedup, computed, thresh
+):
+    """The increments are .125: thresholds between two of its multiples give the same plan."""
+    found = plan_speedup(made(10, 0.0), [0.0] * 10, [None, *[0.125] * 9], speedup)
+    assert (len(found.computed), found.config.thresh) == (computed, thresh)
+
+
+def test_a_speedup_that_no_threshold_reaches_gives_the_nearest():
+    config = made(10, 0.0, "retention")
+    found = plan_speedup(config, [0.0] * 10, [None, *[0.1] * 9], 2.5)
+    assert found.computed == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("speedup", "marks", "thresh"), [(1.0, "####", 0.0), (4 / 3, "#.##", 1.5), (2.0, "#..#", 4.0)]
+)
+def test_a_target_knows_what_is_accumulated_from_the_first_step_on(speedup, marks, thresh):
+    """1 and 2 from the first step, and 1 from the second: a threshold above 2 skips both."""
+    found = plan_speedup(made(4, 0.0), [0.0] * 4, [None, 1.0, 1.0, 0.0], speedup)
+    assert (found.marks(), found.config.thresh) == (marks, thresh)
+
+
+def test_a_target_counts_passes():
+    """Half of 20 passes: 5 of 10 steps, or more of them if the last ones are not guided."""
+    distances = [None, *[0.1, 0.11, 0.12, 0.13, 0.14, 0.15, 0.16, 0.17, 0.18]]
+    whole = plan_speedup(made(10, 0.0), [0.0] * 10, distances, 2.0)
+    assert (len(whole.computed), whole.passes) == (5, 10)
+    guided = plan_speedup(made(10, 0.0, guided_steps=4), [0.0] * 10, distances, 2.0)
+    assert 10 <= guided.passes <= 11
+    assert len(guided.computed) > len(whole.computed)
+
+
+@pytest.mark.parametrize("mode", ["plain", "retention", "sigma"])
+@pytest.mark.parametrize("guided", [None, 24, 0])
+def test_no_other_threshold_is_nearer_to_a_target_from_above(mode, guided):
+    distances = [None, *(0.02 + 0.001 * (7 * i % 11) for i in range(39))]
+    config, timesteps = made(40, 0.0, mode, guided_steps=guided), wan_timesteps(40, 5)
+    every = {
+        plan(made(40, thresh, mode, guided_steps=guided), timesteps, distances).passes
+        for thresh in [0.0, *np.geomspace(1e-4, 3, 1500)]
+    }
+    for speedup in (1.3, 1.6, 2.0, 2.7, 3.5):
+        found = plan_speedup(config, timesteps, distances, speedup).passes
+        wanted = math.ceil(80 / speedup - 1e-9)
+        assert found == min((n for n in every if n >= wanted), default=max(every))
+
+
+def test_a_threshold_is_the_middle_of_those_with_its_plan():
+    distances = [None, 0.3, 0.2, 0.4, 0.1, 0.5, 0.2, 0.2, 0.3, 0.4]
+    found = plan_speedup(made(10, 0.0), [0.0] * 10, distances, 2.5)
+    # .3, .5, .9, 1.0 computes; .5, .7, .9, 1.2 computes; then the last step
+    assert found.marks() == "#...#...##"
+    assert found.config.thresh == pytest.approx(0.95)
+
+
+def test_a_target_tries_few_thresholds_where_it_cannot_be_met(monkeypatch):
+    """200 steps have 20,000 thresholds, of which all were tried once."""
+    tried = []
+
+    def counting(*args):
+        tried.append(args)
+        return plan(*args)
+
+    monkeypatch.setattr(teacache_generate, "plan", counting)
+    rng = np.random.default_rng(0)
+    for mode, impossible in (("plain", 150.0), ("retention", 90.0), ("sigma", 9.0)):
+        distances = [None, *rng.uniform(0.01, 0.1, 199).tolist()]
+        found = plan_speedup(made(200, 0.0, mode), wan_timesteps(200, 5), distances, impossible)
+        assert found.speedup < impossible
+        plan_speedup(made(200, 0.0, mode), wan_timesteps(200, 5), distances, 3.0)
+    assert len(tried) < 3 * (2 + 20)
+
+
+def test_a_target_is_refused_where_an_increment_is_negative():
+    distances = [None, 0.1, 0.1, -0.01, 0.1, -0.01, -0.01, 0.1, 0.1, -0.3]  # the last is not asked
+    with pytest.raises(ValueError, match=r"negative at steps 3 5-6$"):
+        plan_speedup(made(10, 0.0), [0.0] * 10, distances, 2.0)
+    with pytest.raises(ValueError, match=r"negative at steps 5-6 9$"):
+        plan_speedup(made(10, 0.0, "retention"), [0.0] * 10, distances, 1.5)
+
+
+def test_a_target_where_nothing_changes_computes_all_steps():
+    found = plan_speedup(made(10, 0.0), [0.0] * 10, [None, *[0.0] * 9], 2.0)
+    assert found.marks() == "##########"
+
+
+def test_a_target_reckons_with_wan22s_second_model():
+    distances = [None, *[0.1] * 14, None, *[0.1] * 24]
+    found = plan_speedup(made(40, 0.0, switch=15), wan_timesteps(40, 5), distances, 2.0)
+    assert 15 in found.computed
+    assert 20 <= len(found.computed) <= 21
+    timesteps = wan_timesteps(40, 12)
+    without, found = (sigma(40, timesteps, switch=switch).computed for switch in (None, 27))
+    assert 27 in found and 27 not in without
+    assert len(found) == 20
