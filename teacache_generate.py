@@ -192,10 +192,10 @@ class TeaCacheConfig:
         """Whether the unconditional branch runs on a step."""
         return self.guided_steps is None or step < self.guided_steps
 
-    def keeps(self, step: int, branch: int) -> bool:
+    def keeps(self, step: int) -> bool:
         """Whether a residual that is there after this step may be of use on a later one."""
         following = [self.always_computes(step + 1), self.always_computes(step + 1 + self.order)]
-        return not all(following) and (branch == 0 or self.is_guided(step + 1))
+        return not all(following)
 
 
 def residual_norm(timestep: float) -> float:
@@ -231,7 +231,8 @@ class Schedule:
 
     def decide(self, timestep: float, distance: float | None) -> bool:
         """Take the next step: True to compute it, False to reuse the last residual."""
-        if self.config.always_computes(len(self.steps)):
+        nothing_to_compare = distance is None and self.config.mode != SIGMA
+        if self.config.always_computes(len(self.steps)) or nothing_to_compare:
             self.steps.append(Step(timestep, distance, None, 0.0, computed=True))
             return True
         increment, before = self.increment(timestep, distance), self.steps[-1]
@@ -379,22 +380,14 @@ def middle_threshold(schedule: Schedule) -> float:
     return (max(skipped) + min(computed)) / 2 if computed else 2 * max(skipped)
 
 
-def log_snr(timestep: float) -> float:
-    """log(sigma / (1 - sigma)) of a timestep's noise level sigma, which is kept off 0 and 1.
+def reach(sigma: float, last: float, before: float) -> float:
+    """For order 1: how far a step is beyond the last computed one, in units of the gap before that.
 
-    Along it the residual changes most evenly: on the published norms of the real models a line in
-    log SNR or in sigma is three to four times nearer than one in the step's number.
+    Each is a noise level, along which the residual changes most evenly: on the published norms of
+    the real models a line in it is three times nearer than one in the step's number. 0, to hold,
+    where the two computed steps are at one level.
     """
-    sigma = min(max(timestep / TRAIN_TIMESTEPS, 0.001), 0.999)
-    return math.log(sigma / (1 - sigma))
-
-
-def reach(x: float, last: float, before: float) -> float:
-    """For order 1: how far x is beyond the last computed step, in units of the gap before it.
-
-    Each is a ``log_snr``. 0, to hold, where the two computed ones are at one place.
-    """
-    return (x - last) / (last - before) if last != before else 0.0
+    return (sigma - last) / (last - before) if last != before else 0.0
 
 
 # ----------------------------------------------------------------------------------------- cache
@@ -402,7 +395,8 @@ def reach(x: float, last: float, before: float) -> float:
 # WanModel's forward, blocks and time_projection; no flags, files or pipelines.
 
 SAMPLE_TOKENS = 1024  # about so many tokens are measured: a video of 32,760 tokens, every 32nd
-FIRST_GAIN = 1.0  # of the line, until one was measured
+CONDITIONAL, UNCONDITIONAL = 0, 1  # the branches: with the prompt, and then without
+DIFFERENCE = 2  # of the two, which guidance multiplies
 
 
 def relative_l1(signal: Tensor, previous: Tensor) -> Tensor:
@@ -441,7 +435,7 @@ def as_rank_0(decision: bool, device: torch.device) -> bool:
     return bool(flag.item())
 
 
-def totals(*terms: Tensor) -> Tensor:
+def totals(terms: Sequence[Tensor]) -> Tensor:
     """The sum of each tensor, float64 on the device, over the tokens of all ranks."""
     sums = torch.stack([term.sum(dtype=torch.float64) for term in terms])
     if across_ranks():  # where each rank has all tokens all sums grow alike, and ratios stay
@@ -451,67 +445,111 @@ def totals(*terms: Tensor) -> Tensor:
 
 @dataclass
 class Anchor:
-    """The residual of a computed step."""
+    """A computed step, and its residuals by branch."""
 
-    x: float  # the step's log SNR
-    sample: Tensor  # every n-th token in float32, [1, up to 1024, dim]
-    residual: Tensor | None  # all tokens, [1, tokens, dim]; None where no later step needs them
+    sigma: float  # the noise level
+    samples: dict[int, Tensor]  # every n-th token in float32, [1, up to 1024, dim]
+    residuals: dict[int, Tensor]  # all tokens, [1, tokens, dim]; while a later step may need them
 
 
-class Branch:
-    """The last two anchors of a branch, newest first, and how well the line through them does.
+def along(gain: Tensor, reach: float) -> Tensor:
+    """How far to go along a line of which each gap is ``gain`` of the one before: the sum of
+    gain + gain^2 + ... over ``reach`` gaps, whole or not. This is the forecasters' damped trend.
+    """
+    gain = gain.clamp(max=1 - 1e-9)
+    return gain * (1 - gain**reach) / (1 - gain)
 
-    gain: g = <R - R_last, D> / (k <D, D>), measured when R was computed, with D the difference of
-    the two residuals before it and k its ``reach``; between 0 (hold) and 1 (all along the line).
-    A scalar on the model's device: nothing here waits for the GPU.
+
+class Residuals:
+    """The last two computed steps, and what they tell of the residuals of the next one.
+
+    Order 1, which is ours, goes on along the line through the two. How far is measured: at each
+    computed step R the gain is <R - R', D> / (k <D, D>), with R' and R'' the two before it,
+    D = R' - R'' and k R's ``reach``; clipped to 0 (hold) and 1 (all along the line), 1 at first.
+    Each has its own gain: the unconditional residual and the difference of the two branches, since
+    guidance multiplies the errors of that one. The conditional residual is the sum.
+
+    anchors: newest first. gains: by CONDITIONAL (where it runs alone), UNCONDITIONAL, DIFFERENCE;
+    scalars on the model's device, so that nothing here waits for the GPU.
     """
 
     def __init__(self) -> None:
         self.anchors: list[Anchor] = []
-        self.gain: Tensor | float = FIRST_GAIN
+        self.gains = [torch.ones((), dtype=torch.float64)] * 3
 
-    def line(self, x: float, newest: Tensor, older: Tensor) -> Tensor:
-        """The residual at x, along the line from the older anchor's to the newest's."""
-        last, before = self.anchors
-        weight = self.gain * reach(x, last.x, before.x)
-        return (newest - older).mul_(weight).add_(newest)
+    def guess(self, sigma: float, branch: int, order: int) -> Tensor:
+        """The residual [1, tokens, dim] of a branch for a skipped step."""
+        if order == 0 or len(self.anchors) < 2 or branch not in self.anchors[1].residuals:
+            return self.anchors[0].residuals[branch]
+        return self.line(sigma, branch, *(anchor.residuals for anchor in self.anchors))
 
-    def guess(self, x: float, order: int) -> Tensor:
-        """The residual [1, tokens, dim] for a skipped step."""
-        newest, *older = (anchor.residual for anchor in self.anchors)
-        if order == 0 or not older or older[0] is None:
-            return newest
-        return self.line(x, newest, older[0])
+    def line(
+        self, sigma: float, branch: int, newest: dict[int, Tensor], older: dict[int, Tensor]
+    ) -> Tensor:
+        """The residual of a branch at a noise level, along the line from older to newest."""
+        k = reach(sigma, *(anchor.sigma for anchor in self.anchors))
+        conditional, unconditional, difference = (along(gain, k) for gain in self.gains)
+        change = newest[branch] - older[branch]
+        if branch == UNCONDITIONAL:
+            change.mul_(unconditional)
+        elif UNCONDITIONAL in newest and UNCONDITIONAL in older:
+            change.mul_(difference)
+            of_both = newest[UNCONDITIONAL] - older[UNCONDITIONAL]
+            change.add_(of_both.mul_(unconditional - difference))
+        else:
+            change.mul_(conditional)
+        return change.add_(newest[branch])
 
-    def make_room(self, residuals: int) -> None:
-        """Let go of all residuals but so many, before the blocks need the memory."""
-        for anchor in self.anchors[residuals:]:
-            anchor.residual = None
+    def make_room(self, anchors: int) -> None:
+        """Let go of the residuals of all anchors but so many."""
+        for anchor in self.anchors[anchors:]:
+            anchor.residuals.clear()
 
-    def measure(self, x: float, sample: Tensor) -> Tensor | None:
-        """Hold a true residual against the guesses, and measure the gain anew.
+    def add(self, anchor: Anchor) -> Tensor | None:
+        """Take a computed step: hold it against what would have been guessed, measure the gains.
 
-        Returns [sum|R|, sum|R - held|, sum|R - line|], float64 on the device, over the tokens of
-        all ranks; None if no residual was there to hold.
+        Returns [sum|R|, sum|R - held|, sum|R - line|] over the branches, float64 on the device,
+        over the tokens of all ranks; None for the first step.
         """
-        if not self.anchors:
-            return None
-        held = sample - self.anchors[0].sample
-        if len(self.anchors) == 1:
-            return totals(sample.abs(), held.abs(), held.abs())
-        newest, older = (anchor.sample for anchor in self.anchors)
-        line = sample - self.line(x, newest, older)
-        difference = newest - older
-        sums = totals(
-            *(sample.abs(), held.abs(), line.abs()), held * difference, difference * difference
-        )
-        ahead = reach(x, self.anchors[0].x, self.anchors[1].x)
-        if ahead != 0:
-            self.gain = (sums[3] / (ahead * sums[4])).nan_to_num(0.0).clamp(0, 1).float()
-        return sums[:3]
-
-    def add(self, anchor: Anchor) -> None:
+        errors = totals(self.errors(anchor)) if self.anchors else None
+        if len(self.anchors) == 2:
+            self.measure(anchor)
         self.anchors = [anchor, *self.anchors[:1]]
+        return errors
+
+    def errors(self, anchor: Anchor) -> list[Tensor]:
+        """|R|, |R - held| and |R - line| of the sampled tokens, of both branches."""
+        samples = [anchor.samples for anchor in self.anchors]
+        found: list[list[Tensor]] = [[], [], []]
+        for branch, sample in anchor.samples.items():
+            held = line = samples[0][branch]
+            if len(samples) == 2:
+                line = self.line(anchor.sigma, branch, *samples)
+            for errors, guess in zip(found, (torch.zeros_like(held), held, line), strict=True):
+                errors.append((sample - guess).abs())
+        return [torch.stack(errors) for errors in found]
+
+    def measure(self, anchor: Anchor) -> None:
+        """The gains, anew."""
+        k = reach(anchor.sigma, *(other.sigma for other in self.anchors))
+        now, last, before = map(quantities, (anchor, *self.anchors))
+        names = [name for name in now if name in last and name in before]
+        products = []
+        for name in names:
+            direction = last[name] - before[name]
+            products += [(now[name] - last[name]) * direction, direction * direction]
+        for name, (along_it, length) in zip(names, totals(products).view(-1, 2), strict=True):
+            if k != 0:
+                gain = (along_it / (k * length)).nan_to_num(0.0).clamp(0, 1)
+                self.gains = [*self.gains[:name], gain, *self.gains[name + 1 :]]
+
+
+def quantities(anchor: Anchor) -> dict[int, Tensor]:
+    """The samples of what has a gain of its own."""
+    found = dict(anchor.samples)
+    if UNCONDITIONAL in found:
+        found[DIFFERENCE] = found[CONDITIONAL] - found[UNCONDITIONAL]
+    return found
 
 
 @dataclass(frozen=True)
@@ -537,9 +575,9 @@ class TeaCache:
 
     def __init__(self, config: TeaCacheConfig):
         self.config, self.schedule = config, Schedule(config)
-        self.branches = Branch(), Branch()
+        self.residuals = Residuals()
         self.drifts: list[Drift] = []
-        self.measured: list[tuple[int, Tensor]] = []  # step, and what Branch.measure gave
+        self.measured: list[tuple[int, Tensor]] = []  # step, and what Residuals.add gave
         self.marks: list[float] = []  # seconds: begin of sampling, each decision, end of sampling
         self.calls, self.computing, self.asked = 0, True, False
         self.active: ModelParts | None = None
@@ -554,7 +592,7 @@ class TeaCache:
         RuntimeError: calls that are not two a step, on as many steps as configured.
         """
         self.begin_call(parts, t)
-        if self.branch == 0 or self.config.is_guided(self.step):
+        if self.branch == CONDITIONAL or self.config.is_guided(self.step):
             self.asked = False
             self.output = parts.forward(x, t, *args, **kwargs)
             if not self.asked or len(self.schedule.steps) != self.step + 1:
@@ -575,7 +613,11 @@ class TeaCache:
                 f"TeaCache is set up for {self.step} steps, and the pipeline takes more: make "
                 "TeaCacheConfig.steps the pipeline's sampling_steps"
             )
-        if self.branch == 1 and t is not self.timestep and not torch.equal(t, self.timestep):
+        if (
+            self.branch == UNCONDITIONAL
+            and t is not self.timestep
+            and not torch.equal(t, self.timestep)
+        ):
             raise RuntimeError(
                 "TeaCache needs two calls of the model a step, with the prompt and then without; "
                 "this pipeline's second call has another timestep: it is of a distilled model?"
@@ -583,7 +625,7 @@ class TeaCache:
         self.marks = self.marks or [time.perf_counter()]
         self.calls, self.timestep = self.calls + 1, t
         if parts is not self.active:
-            self.active, self.signal, self.branches = parts, None, (Branch(), Branch())
+            self.active, self.signal, self.residuals = parts, None, Residuals()
 
     def end_sampling(self) -> None:
         """Take the time, read what was measured, and let go of all tensors: the VAE is next."""
@@ -594,14 +636,11 @@ class TeaCache:
         self.release()
 
     def read_drifts(self) -> None:
-        """Bring what was measured to the host; both branches of a step together."""
+        """Bring what was measured to the host."""
         if not self.measured:
             return
-        by_step: dict[int, np.ndarray] = {}
         rows = torch.stack([sums for _, sums in self.measured]).tolist()
-        for (step, _), sums in zip(self.measured, rows, strict=True):
-            by_step[step] = by_step.get(step, 0) + np.array(sums)
-        for step, (size, held, line) in by_step.items():
+        for (step, _), (size, held, line) in zip(self.measured, rows, strict=True):
             if size > 0:
                 self.drifts.append(Drift(step, held / size, line / size))
         self.measured.clear()
@@ -613,7 +652,7 @@ class TeaCache:
         It decides at the conditional call for both branches, with the one host synchronisation
         of a step; among several processes rank 0 decides.
         """
-        if self.branch == 1:
+        if self.branch == UNCONDITIONAL:
             return
         signal = output if self.config.mode == RETENTION else inputs[0]
         signal = signal.flatten(0, -2)[-1]
@@ -623,10 +662,10 @@ class TeaCache:
         timestep, *distance = torch.stack(scalars).tolist()
         self.signal = signal.clone()  # a view would keep all tokens' alive
         decision = self.schedule.decide(timestep, distance[0] if distance else None)
-        decision |= not self.branches[0].anchors and self.config.thresh > 0  # nothing to reuse
+        decision |= not self.residuals.anchors and self.config.thresh > 0  # nothing to reuse
         self.computing = as_rank_0(decision, self.timestep.device)
         self.schedule.overrule(self.computing)
-        self.x = log_snr(timestep)
+        self.sigma = timestep / TRAIN_TIMESTEPS
         self.marks.append(time.perf_counter())
 
     def forward_vace(self, parts: ModelParts, *args: Any, **kwargs: Any) -> list[Tensor] | None:
@@ -640,34 +679,43 @@ class TeaCache:
         head gets float32 on every step.
         """
         self.asked = True
-        branch, keeps = self.branches[self.branch], self.config.keeps(self.step, self.branch)
+        residuals, keeps = self.residuals, self.config.keeps(self.step)
         if not self.computing:
-            out = h + branch.guess(self.x, self.config.order)
+            out = h + residuals.guess(self.sigma, self.branch, self.config.order)
         else:
-            branch.make_room(self.config.order)
+            if self.branch == CONDITIONAL:
+                residuals.make_room(self.config.order)  # before the blocks need the memory
+                self.anchor = Anchor(self.sigma, {}, {})
             out = h
             for block in parts.blocks:
                 out = block(out, **kwargs)
             if self.config.thresh > 0:
-                self.learn(branch, h, out, keeps)
-        if not keeps:
-            branch.make_room(0)
+                self.learn(h, out, keeps)
+        if not keeps and self.is_last_branch:
+            residuals.make_room(0)
         return out
 
-    def learn(self, branch: Branch, h: Tensor, out: Tensor, keeps: bool) -> None:
-        """Take the residual of a computed step, and measure the guesses against it."""
+    @property
+    def is_last_branch(self) -> bool:
+        """Whether the step's last call of the blocks is this one."""
+        return self.branch == UNCONDITIONAL or not self.config.is_guided(self.step)
+
+    def learn(self, h: Tensor, out: Tensor, keeps: bool) -> None:
+        """Take a computed step's residual; after its last branch, hold the guesses against it."""
         every = math.ceil(h.size(1) / SAMPLE_TOKENS)
-        sample = (out[:, ::every] - h[:, ::every]).float()
-        sums = branch.measure(self.x, sample)
-        if sums is not None and not self.schedule.steps[self.step - 1].computed:
-            self.measured.append((self.step, sums))
-        branch.add(Anchor(self.x, sample, out - h if keeps else None))
+        self.anchor.samples[self.branch] = (out[:, ::every] - h[:, ::every]).float()
+        if keeps:
+            self.anchor.residuals[self.branch] = out - h
+        if self.is_last_branch:
+            errors = self.residuals.add(self.anchor)
+            if errors is not None and not self.schedule.steps[self.step - 1].computed:
+                self.measured.append((self.step, errors))
 
     def release(self) -> None:
         """Let go of models and tensors; decisions, times and drifts stay."""
-        self.branches = Branch(), Branch()
+        self.residuals = Residuals()
         self.measured.clear()
-        self.signal = self.timestep = self.output = None
+        self.signal = self.timestep = self.output = self.anchor = self.active = None
 
     @property
     def seconds(self) -> float:
@@ -1083,9 +1131,12 @@ def compute_capability() -> tuple[int, int]:
 
 def why_no_import(error: Exception, cuda_needed: bool) -> str:
     """What to do about an exception from importing Wan, in one line."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = reason if len(reason) < 400 else f"{reason[:200]} ... {reason[-200:]}"
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.split(".")[0]
+        if package == "wan":
+            return f"Wan cannot be imported: {reason}: this checkout lacks it: clone it again"
         install = PACKAGES.get(package, package)
         return f"Wan cannot be imported: {reason}: pip install {install}"
     if "torchvision" in reason:
@@ -1101,16 +1152,21 @@ def why_no_import(error: Exception, cuda_needed: bool) -> str:
 # What the time embedding of a checkpoint says, for the plan
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    with refusing(f"--ckpt_dir {file}: cannot be read", "download this file again"):
+        return dict(json.loads(file.read_text(encoding="utf-8-sig")))
+
+
 def tensor_files(folder: Path) -> dict[str | None, Path]:
     """The file of each of a transformer's tensors; {None: file} where one file has them all."""
     names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
     for name in names:  # in the order in which from_pretrained looks
         index = folder / f"{name}.index.json"
+        if index.is_file():
+            files = read_json(index)["weight_map"]
+            return {tensor: folder / file for tensor, file in files.items()}
         if (folder / name).exists():
             return {None: folder / name}
-        if index.is_file():
-            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return {tensor: folder / file for tensor, file in files.items()}
     return {None: folder / names[0]}
 
 
@@ -1120,7 +1176,8 @@ def read_tensor(folder: Path, name: str) -> Any:
     file = files.get(name) or files[None]
     if file.suffix == ".safetensors":
         return safetensors.safe_open(file, "pt").get_slice(name)
-    return torch.load(file, mmap=True, weights_only=True, map_location="cpu")[name]
+    mmap = zipfile.is_zipfile(file)  # an older pickle cannot be mapped
+    return torch.load(file, mmap=mmap, weights_only=True, map_location="cpu")[name]
 
 
 def signal_distances(folder: Path, timesteps: Sequence[float], mode: str) -> list[float]:
@@ -1209,8 +1266,9 @@ def check_numbers(wan: Wan, args: argparse.Namespace) -> None:
 
 
 def uses_xfuser(args: argparse.Namespace) -> bool:
-    """Whether the tokens are split over the processes by xfuser, as Wan2.1 does it."""
-    return hasattr(args, "ring_size") and args.ulysses_size * args.ring_size > 1
+    """Whether the tokens are split over the processes by xfuser: Wan2.1 does, Wan2.2 does not."""
+    split = args.ulysses_size * getattr(args, "ring_size", 1) > 1
+    return split and importlib.util.find_spec("wan.distributed.xdit_context_parallel") is not None
 
 
 def damage(file: Path) -> str | None:
@@ -1237,6 +1295,8 @@ def damage(file: Path) -> str | None:
                 return f"has {size:,} bytes of {expected:,}: download this file again"
         elif head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(file):
             return "is cut short: download this file again"  # an older pickle has no such sign
+        elif file.suffix in (".pth", ".bin") and head[:1] not in (b"P", b"\x80"):
+            return "holds no weights, but perhaps an error's web page: download this file again"
     return None
 
 
@@ -1273,12 +1333,23 @@ def check_part(args: argparse.Namespace, path: Path) -> None:
     """A file of weights, or a folder of a tokenizer, is there and whole."""
     what = f"--ckpt_dir {args.ckpt_dir}: {path.name}"
     require(path.exists(), f"{what} is missing, and --task {args.task} needs it: download it")
-    files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = [f for f in path.iterdir() if not f.is_dir() and not f.name.startswith(".")]
     require(files, f"{what} is an empty folder: download it again")
     for file in files:
         with refusing(f"--ckpt_dir {args.ckpt_dir}: {file.name}", "download this file again"):
             fault = damage(file)
         require(not fault, f"--ckpt_dir {args.ckpt_dir}: {file.name} {fault}")
+
+
+KINDS = {  # the transformers that will do, by the first word of Wan's tasks
+    "t2v": ("t2v",),
+    "i2v": ("i2v",),
+    "flf2v": ("flf2v", "i2v"),
+    "vace": ("vace",),
+    "ti2v": ("ti2v",),
+}
 
 
 def check_transformer(args: argparse.Namespace, folder: Path, config: dict[str, Any]) -> None:
@@ -1287,9 +1358,9 @@ def check_transformer(args: argparse.Namespace, folder: Path, config: dict[str, 
     with refusing(what, "download it again, or give the task or the folder that fits"):
         for file in [folder / "config.json", *sorted(set(tensor_files(folder).values()))]:
             check_part(args, file)
-        found = dict(json.loads((folder / "config.json").read_text(encoding="utf-8-sig")))
+        found = read_json(folder / "config.json")
         kind = args.task.split("-")[0].replace("t2i", "t2v")
-        if found.get("model_type", kind) not in {kind, kind.replace("flf2v", "i2v")}:
+        if kind in KINDS and found.get("model_type", kind) not in KINDS[kind]:
             raise ValueError(f"a {found['model_type']} transformer, not one of --task {args.task}")
         if found.get("dim") != config["dim"]:
             dims = f"dim {found.get('dim')}, that of --task {args.task} {config['dim']}"
@@ -1387,7 +1458,7 @@ def check_target(wan: Wan, args: argparse.Namespace) -> None:
             f"--save_file {target}: cannot be written",
             f"give a {ending} in a folder that is there{cure}",
         ),
-        tempfile.TemporaryDirectory(dir=target.parent) as folder,
+        tempfile.TemporaryDirectory(dir=target.resolve().parent) as folder,
         redirect_stderr(io.StringIO()),
         redirect_stdout(printed),
     ):
@@ -1422,7 +1493,8 @@ def checked(write: Callable, *args: Any, **kwargs: Any) -> str:
     call = inspect.signature(write).bind(*args, **kwargs)
     if "retry" in inspect.signature(write).parameters:
         call.arguments["retry"] = 1  # a second try of Wan2.1's overwrites the reason of the first
-    tensor, file = call.arguments["tensor"], str(call.arguments["save_file"])
+    given = {**call.arguments, **call.kwargs}  # a fork's may take **kwargs
+    tensor, file = given["tensor"], str(given["save_file"])
     with logged_and_printed() as printed:
         write(*call.args, **call.kwargs)
     try:
@@ -1806,14 +1878,12 @@ class Session:
                 raise RuntimeError("no pipeline of this Wan has run with TeaCache")
             run.status = "finished"
         except BaseException as error:
-            run.status = f"failed: {error!r}"
-            if isinstance(error, Exception) and run.failure:
-                error = run.failure  # what came after it is of the frame in its place
-                run.status = f"failed: {error!r}"
+            first = run.failure if run.failure and isinstance(error, Exception) else error
+            run.status = f"failed: {first!r}"  # what came after it is of the frame in its place
             if isinstance(error, Exception) and not self.loading:
                 raise Refused(f"{type(error).__name__}: {error} (see --help)") from error
-            run.explain(error)
-            raise error
+            run.explain(first)
+            raise
         finally:
             self.write_report()
         return run
@@ -1842,7 +1912,7 @@ class Session:
             in_step = not across_ranks() or error is self.runs[-1].failure
             if isinstance(error, Refused) or not in_step:
                 raise
-            log.error("TeaCache: here is where:", exc_info=error)
+            log.error("TeaCache: here is where:", exc_info=self.runs[-1].failure or error)
         self.runs[-1].failure = None  # it holds on to the tensors of where it was raised
         gc.collect()
         torch.cuda.empty_cache()
@@ -2169,10 +2239,13 @@ def choose_i2v_row(args: argparse.Namespace) -> Choice:
 
 
 def download_names(folder: Path) -> list[str]:
-    """The names that may tell what a checkpoint folder holds: its own, that of the folder that a
-    link leads to, and for a hub's cache (NAME/snapshots/COMMIT) that above it. No parents."""
-    names = []
-    for path in (folder.absolute(), folder.resolve()):
+    """The names that may tell what a checkpoint folder holds: that of the folder itself, then those
+    of the links to it, the last one first; for a hub's cache (NAME/snapshots/COMMIT) that above it
+    too. No parents."""
+    names, paths = [], [folder.absolute()]
+    while paths[0].is_symlink():
+        paths.insert(0, paths[0].parent / paths[0].readlink())
+    for path in (folder.resolve(), *paths):
         names.append(path.name)
         if path.parent.name == "snapshots":
             names.append(path.parent.parent.name)
@@ -2520,7 +2593,8 @@ def settle_all(wan: Wan, own: argparse.Namespace, argv: list[str]) -> list[list[
     if not own.teacache_jobs:
         args = parse(wan, own, argv)
         if args.save_file is None:
-            name = default_target(args, prompt_of(wan, args), time.strftime("%Y%m%d_%H%M%S"))
+            mark = f"{args.base_seed}_{time.strftime('%Y%m%d_%H%M%S')}"
+            name = default_target(args, prompt_of(wan, args), mark)
             args.save_file = str(next(p for p in numbered(Path(name)) if not p.exists()))
         return [settle_entries(wan, own, args)]
     common = wan.parse(argv, whole=False)
@@ -2661,8 +2735,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for what was refused, 1 for what failed, 128 + its number for a signal; returns otherwise."""
     status = 0
     try:
-        with stopped_by_signals():
-            status = run(sys.argv[1:] if argv is None else argv)
+        with stopped_by_signals(), shadow(logging, raiseExceptions=False):  # of lines nobody reads
+            try:
+                status = run(sys.argv[1:] if argv is None else argv)
+            except SystemExit as leaving:  # of --help
+                status = leaving.code or 0
             sys.stdout.flush()
     except Refused as error:
         speaks = environment("LOCAL_RANK", 0) == 0 or environment("LOCAL_WORLD_SIZE", 1) == 1

@@ -15,8 +15,8 @@ sampling begins with, in float32 and under bfloat16 autocast, as Wan2.1 runs on 
 bfloat16 is from float32. What is above the row bf16 is nearer to stock than rounding is.
 
 Guidance on the first steps only is also held against the prompts, by train.py's check of "shown":
-how many of 100 videos show what they say. Small shapes are made of few steps' decisions: that their
-colour and motion stay when guidance ends early says nothing of a real model's detail.
+how many of 100 videos show what they say. That colour and motion of one shape stay when guidance
+ends early says nothing of what a real model has to draw.
 """
 
 import argparse

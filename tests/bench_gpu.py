@@ -196,7 +196,7 @@ def in_turns(
 def build_model(config: Any) -> nn.Module:
     """Wan2.1's WanModel, held as WanT2V holds it: float32, which autocast makes bfloat16 of."""
     if not CUDA:
-        return make_model({"model_type": "t2v", "in_dim": 16, "out_dim": 16, **config}, seed=0)
+        return make_model({**config, "model_type": "t2v", "in_dim": 16, "out_dim": 16}, seed=0)
     names = ("patch_size", "dim", "ffn_dim", "freq_dim", "num_heads", "num_layers", "window_size")
     sizes = {name: config[name] for name in (*names, "qk_norm", "cross_attn_norm", "eps")}
     torch.manual_seed(0)
@@ -211,19 +211,12 @@ def build_pipeline(config: Any) -> Any:
     wan = sys.modules["wan"]
     wan.text2video.tqdm = iter  # there is one progress bar, and it is ours
     pipeline, model = object.__new__(wan.WanT2V), build_model(config)
-    context = seeded(60, model.text_dim).to(config.t5_dtype)
     names = ("num_train_timesteps", "param_dtype", "vae_stride", "patch_size", "sample_neg_prompt")
-    vars(pipeline).update(
-        {name: config[name] for name in names},
-        config=config,
-        device=DEVICE,
-        model=model,
-        rank=0,
-        sp_size=1,
-        t5_cpu=True,
-        text_encoder=lambda texts, device: [context.to(device)],
-        vae=SimpleNamespace(model=SimpleNamespace(z_dim=16)),
-    )
+    vars(pipeline).update({name: config[name] for name in names}, config=config, rank=0, sp_size=1)
+    vars(pipeline).update(t5_cpu=True, device=DEVICE, model=model)
+    pipeline.vae = SimpleNamespace(model=SimpleNamespace(z_dim=16))
+    context = seeded(min(100, model.text_len), model.text_dim).to(config.t5_dtype)
+    pipeline.text_encoder = lambda texts, device: [context.to(device)]
     return pipeline
 
 

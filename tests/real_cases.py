@@ -48,11 +48,12 @@ PUBLISHED = {
 @dataclass
 class Case:
     """flags: of generate.py. ours: of the script. reference: settings of ``real_wan.Reference``;
-    a thresh of None is the script's default, as its report tells it."""
+    a thresh of None is the script's default, as its report tells it. float32: blocks too."""
 
     flags: list[str]
     ours: list[str]
     reference: dict[str, Any]
+    float32: bool = False
 
     def jobs(self, name: str, out: Path) -> list[dict[str, Any]]:
         """The run with TeaCache, the reference and stock."""
@@ -60,7 +61,8 @@ class Case:
 
         def job(mode: str, argv: list[str], **more: Any) -> dict[str, Any]:
             video = ["--save_file", str(out / f"{name}.{mode}.{ending}")]
-            return {"name": f"{name}.{mode}", "mode": mode, "argv": [*argv, *video], **more}
+            more |= {"name": f"{name}.{mode}", "mode": mode, "float32": self.float32}
+            return {"argv": [*argv, *video], **more}
 
         reference = {**self.reference}
         if reference["thresh"] is None:
@@ -88,18 +90,25 @@ def with_sigma(flags: list[str], *ours: str, thresh: float | None = None) -> Cas
 
 
 def order_1(case: Case) -> Case:
-    return Case(case.flags, [*case.ours, "--teacache_order", "1"], {**case.reference, "order": 1})
+    """In float32: the last bit of a residual depends on how the line is written down, and in 50
+    steps of bfloat16 it grows to two thirds of what skipping does."""
+    ours, reference = [*case.ours, "--teacache_order", "1"], {**case.reference, "order": 1}
+    return Case(case.flags, ours, reference, float32=True)
 
 
 def guided_until(case: Case, share: float, steps: int) -> Case:
     """steps: the number of the first step whose unconditional call is left out."""
     ours = [*case.ours, "--teacache_guide_until", str(share)]
-    return Case(case.flags, ours, {**case.reference, "guided_steps": steps})
+    return Case(case.flags, ours, {**case.reference, "guided_steps": steps}, case.float32)
 
 
 def stock_of(name: str, cases: dict[str, Case]) -> str:
     """The case whose stock run serves: the first with the same flags of generate.py."""
-    return next(other for other in cases if cases[other].flags == cases[name].flags)
+
+    def asked(name: str) -> tuple[list[str], bool]:
+        return cases[name].flags, cases[name].float32
+
+    return next(other for other in cases if asked(other) == asked(name))
 
 
 def jobs_of_all(names: Iterable[str], cases: dict[str, Case], out: Path) -> list[dict[str, Any]]:
@@ -153,12 +162,12 @@ def printed(log: str, name: str) -> str:
     return "\n".join(part.split("\n=== ")[0] for part in log.split(f"=== {name}\n")[1:])
 
 
-def agree(ours: np.ndarray, reference: np.ndarray, order: int, stock: np.ndarray) -> bool:
-    """To the bit. At order 1 the last bit of a residual depends on how the line is written down,
-    and blocks in bfloat16 make some more of it: a tenth of what skipping does is a bug."""
-    if not order:
+def agree(ours: np.ndarray, case: Case, reference: np.ndarray, stock: np.ndarray) -> bool:
+    """To the bit; at order 1, see there, nearer than stock by far; in bfloat16 at least nearer."""
+    if not case.reference.get("order"):
         return np.array_equal(ours, reference)
-    return bool(np.abs(ours - reference).mean() <= 0.1 * np.abs(reference - stock).mean())
+    allowed = 0.01 if case.float32 else 1.0
+    return bool(np.abs(ours - reference).mean() < allowed * np.abs(reference - stock).mean())
 
 
 def check(out: Path, name: str, cases: dict[str, Case]) -> None:
@@ -180,8 +189,7 @@ def check(out: Path, name: str, cases: dict[str, Case]) -> None:
 
     stock = frames(out, f"{stock_of(name, cases)}.stock")
     with_teacache = frames(out, f"{name}.teacache")
-    order = settings.get("order", 0)
-    assert agree(with_teacache, frames(out, f"{name}.reference"), order, stock)
+    assert agree(with_teacache, cases[name], frames(out, f"{name}.reference"), stock)
     skipped = reference["computed"].count(False)
     assert np.array_equal(with_teacache, stock) == (skipped == 0 and guided == len(ours["steps"]))
     assert skipped >= len(reference["computed"]) // 5 or name == "1-step"

@@ -5,8 +5,8 @@
 
 jobs.json is a list of
     {"name": ..., "mode": "stock" | "teacache" | "reference", "argv": [flags],
-     "seed": of the models' weights, 0 by default, "fails": "decode" if the VAE is to fail, and
-     for reference the settings of ``Reference``}
+     "seed": of the models' weights, 0 by default, "fails": "decode" if the VAE is to fail,
+     "float32": whether autocast is to that, and for reference the settings of ``Reference``}
 stock runs generate.py, teacache the script at the top of the project, reference the stock run with
 the method on top of it as its text says it. In argv, ``--ckpt_dir AUTO`` makes a checkpoint folder
 in OUT_DIR, and LEFT:FOLDER is the file that an earlier job left in a folder beside its videos.
@@ -23,6 +23,7 @@ bfloat16 and return float32.
 from __future__ import annotations
 
 import argparse
+import atexit
 import datetime
 import functools
 import importlib
@@ -85,9 +86,11 @@ def prepare(repo: str | Path) -> None:
 class Autocast(torch.autocast):
     """CUDA's autocast, on the CPU. To float32 it casts too, which matters to bfloat16 weights."""
 
+    float32 = False  # whether the job at hand is one in float32 throughout
+
     def __init__(self, device_type: str, dtype: torch.dtype | None = None, enabled: bool = True):
         super().__init__("cpu", torch.bfloat16, enabled)
-        self.fast_dtype = dtype or torch.float16
+        self.fast_dtype = torch.float32 if self.float32 else dtype or torch.float16
 
 
 def layer_norm(x: Tensor, shape: Any, *affine: Any, stock: Callable = torch.layer_norm) -> Tensor:
@@ -126,13 +129,14 @@ def prepare_torchvision() -> None:
 def prepare_distributed() -> None:
     """Gloo for every backend, and a GPU's looks for xfuser's imports."""
     init, new_group, count = dist.init_process_group, dist.new_group, itertools.count()
-    shared = tempfile.gettempdir() + f"/real_wan.{os.getppid()}"  # torchrun's own id
+    shared = f"{tempfile.gettempdir()}/real_wan.{os.getenv('TORCHELASTIC_RUN_ID')}"
 
     def init_process_group(backend: str = "", **kwargs: Any) -> None:
         """With a store of its own: after Wan2.2's destroy_process_group, torchrun's is used up."""
         ranks = {name: int(os.environ[name.upper()]) for name in ("rank", "world_size")}
-        store = f"file://{shared}.{next(count)}"
-        init("gloo", init_method=store, timeout=datetime.timedelta(seconds=60), **ranks)
+        store = Path(f"{shared}.{next(count)}")
+        atexit.register(store.unlink, missing_ok=True)
+        init("gloo", init_method=store.as_uri(), timeout=datetime.timedelta(seconds=60), **ranks)
 
     def gloo_group(*args: Any, backend: str = "", **kwargs: Any) -> Any:
         return new_group(*args, backend="gloo", **kwargs)
@@ -148,7 +152,7 @@ def prepare_distributed() -> None:
 
 def prepare_xfuser() -> None:
     """The attention of xfuser's own dependency, on the CPU; groups of earlier jobs are gone."""
-    if importlib.util.find_spec("xfuser") is None:
+    if int(os.getenv("WORLD_SIZE", "1")) == 1 or importlib.util.find_spec("xfuser") is None:
         return
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     importlib.import_module(
@@ -318,14 +322,13 @@ class Reference:
 
     Of a job: ``thresh``; ``method``, plain, ret or sigma, the first two with ``coefficients``;
     ``guided_steps`` n, from step n on the unconditional call returns the conditional output;
-    ``order`` 1, r goes on along the line through the last two residuals, as far as the gain says
-    that was measured when the last one was computed, with the coordinate ``x``.
+    ``order`` 1, r goes on along the line through the last two residuals u of the unconditional
+    branch and, apart, along that of the difference c - u, by g + g^2 + ... over the gaps of the
+    noise level, each with the g that was measured when the last step was computed.
 
     A pipeline may have two models. The schedule is one over both, but nothing of one is of use to
     the other: the first step of each is computed, and its residuals start anew.
     """
-
-    EPS, G0 = 1e-3, 1.0  # of the coordinate; of the gain before one was measured
 
     def __init__(self, models: list[nn.Module], steps: int, job: dict[str, Any]):
         self.steps, self.job, self.method = steps, job, job.get("method", "plain")
@@ -356,13 +359,9 @@ class Reference:
         self.first_of_model, self.model = model is not self.model, model
         if self.first_of_model:
             self.past: dict[int, list[tuple[float, Tensor]]] = {0: [], 1: []}
-            self.gain = dict.fromkeys((0, 1), self.job.get("gain", self.G0))
+            self.gain = {"c": 1.0, "u": 1.0, "c-u": 1.0}
         if self.method == "sigma":
             self.decide_by_sigma()
-
-    def x(self, s: float) -> float:
-        s = min(max(s, self.EPS), 1 - self.EPS)
-        return math.log(s / (1 - s))
 
     def decide_by_sigma(self) -> None:
         def g(s: float) -> float:
@@ -399,33 +398,47 @@ class Reference:
         self.h = args[0]
 
     def leave(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        x, past = self.x(self.s), self.past[self.branch]
+        past = self.past[self.branch]
         if self.computed[-1]:
-            residual = output - self.h
-            self.measure(x, residual)
-            past.append((x, residual))
-            del past[:-2]
+            past.append((self.s, output - self.h))
+            if self.branch == 1 or self.step >= self.guided_steps:
+                self.measure()
             return output
-        last, r = past[-1]
-        if self.order and len(past) == 2 and last != past[0][0]:
-            before, old = past[0]
-            k = (x - last) / (last - before)
-            r = r + self.gain[self.branch] * k * (r - old)
+        r = past[-1][1]
+        if self.order and len(past) > 1:
+            if self.branch == 1 or len(self.past[1]) < len(past):
+                r = self.onward(past, "u" if self.branch == 1 else "c")
+            else:
+                both = zip(past, self.past[1], strict=True)
+                apart = [(s, c - u) for (s, c), (_, u) in both]
+                r = self.onward(self.past[1], "u") + self.onward(apart, "c-u")
         return self.h + r
 
-    def measure(self, x: float, residual: Tensor) -> None:
-        """How much of the way along the line the residual has gone."""
-        past = self.past[self.branch]
-        if len(past) < 2:
-            return
-        (before, old), (last, r) = past
-        every = math.ceil(r.size(1) / 1024)
-        old, r, now = (u[:, ::every].float() for u in (old, r, residual))
-        d = r - old
-        k = (x - last) / (last - before) if last != before else 0.0
-        length = k * float((d * d).sum())
-        if length:
-            self.gain[self.branch] = min(max(float(((now - r) * d).sum()) / length, 0.0), 1.0)
+    def onward(self, past: list[tuple[float, Tensor]], name: str) -> Tensor:
+        """To this step along the line through the last two."""
+        (s2, r2), (s1, r1) = past[-2:]
+        if s1 == s2:
+            return r1
+        g, k = self.gain[name], (self.s - s1) / (s1 - s2)
+        return r1 + (k if g == 1 else g * (1 - g**k) / (1 - g)) * (r1 - r2)
+
+    def measure(self) -> None:
+        """The gains, by what was computed at this step and at the two before it."""
+        c, u = self.past[0], self.past[1]
+        series = {"c": c}
+        if len(u) == len(c):
+            apart = [(s, one - other) for (s, one), (_, other) in zip(c, u, strict=True)]
+            series |= {"u": u, "c-u": apart}
+        for name, past in series.items():
+            if len(past) < 3:
+                continue
+            every = math.ceil(past[-1][1].size(1) / 1024)
+            (s2, r2), (s1, r1), (_, r) = [(s, x[:, ::every].double()) for s, x in past[-3:]]
+            length = float(((r1 - r2) ** 2).sum())
+            k = (self.s - s1) / (s1 - s2) if s1 != s2 else 0.0
+            if k:
+                g = float(((r - r1) * (r1 - r2)).sum()) / (k * length) if length else 0.0
+                self.gain[name] = min(max(g, 0.0), 1.0)
 
     def returned(self, module: nn.Module, args: Any, output: list[Tensor]) -> list[Tensor] | None:
         if self.branch == 0:
@@ -585,6 +598,7 @@ class Harness:
     def do(self, run: Run) -> None:
         """Run a job as if it were the first one."""
         self.run, job = run, run.job
+        Autocast.float32 = job.get("float32", False)
         if dist.is_initialized():
             dist.destroy_process_group()
         prepare_xfuser()
