@@ -2608,6 +2608,8 @@ def run(argv: Sequence[str]) -> int:
         announce(job)
     with refusing(f"--teacache_report {own.teacache_report}: cannot be written", "see its folder"):
         session = Session(wan, own.teacache_report, settings_of(own, jobs))
+        if session.report:
+            session.report.open("a").close()
         session.write_report()
     with session.opened():
         if own.teacache_compare:
