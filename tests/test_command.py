@@ -1,14 +1,10 @@
-"""The whole command line, on the stand-in ``wan_nano``."""
+"""The command line on the stand-in ``wan_nano``: the main job, which row, flags, messages."""
 
 import json
-import os
-import re
-import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
+from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
 
@@ -20,7 +16,7 @@ from PIL import Image
 from real_wan import Reference
 
 import teacache_generate
-from teacache_generate import FITS, TeaCacheConfig, choose_row, main, teacache
+from teacache_generate import ROWS, TeaCacheConfig, choose_row, teacache
 
 # ------------------------------------------------------------------------------- the main job
 
@@ -35,7 +31,7 @@ def test_a_run_leaves_a_video_a_report_and_two_lines(ckpt, tmp_path, mode):
     told = json.loads(report.read_text())
     computed = [i for i, step in enumerate(told["steps"]) if step["computed"]]
     assert told["status"] == "finished"
-    assert told["fit"] == "row t2v-1.3B (as asked)"
+    assert told["row"] == "row t2v-1.3B (as asked)"
     assert told["computed"] == computed
     assert 15 <= len(computed) <= 40
     assert {"encode", "sampling", "decode", "cache_video"} == set(told["seconds"])
@@ -64,7 +60,7 @@ def test_the_script_works_copied_beside_generate_py(ckpt, tmp_path):
 
 
 def test_threshold_zero_gives_the_video_of_stock_generate_py(ckpt, tmp_path):
-    argv = ["--ckpt_dir", ckpt, *PROMPT, "--save_file"]
+    argv = ["--ckpt_dir", ckpt, *PROMPT, "--sample_steps", "12", "--save_file"]
     stock = python(NANO / "generate.py", *argv, tmp_path / "stock.mp4")
     off = ["--wan_repo", NANO, *ROW, "--teacache_thresh", "0"]
     ours = python(SCRIPT, *argv, tmp_path / "ours.mp4", *off)
@@ -81,23 +77,32 @@ def pipelines(wan, ckpt, i2v_ckpt, picture, task):
     return package.WanI2V(config, str(i2v_ckpt)), ("a ball", image), {"max_area": 64 * 64}
 
 
-@pytest.mark.parametrize("task", ["t2v-nano", "i2v-nano"])
-@pytest.mark.parametrize("use_ret_steps", [False, True], ids=["plain", "ret"])
-@pytest.mark.parametrize("solver", ["unipc", "dpm++"])
-@pytest.mark.parametrize("guide_scale", [5.0, 1.0])
+@pytest.mark.parametrize(
+    ("task", "use_ret_steps", "solver", "guide_scale"),
+    [
+        ("t2v-nano", False, "unipc", 5.0),
+        ("t2v-nano", True, "unipc", 5.0),
+        ("i2v-nano", False, "unipc", 5.0),
+        ("i2v-nano", True, "unipc", 5.0),
+        ("t2v-nano", False, "dpm++", 5.0),
+        ("t2v-nano", True, "dpm++", 5.0),
+        ("t2v-nano", False, "unipc", 1.0),
+    ],
+)
 def test_the_video_is_that_of_the_method_written_plainly(
     wan, ckpt, i2v_ckpt, picture, task, use_ret_steps, solver, guide_scale
 ):
-    row = FITS[use_ret_steps]["t2v-1.3B"]
+    row = ROWS["t2v-1.3B"].retention if use_ret_steps else ROWS["t2v-1.3B"].plain
     thresh, coefficients = row.thresholds[-1], row.coefficients
     steps = 50
     settings = dict(sampling_steps=steps, sample_solver=solver, guide_scale=guide_scale, seed=1)
     pipeline, inputs, size = pipelines(wan, ckpt, i2v_ckpt, picture, task)
     settings |= {**size, "frame_num": 17}
-    config = TeaCacheConfig(steps, thresh, coefficients, use_ret_steps, guide_scale)
+    mode = "retention" if use_ret_steps else "plain"
+    guided = 0 if guide_scale == 1 else None
+    config = TeaCacheConfig(steps, thresh, mode, coefficients, guided)
     with teacache(pipeline.model, config) as cache:
         ours = pipeline.generate(*inputs, **settings)
-    assert cache.residuals == {}
     stock = pipeline.generate(*inputs, **settings)
     method = {"thresh": thresh, "coefficients": coefficients, "use_ret_steps": use_ret_steps}
     reference = Reference(pipeline.model, steps, method)
@@ -121,7 +126,12 @@ def test_two_processes_give_the_video_of_one(ckpt, tmp_path, flags):
     one = python(SCRIPT, *common, "--save_file", alone, "--teacache_report", reports[0])
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT]
     out = ["--save_file", both, "--teacache_report", reports[1]]
-    two = python(*torchrun, *common, *out, *flags, CUDA_VISIBLE_DEVICES="")
+    xfuser = tmp_path / "xfuser" / "core"  # which the stand-in does not need, but Wan2.1
+    xfuser.mkdir(parents=True)
+    names = ("init_distributed_environment", "initialize_model_parallel")
+    (xfuser / "distributed.py").write_text("".join(f"def {name}(): ...\n" for name in names))
+    env = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tmp_path)}
+    two = python(*torchrun, *common, *out, *flags, **env)
     assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
     steps = [json.loads(report.read_text())["computed"] for report in reports]
     assert steps[0] == steps[1]
@@ -133,8 +143,14 @@ def test_two_processes_give_the_video_of_one(ckpt, tmp_path, flags):
 # ------------------------------------------------------------------------------ which row
 
 
-def row(**flags):
-    return choose_row(teacache_generate.argparse.Namespace(**flags))[0]
+NONE = Namespace(teacache_model=None, teacache_coefficients=None)
+
+
+def row(task, ckpt_dir, size="1280*720") -> str:
+    return choose_row(NONE, Namespace(task=task, ckpt_dir=str(ckpt_dir), size=size)).name
+
+
+GUESS = "a guess from the size {}: name it by --teacache_model"
 
 
 @pytest.mark.parametrize(
@@ -145,27 +161,91 @@ def row(**flags):
         ("t2i-14B", "x", "1024*1024", "t2v-14B"),
         ("i2v-14B", "Wan2.1-I2V-14B-480P", "1280*720", "i2v-14B-480P"),
         ("i2v-14B", "/480P/Wan2___1-I2V-14B-720p/", "832*480", "i2v-14B-720P"),
-        ("i2v-14B", "/480P/mine", "1280*720", "i2v-14B-720P"),
-        ("i2v-14B", "/720P/mine", "480*832", "i2v-14B-480P"),
-        ("i2v-14B", "480p-and-720p", "480*832", "i2v-14B-480P"),
-        ("i2v-14B", "my1480px", "1280*720", "i2v-14B-720P"),
-        ("flf2v-14B", "x", "832*480", "i2v-14B-720P"),
-        ("vace-1.3B", "x", "832*480", "t2v-1.3B"),
-        ("vace-14B", "x", "832*480", "t2v-14B"),
+        ("i2v-14B", "./wan_i2v_480p_fp16", "1280*720", "i2v-14B-480P"),
+        ("flf2v-14B", "Wan2.1-FLF2V-14B-720P", "832*480", "sigma"),
+        ("vace-1.3B", "x", "832*480", "sigma"),
+        ("vace-14B", "/t2v-14B/x", "832*480", "sigma"),
     ],
 )
 def test_the_row_follows_the_task_and_the_folders_own_name(task, ckpt_dir, size, expected):
-    assert row(task=task, ckpt_dir=ckpt_dir, size=size) == expected
+    assert row(task, ckpt_dir, size) == expected
+
+
+@pytest.mark.parametrize(
+    ("ckpt_dir", "size", "expected"),
+    [
+        ("/data/14B/mine", "832*480", "i2v-14B-480P"),
+        ("/480P/mine", "1280*720", "i2v-14B-720P"),
+        ("/Wan2.1-I2V-14B-720P/mine", "480*832", "i2v-14B-480P"),
+        ("/snapshots-480P/mine", "720*1280", "i2v-14B-720P"),
+        ("480p-and-720p", "480*832", "i2v-14B-480P"),
+        ("my1480px", "1280*720", "i2v-14B-720P"),
+    ],
+)
+def test_where_only_the_size_speaks_the_row_is_said_to_be_a_guess(ckpt_dir, size, expected):
+    choice = choose_row(NONE, Namespace(task="i2v-14B", ckpt_dir=ckpt_dir, size=size))
+    assert (choice.name, choice.why) == (expected, GUESS.format(size))
+    assert choice.text == f"row {expected} ({GUESS.format(size)})"
+
+
+def folder(path: Path) -> Path:
+    path.mkdir(parents=True)
+    return path
+
+
+COMMIT = "1b7d4f6b2d1a3c9e8f70e6d5c4b3a29180f7e6d5"
+
+
+def test_a_folder_reached_by_a_link_has_the_row_of_the_name_it_was_downloaded_as(tmp_path):
+    real = folder(tmp_path / "720P" / "Wan2.1-I2V-14B-480P")
+    (tmp_path / "current").symlink_to(real)
+    (tmp_path / "again").symlink_to(tmp_path / "current")
+    (tmp_path / "is-not-720P").symlink_to(real)
+    for name in ("current", "again", "is-not-720P"):
+        assert row("i2v-14B", tmp_path / name) == "i2v-14B-480P"
+
+
+def test_a_link_that_says_what_the_folder_does_not_is_heard(tmp_path):
+    blob = folder(tmp_path / "blobs" / "4d7a")
+    (tmp_path / "Wan2.1-I2V-14B-480P").symlink_to(blob)
+    (tmp_path / "current").symlink_to("Wan2.1-I2V-14B-480P")
+    assert row("i2v-14B", tmp_path / "Wan2.1-I2V-14B-480P") == "i2v-14B-480P"
+    assert row("i2v-14B", tmp_path / "current") == "i2v-14B-480P"
+
+
+def test_a_link_in_a_parent_does_not_change_the_row(tmp_path):
+    real = folder(tmp_path / "disk" / "Wan2.1-I2V-14B-480P")
+    (tmp_path / "720P").symlink_to(real.parent)
+    assert row("i2v-14B", tmp_path / "720P" / "Wan2.1-I2V-14B-480P") == "i2v-14B-480P"
+
+
+def test_the_current_folder_is_known_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(folder(tmp_path / "Wan2.1-I2V-14B-480P"))
+    assert row("i2v-14B", ".") == "i2v-14B-480P"
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_hubs_cache_has_the_row_of_the_name_above_the_commit(tmp_path, link):
+    cache = tmp_path / "720P" / "hub" / "models--Wan-AI--Wan2.1-I2V-14B-480P"
+    commit = folder(cache / "snapshots" / COMMIT)
+    if link:
+        (tmp_path / "ckpt").symlink_to(commit)
+        commit = tmp_path / "ckpt"
+    assert row("i2v-14B", commit) == "i2v-14B-480P"
+
+
+def test_the_guess_is_said_before_anything_is_loaded(caplog):
+    choice = choose_row(NONE, Namespace(task="i2v-14B", ckpt_dir="mine", size="832*480"))
+    config = TeaCacheConfig.from_row(choice.row, 2)
+    planned = teacache_generate.plan(config, [1000, 500], [None, 0.1])
+    with caplog.at_level("INFO"):
+        teacache_generate.announce(
+            teacache_generate.Job(Namespace(), config, choice.text, planned, by_default=True)
+        )
+    assert "name it by --teacache_model" in caplog.text
 
 
 # ------------------------------------------------------------------------------- bad input
-
-
-def broken(folder: Path, tmp_path: Path, change) -> Path:
-    copy = tmp_path / "broken"
-    shutil.copytree(folder, copy)
-    change(copy)
-    return copy
 
 
 def test_help_shows_our_flags_and_wan_flags(capsys):
@@ -231,67 +311,27 @@ def test_no_checkpoint_is_refused(capsys):
     assert "heckpoint" in said
 
 
-def test_an_unknown_task_needs_its_row_named(capsys, ckpt):
-    code, said = attempt(capsys, "--ckpt_dir", ckpt, *PROMPT)
-    assert code == 2
-    assert "--task t2v-nano: no row is known for it; add --teacache_model" in said
-
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-def shard(folder: Path) -> None:
-    """The transformer in two files with an index, the second one missing."""
-    (folder / WEIGHTS).rename(folder / "part-1.safetensors")
-    index = {"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}}
-    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
-
-
 @pytest.mark.parametrize(
-    ("change", "expected"),
+    ("ranks", "speaks"),
     [
-        (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
-        (lambda folder: (folder / WEIGHTS).unlink(), f"{WEIGHTS} is missing"),
-        (
-            lambda folder: (folder / "Wan2.1_VAE_nano.pth").unlink(),
-            "Wan2.1_VAE_nano.pth is missing",
-        ),
-        (shard, "part-2.safetensors is missing"),
-        (lambda folder: (folder / "config.json").write_text("{"), "damaged"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "has dim None"),
-        (lambda folder: (folder / f"{WEIGHTS}.index.json").write_text("{}"), "damaged"),
-        (
-            lambda folder: (folder / "config.json").write_text('{"dim": 1536}'),
-            "its transformer has dim 1536, that of --task t2v-nano 128",
-        ),
-        (
-            lambda folder: (folder / "config.json").write_text('{"model_type": "i2v"}'),
-            "a i2v transformer, which --task t2v-nano cannot use",
-        ),
+        ({}, True),
+        ({"LOCAL_RANK": "1"}, True),  # left over in a shell: one process, and nobody else speaks
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}, True),
+        ({"LOCAL_RANK": "", "LOCAL_WORLD_SIZE": ""}, True),
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "RANK": "0"}, True),
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "RANK": "1"}, False),
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "RANK": "2"}, True),  # another node
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "RANK": "3"}, False),
     ],
 )
-def test_an_incomplete_checkpoint_is_refused_and_the_file_named(
-    capsys, ckpt, tmp_path, change, expected
-):
-    code, said = attempt(capsys, "--ckpt_dir", broken(ckpt, tmp_path, change), *ROW, *PROMPT)
+def test_a_refusal_is_said_once_a_node(capsys, monkeypatch, ranks, speaks):
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    code, said = attempt(capsys, "--ckpt_dir", "/none", *ROW, *PROMPT)
     assert code == 2
-    assert expected in said
-    assert "Creating" not in said
-
-
-def test_the_task_needs_the_parts_that_its_config_names(capsys, ckpt, picture):
-    argv = ["--task", "i2v-nano", "--image", picture, "--ckpt_dir", ckpt]
-    code, said = attempt(capsys, *argv, *ROW, *PROMPT)
-    assert code == 2
-    assert "is missing, and --task i2v-nano needs it" in said
-
-
-@pytest.mark.parametrize("image", ["none.png", SCRIPT])
-def test_an_image_that_cannot_be_read_is_refused(capsys, i2v_ckpt, image):
-    argv = ["--task", "i2v-nano", "--image", image, "--ckpt_dir", i2v_ckpt]
-    code, said = attempt(capsys, *argv, *ROW, *PROMPT)
-    assert code == 2
-    assert f"--image {image}: cannot be read" in said
+    assert said.count("--ckpt_dir /none: must be a folder") == speaks
 
 
 def test_ffmpeg_missing_is_refused(ckpt):
@@ -313,199 +353,327 @@ def test_wan_not_found_says_where_it_looked_and_how_to_get_it(tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
+# ------------------------------------------------------------------------- importing Wan
+
+
+@pytest.fixture
+def fork(tmp_path, monkeypatch):
+    """A function that makes a checkout with this generate.py, which is then the one imported."""
+    monkeypatch.delitem(sys.modules, "generate", raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def make(generate_py: str) -> Path:
+        repo = tmp_path / "fork"
+        (repo / "wan").mkdir(parents=True)
+        (repo / "wan" / "__init__.py").touch()
+        (repo / "generate.py").write_text(generate_py)
+        return repo
+
+    return make
+
+
+def refused_import(capsys, repo) -> str:
+    code, said = attempt(capsys, "--wan_repo", repo, *PROMPT)
+    assert code == 2
+    assert len(said.splitlines()) == 1
+    return said
+
+
+def no_module(name):
+    return f"raise ModuleNotFoundError(\"No module named '{name}'\", name={name!r})"
+
+
+WRAPPED = """
+try:
+    raise RuntimeError("operator torchvision::nms does not exist")
+except RuntimeError as error:
+    raise RuntimeError("Failed to import diffusers.loaders because of the following error "
+                       "(look up to see its traceback):\\n" + str(error)) from error
+"""
+
+
 @pytest.mark.parametrize(
     ("generate_py", "expected"),
     [
+        (no_module("einops"), "No module named 'einops': pip install einops"),
+        (no_module("decord"), "No module named 'decord': pip install decord"),
+        (no_module("xfuser.core.distributed"), "pip install xfuser"),
+        (no_module("cv2"), "pip install opencv-python"),
+        (no_module("PIL"), "pip install pillow"),
+        ("import a_package_that_is_missing", "pip install a_package_that_is_missing"),
+        (no_module("wan.modules.vae"), "this checkout lacks it: clone it again"),
         (
-            "import torch\ntorch.zeros(1, device='cuda')\n",
-            "no CUDA",
+            "raise RuntimeError('operator torchvision::nms does not exist')",
+            f"install the torchvision that was built for torch {torch.__version__}",
         ),
-        ("import a_package_that_is_missing\n", "cannot be imported: No module named 'a_package"),
+        (WRAPPED, f"install the torchvision that was built for torch {torch.__version__}"),
+        ("from PIL import NoSuchName", "cannot import name 'NoSuchName' from 'PIL'"),
+        ("raise OSError('libcudart.so.12: cannot open')", "libcudart.so.12: cannot open"),
+        ("def (", "SyntaxError"),
+        ("raise KeyError", "KeyError"),
+        ("raise ValueError('first\\nsecond')", "ValueError: first second"),
     ],
 )
-def test_wan_that_does_not_import_is_said_in_one_line(tmp_path, generate_py, expected):
-    (tmp_path / "wan").mkdir()
-    (tmp_path / "wan" / "__init__.py").touch()
-    (tmp_path / "generate.py").write_text(generate_py)
-    done = python(SCRIPT, "--wan_repo", tmp_path, *PROMPT, CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 2
-    assert expected in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-
-
-# ---------------------------------------------------------------------- failures later on
-
-
-def rescued(said: str) -> tuple[Path, str]:
-    """The tensor file that was kept, and the command that was told."""
-    path = re.search(r"What it was given is in (\S+);", said).group(1)
-    return Path(path), said[said.index("\ncd ") + 1 :].splitlines()[0]
-
-
-def follow(command: str) -> Path:
-    """Run the command that was told; the video it makes."""
-    folder, command = re.fullmatch(r"cd (\S+) && (.*)", command).groups()
-    argv = shlex.split(command)
-    assert argv[0] == "python"
-    done = python(*argv[1:], cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return Path(re.search(r'"([^"]*\.mp4)"', argv[2]).group(1))
-
-
-def test_frames_are_kept_when_the_video_cannot_be_written(caplog, wan, ckpt, tmp_path, monkeypatch):
-    """Its folder goes away during the run, so the frames go elsewhere, and the reason is said."""
-    folder = tmp_path / "out"
-    folder.mkdir()
-    pipeline = wan[1].WanT2V
-    stock, made = pipeline.generate, []
-
-    def generate(self, *args, **kwargs):
-        made.append(stock(self, *args, **kwargs))
-        shutil.rmtree(folder)
-        return made[-1]
-
-    monkeypatch.setattr(pipeline, "generate", generate)
-    monkeypatch.setattr(teacache_generate.tempfile, "tempdir", str(tmp_path))
-    argv = ["--ckpt_dir", ckpt, *ROW, *PROMPT, "--sample_steps", "3"]
-    with pytest.raises(OSError, match="cache_video failed"):
-        main(["--wan_repo", str(NANO), *map(str, argv), "--save_file", str(folder / "x.mp4")])
-    kept, command = rescued(caplog.text)
-    assert torch.equal(torch.load(kept)[0], made[0])
-    assert frames(follow(command)).shape == (17, 64, 64, 3)
-
-
-@pytest.mark.parametrize("size", [0, 1000], ids=["empty", "cut"])
-def test_a_video_that_cannot_be_read_back_counts_as_not_written(
-    caplog, wan, ckpt, tmp_path, monkeypatch, size
+def test_wan_that_does_not_import_is_said_in_one_line_with_the_cure(
+    capsys, fork, generate_py, expected
 ):
-    """imageio does not tell when ffmpeg finds the disk full."""
+    said = refused_import(capsys, fork(generate_py))
+    assert (
+        said.startswith("teacache_generate.py: error: Wan cannot be imported: ") or "CUDA" in said
+    )
+    assert expected in said
+
+
+@pytest.mark.parametrize(
+    "generate_py",
+    [
+        "import torch\ntorch.zeros(1, device='cuda')",
+        "import torch\ntorch.cuda.current_device()",  # as wan/modules/t5.py
+        "raise RuntimeError('Found no NVIDIA driver on your system.')",
+    ],
+)
+def test_a_missing_gpu_is_said(capsys, fork, monkeypatch, generate_py):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = refused_import(capsys, fork(generate_py))
+    assert "no CUDA device, and Wan needs one (" in said
+    assert f"whether torch {torch.__version__} is a CUDA build" in said
+
+
+def test_a_torchvision_that_does_not_fit_is_no_missing_gpu(capsys, fork):
+    said = refused_import(capsys, fork("raise RuntimeError('torchvision::nms on CUDA')"))
+    assert "no CUDA device" not in said
+
+
+@pytest.mark.parametrize(
+    ("generate_py", "lacks"),
+    [
+        ("", "_parse_args, generate, WAN_CONFIGS, cache_video or save_video"),
+        (
+            "def generate(args): ...\ndef cache_video(): ...\nWAN_CONFIGS = {}",
+            "its generate.py has no _parse_args: it is not",
+        ),
+        (
+            "def generate(args): ...\ndef _parse_args(): ...\nWAN_CONFIGS = {}",
+            "its generate.py has no cache_video or save_video: it is not",
+        ),
+    ],
+)
+def test_a_fork_without_what_the_script_needs_is_refused(capsys, fork, generate_py, lacks):
+    said = refused_import(capsys, fork(generate_py))
+    assert lacks in said
+
+
+def test_a_fork_with_its_own_task_names_works(capsys, caplog, wan, ckpt, tmp_path, monkeypatch):
+    """Whatever they are called: the checkpoint is one of t2v."""
     generate, _ = wan
-    write = generate.cache_video
+    name = "anime-1.3B"
+    monkeypatch.setitem(generate.WAN_CONFIGS, name, generate.WAN_CONFIGS["t2v-nano"])
+    monkeypatch.setitem(generate.SUPPORTED_SIZES, name, ("64*64",))
+    monkeypatch.setitem(generate.EXAMPLE_PROMPT, name, {"prompt": "a ball"})
+    pipeline = generate._run_pipeline
 
-    def cache_video(tensor, save_file, **options):
-        written = write(tensor, save_file, **options)
-        if "retry" not in options:  # not the try before the run
-            os.truncate(save_file, size)
-        return written
+    def run_pipeline(args, **load):
+        return pipeline(Namespace(**{**vars(args), "task": "t2v-nano"}), **load)
 
-    monkeypatch.setattr(generate, "cache_video", cache_video)
-    argv = ["--ckpt_dir", ckpt, *ROW, *PROMPT, "--sample_steps", "2"]
-    with pytest.raises(OSError, match="does not hold 17 frames"):
-        main(["--wan_repo", str(NANO), *map(str, argv), "--save_file", str(tmp_path / "x.mp4")])
-    kept, _ = rescued(caplog.text)
-    assert kept.parent == tmp_path
-    assert torch.load(kept).shape == (1, 3, 17, 64, 64)
-
-
-def test_a_report_that_cannot_be_written_at_the_end_hides_nothing(
-    caplog, wan, ckpt, tmp_path, monkeypatch
-):
-    write_report, calls = teacache_generate.Job.write_report, []
-
-    def full(self, status):
-        calls.append(status)
-        if status != "started":
-            raise OSError("no space left")
-        write_report(self, status)
-
-    monkeypatch.setattr(teacache_generate.Job, "write_report", full)
-    argv = ["--ckpt_dir", ckpt, *ROW, *PROMPT, "--sample_steps", "2"]
-    argv += ["--save_file", tmp_path / "x.mp4", "--teacache_report", tmp_path / "r.json"]
-    main(["--wan_repo", str(NANO), *map(str, argv)])
-    assert calls == ["started", "finished"]
-    assert "no space left" in caplog.text
+    monkeypatch.setattr(generate, "_run_pipeline", run_pipeline)
+    argv = ["--task", name, "--ckpt_dir", ckpt, *ROW, *PROMPT, "--sample_steps", "3"]
+    code, said = attempt(capsys, *argv, "--save_file", tmp_path / "x.mp4")
+    assert code == 0, said
     assert len(frames(tmp_path / "x.mp4")) == 17
 
 
-def test_frames_that_can_be_kept_nowhere_leave_the_first_error(
-    caplog, wan, ckpt, monkeypatch, tmp_path
+@pytest.mark.parametrize("direction", ["a link in the checkout", "a link into the checkout"])
+def test_a_script_that_is_a_link_works(ckpt, tmp_path, direction):
+    repo = tmp_path / "Wan2.1"
+    shutil.copytree(NANO, repo)
+    if direction == "a link in the checkout":
+        script = repo / SCRIPT.name
+        script.symlink_to(SCRIPT)
+    else:
+        shutil.copy(SCRIPT, repo)
+        script = tmp_path / "teacache.py"
+        script.symlink_to(repo / SCRIPT.name)
+    done = python(script, "--ckpt_dir", ckpt, *ROW, "--teacache_plan", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "TeaCache plan: row t2v-1.3B" in done.stdout
+
+
+# ------------------------------------------------------------------------- prompt extension
+
+
+EXTEND = ["--use_prompt_extend", "--prompt_extend_method"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "package", "key", "expected"),
+    [
+        (["dashscope"], True, None, "dashscope: needs a key: export DASH_API_KEY=..., or"),
+        (["dashscope"], True, "", "dashscope: needs a key: export DASH_API_KEY=..., or"),
+        (["dashscope"], False, "x", "dashscope: pip install dashscope"),
+        (
+            ["local_qwen", "--prompt_extend_model", "/none/Qwen"],
+            *(True, None, "--prompt_extend_model /none/Qwen: is neither a folder nor one of"),
+        ),
+        (
+            ["local_qwen", "--prompt_extend_model", "./Qwen"],
+            *(True, None, "--prompt_extend_model ./Qwen: is neither a folder nor one of"),
+        ),
+    ],
+)
+def test_a_prompt_extension_without_key_or_model_is_refused(
+    capsys, ckpt, monkeypatch, flags, package, key, expected
 ):
-    from wan.modules.vae import WanVAE
+    find_spec = teacache_generate.importlib.util.find_spec
 
-    def decode(self, latents):
-        raise torch.OutOfMemoryError("out of memory")
+    def found(name, *args):
+        return package or None if name == "dashscope" else find_spec(name, *args)
 
-    def save(tensors, path):
-        Path(path).touch()
-        raise RuntimeError("disk full")
-
-    monkeypatch.setattr(WanVAE, "decode", decode)
-    monkeypatch.setattr(torch, "save", save)
-    monkeypatch.setattr(teacache_generate.tempfile, "tempdir", str(tmp_path / "t"))
-    (tmp_path / "t").mkdir()
-    argv = ["--ckpt_dir", ckpt, *ROW, *PROMPT, "--sample_steps", "2"]
-    with pytest.raises(torch.OutOfMemoryError):
-        main(["--wan_repo", str(NANO), *map(str, argv), "--save_file", str(tmp_path / "x.mp4")])
-    assert "disk full" in caplog.text
-    assert "is lost" in caplog.text
-    assert not list(tmp_path.rglob("*.pt"))
+    monkeypatch.setattr(teacache_generate.importlib.util, "find_spec", found)
+    monkeypatch.delenv("DASH_API_KEY", raising=False)
+    if key is not None:
+        monkeypatch.setenv("DASH_API_KEY", key)
+    code, said = attempt(capsys, "--ckpt_dir", ckpt, *ROW, *PROMPT, *EXTEND, *flags)
+    assert code == 2
+    assert expected in said
+    assert len(said.splitlines()) == 1
 
 
-def test_latents_are_kept_when_decoding_fails(caplog, wan, ckpt, tmp_path, monkeypatch):
-    from wan.modules.vae import WanVAE
-
-    def decode(self, latents):
-        raise torch.OutOfMemoryError("out of memory")
-
-    monkeypatch.setattr(WanVAE, "decode", decode)
-    report = tmp_path / "report.json"
-    argv = ["--ckpt_dir", ckpt, *ROW, *PROMPT, "--sample_steps", "3", "--teacache_report", report]
-    with pytest.raises(torch.OutOfMemoryError):
-        main(["--wan_repo", str(NANO), *map(str, argv), "--save_file", str(tmp_path / "x.mp4")])
-    kept, command = rescued(caplog.text)
-    assert kept.parent == tmp_path
-    assert [u.shape for u in torch.load(kept)] == [(16, 5, 8, 8)]
-    assert frames(follow(command)).shape == (17, 64, 64, 3)
-    told = json.loads(report.read_text())
-    assert told["status"].startswith("failed: OutOfMemoryError")
-    assert len(told["steps"]) == 3
+@pytest.mark.parametrize("model", [None, "Qwen/Qwen2.5-3B-Instruct", "the folder"])
+def test_a_prompt_extension_that_may_work_passes(wan, tmp_path, model):
+    model = str(tmp_path) if model == "the folder" else model
+    args = Namespace(
+        use_prompt_extend=True, prompt_extend_method="local_qwen", prompt_extend_model=model
+    )
+    teacache_generate.check_prompt_extension(Namespace(generate_py=wan[0]), args)
 
 
-def test_ctrl_c_ends_with_130_and_leaves_a_report(ckpt, tmp_path):
-    report = tmp_path / "report.json"
-    argv = ["--wan_repo", NANO, "--ckpt_dir", ckpt, *ROW, *PROMPT, "--sample_steps", "900"]
-    argv += ["--sample_solver", "dpm++"]
-    argv += ["--save_file", tmp_path / "x.mp4", "--teacache_report", report]
-    command = [sys.executable, str(SCRIPT), *map(str, argv)]
+# ------------------------------------------------------------------------------- output
+
+
+@pytest.mark.parametrize("flag", ["--help", "--teacache_plan"])
+def test_a_reader_that_goes_away_leaves_no_traceback(ckpt, flag):
+    """As ``| head -1`` does, with a real pipe."""
+    command = [sys.executable, SCRIPT, "--wan_repo", NANO, "--ckpt_dir", ckpt, *ROW, flag]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True) as process:
-        for line in process.stdout:
-            if "TeaCache: row" in line:
-                break
-        time.sleep(1)
-        process.send_signal(signal.SIGINT)
-        said = process.stdout.read()
-    assert process.returncode == 130
-    assert "Traceback" not in said
+    with subprocess.Popen(list(map(str, command)), stdout=pipe, stderr=pipe, text=True) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read()
+    assert said == ""
+    assert process.returncode == 0
+
+
+def test_a_default_name_that_exists_is_not_written_over(capsys, ckpt, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(teacache_generate.time, "strftime", lambda *args: "NOW")
+    name = "t2v-nano_64x64_a_red_ball_moves_right_42_NOW"
+    Path(f"{name}.mp4").write_text("of yesterday")
+    code, _ = attempt(capsys, "--ckpt_dir", ckpt, *ROW, *PROMPT, "--sample_steps", "2")
+    assert code == 0
+    assert Path(f"{name}.mp4").read_text() == "of yesterday"
+    assert sorted(file.name for file in tmp_path.iterdir()) == [f"{name}.2.mp4", f"{name}.mp4"]
+    assert len(frames(tmp_path / f"{name}.2.mp4")) == 17
+
+
+def test_runs_of_other_seeds_have_other_default_names(capsys, ckpt, tmp_path, monkeypatch):
+    """Started in one second: the first one's file is not there yet."""
+    names = set()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(teacache_generate.time, "strftime", lambda *args: "NOW")
+    monkeypatch.setattr(
+        teacache_generate.Session,
+        "run_all",
+        lambda self, jobs: names.add(jobs[0].args.save_file) or [],
+    )
+    for seed in ("1", "2"):
+        argv = ["--ckpt_dir", ckpt, *ROW, *PROMPT[:2], "--base_seed", seed]
+        assert attempt(capsys, *argv)[0] == 0
+    assert len(names) == 2
+
+
+NO_GPU = """
+import sys, torch
+torch.cuda.is_available = lambda: True
+for name in ("_lazy_init", "current_device", "get_device_capability", "get_device_properties",
+             "set_device", "synchronize", "mem_get_info", "empty_cache", "get_device_name"):
+    setattr(torch.cuda, name, lambda *args, name=name: sys.exit(f"a GPU was touched: {name}"))
+sys.argv = ["teacache_generate.py", *sys.argv[1:]]
+import teacache_generate
+teacache_generate.main()
+"""
+
+
+def test_a_plan_on_a_gpu_machine_touches_no_gpu(ckpt, tmp_path):
+    """Although wan/modules/t5.py asks for the current device when it is imported."""
+    repo = tmp_path / "Wan2.1"
+    shutil.copytree(NANO, repo)
+    t5 = repo / "wan" / "modules" / "t5.py"
+    t5.write_text(t5.read_text() + "\n\nDEVICE = torch.cuda.current_device()\n")
+    argv = ["--wan_repo", repo, "--ckpt_dir", ckpt, *ROW, "--teacache_plan"]
+    done = python("-c", NO_GPU, *argv, PYTHONPATH=str(SCRIPT.parent))
+    assert done.returncode == 0, done.stderr
+    assert "TeaCache plan: row t2v-1.3B" in done.stdout
+
+
+def test_a_plan_is_written_as_json(capsys, ckpt, tmp_path):
+    report = tmp_path / "r.json"
+    argv = ["--ckpt_dir", ckpt, *ROW, "--teacache_plan", "--teacache_report", report]
+    code, said = attempt(capsys, *argv)
+    assert code == 0
     told = json.loads(report.read_text())
-    assert told["status"] == "failed: KeyboardInterrupt()"
-    assert 0 < len(told["steps"]) < 900
+    assert told["status"] == "planned"
+    assert told["row"] == "row t2v-1.3B (as asked)"
+    assert (told["config"]["steps"], told["config"]["thresh"]) == (50, 0.08)
+    at_default = [entry for entry in told["plan"] if entry["thresh"] == 0.08]
+    assert [entry["computed"] for entry in at_default] == [told["computed"]]
+    assert {"thresh", "computed", "passes", "speedup", "longest_skip"} == set(told["plan"][0])
+    line = next(line for line in said.splitlines() if line.startswith(">"))
+    computed = [i for i, mark in enumerate(line.split()[-1]) if mark == "#"]
+    assert told["computed"] == computed
 
 
-def test_an_interrupted_run_leaves_wan_as_it_was(wan, ckpt, tmp_path, monkeypatch):
-    generate, package = wan
-    before = package.WanT2V, generate.cache_video, generate.cache_image, generate.argparse
-    pipeline = package.WanT2V
-
-    def interrupt(self, *args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pipeline, "generate", interrupt)
-    with pytest.raises(SystemExit) as leaving:
-        argv = ["--ckpt_dir", ckpt, *ROW, *PROMPT, "--save_file", tmp_path / "x.mp4"]
-        main(["--wan_repo", str(NANO), *map(str, argv)])
-    assert leaving.value.code == 130
-    after = package.WanT2V, generate.cache_video, generate.cache_image, generate.argparse
-    assert after == before
+def test_a_plan_that_cannot_be_written_is_refused(capsys, ckpt):
+    argv = ["--ckpt_dir", ckpt, *ROW, "--teacache_plan", "--teacache_report", "/none/r.json"]
+    code, said = attempt(capsys, *argv)
+    assert code == 2
+    assert "--teacache_report /none/r.json: cannot be written" in said
 
 
-def test_a_pipeline_that_is_made_and_never_generates_is_an_error(wan, ckpt, tmp_path, monkeypatch):
-    generate, package = wan
-    config = generate.WAN_CONFIGS["t2v-nano"]
-    monkeypatch.setattr(generate, "generate", lambda args: package.WanT2V(config, args.ckpt_dir))
-    argv = ["--ckpt_dir", ckpt, *ROW, *PROMPT, "--save_file", tmp_path / "x.mp4"]
-    with pytest.raises(RuntimeError, match="no pipeline of this"):
-        main(["--wan_repo", str(NANO), *map(str, argv)])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *([], ["--use_ret_steps"], ["--teacache_thresh", "0.04"], ["--teacache_thresh", "0"]),
+        *(["--teacache_thresh", "0.07999999"], ["--teacache_speedup", "2"]),
+        *(["--teacache_model", "sigma"], ["--teacache_model", "t2v-14B"]),
+    ],
+    ids=" ".join,
+)
+def test_the_plans_table_has_no_threshold_twice_and_marks_one(capsys, ckpt, flags):
+    row = [] if "--teacache_model" in flags else ROW
+    code, said = attempt(capsys, "--ckpt_dir", ckpt, *row, "--teacache_plan", *flags)
+    assert code == 0
+    lines = [line for line in said.splitlines() if line[-10:].strip("#.") == ""]
+    thresholds = [line[1:].split()[0] for line in lines]
+    assert len(set(thresholds)) == len(thresholds) >= 6
+    assert thresholds == sorted(thresholds, key=float)
+    assert sum(line.startswith(">") for line in lines) == 1
+
+
+def test_files_that_begin_with_a_byte_order_mark_read_right(capsys, ckpt, tmp_path):
+    """As editors on Windows save them: coefficients, and the jobs of --teacache_jobs."""
+    shipped = SCRIPT.parent / "assets" / "wan_nano" / "teacache.json"
+    plans = []
+    for mark in (b"", b"\xef\xbb\xbf"):
+        file = folder(tmp_path / str(len(mark)) / "folder") / "teacache.json"
+        file.write_bytes(mark + shipped.read_bytes())
+        plans.append(
+            attempt(capsys, "--ckpt_dir", ckpt, "--teacache_plan", "--teacache_coefficients", file)
+        )
+    assert plans[0] == plans[1]
+    assert plans[0][0] == 0
+    jobs = tmp_path / "jobs.txt"
+    jobs.write_bytes(b"\xef\xbb\xbf--prompt 'a ball'\r\n")
+    assert teacache_generate.read_jobs(str(jobs)) == [(1, ["--prompt", "a ball"])]
 
 
 # ------------------------------------------------------------------------------ attention
@@ -550,24 +718,116 @@ def test_flash_attn_3_gives_a_tuple_whatever_its_version(attention, monkeypatch,
     assert torch.equal(interface.flash_attn_varlen_func(q=1)[0], torch.ones(2))
 
 
-def test_a_flash_attn_of_another_torch_counts_as_missing(tmp_path, monkeypatch):
-    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol')")
+@pytest.fixture
+def flash(monkeypatch, tmp_path):
+    """A function that puts flash-attn 2 and 3 on a machine with this GPU."""
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
-    assert teacache_generate.usable_flash_attention() == []
-    with pytest.raises(ModuleNotFoundError):  # all that Wan2.1 is ready for
+    for name in ("flash_attn", "flash_attn_interface"):
+        monkeypatch.setitem(sys.modules, name, None)  # restored afterwards
+
+    def make(capability, flash_2="", flash_3=""):
+        for name, text in (("flash_attn", flash_2), ("flash_attn_interface", flash_3)):
+            (tmp_path / f"{name}.py").write_text(f"flash_attn_varlen_func = print\n{text}\n")
+            sys.modules.pop(name, None)
+        available = capability is not None
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: int(available))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+
+    return make
+
+
+BOTH = ["flash_attn", "flash_attn_interface"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "usable"),
+    [
+        (None, []),
+        ((6, 1), []),  # P40
+        ((7, 0), []),  # V100
+        ((7, 5), []),  # T4, RTX 20
+        ((8, 0), BOTH[:1]),
+        ((8, 6), BOTH[:1]),
+        ((8, 9), BOTH[:1]),  # RTX 40
+        ((9, 0), BOTH),
+    ],
+)
+def test_flash_attn_is_used_only_on_gpus_that_it_can_compute_on(flash, capability, usable):
+    flash(capability)
+    assert teacache_generate.usable_flash_attention(capability) == usable
+    for name in BOTH:
+        if name in usable:
+            assert __import__(name).flash_attn_varlen_func is print
+        else:
+            with pytest.raises(ModuleNotFoundError):  # all that Wan2.1 is ready for
+                __import__(name)
+
+
+def test_an_old_gpu_gets_pytorchs_attention_with_one_line(caplog, attention, flash):
+    flash((7, 5))
+    with caplog.at_level("INFO"):
+        teacache_generate.import_wan(str(NANO), generates=True)
+    line = "TeaCache: no usable flash-attn: scaled_dot_product_attention instead"
+    assert caplog.text.count(line) == 1
+    assert all(module.flash_attention is teacache_generate.sdpa_attention for module in attention)
+
+
+def test_a_newer_gpu_keeps_flash_attn_without_a_line(caplog, attention, flash):
+    flash((8, 6))
+    with caplog.at_level("INFO"):
+        teacache_generate.import_wan(str(NANO), generates=True)
+    assert "attention" not in caplog.text
+    assert [module.flash_attention for module in attention] == ["wan's own", "wan's own"]
+
+
+def test_the_gpu_of_this_process_decides(flash, monkeypatch):
+    flash((8, 6))
+    capabilities = {0: (9, 0), 1: (7, 5)}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.get)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert teacache_generate.compute_capability() == (7, 5)
+
+
+def test_a_local_rank_without_a_gpu_is_refused(capsys, flash, monkeypatch, wan):
+    flash((8, 6))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    code, said = attempt(capsys, *PROMPT)
+    assert code == 2
+    assert "LOCAL_RANK 1: there are 1 GPUs: start by torchrun, or unset LOCAL_RANK" in said
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "raise ImportError('undefined symbol: _ZN3c105')",
+        "raise RuntimeError('built for another CUDA')",
+        "raise OSError('libcudart.so.11.0: cannot open shared object file')",
+        "raise AttributeError('torch has no attribute')",
+        "import a_package_that_is_missing",
+        "def (",
+    ],
+)
+def test_a_flash_attn_that_does_not_import_counts_as_missing(flash, text):
+    flash((9, 0), flash_2=text)
+    assert teacache_generate.usable_flash_attention((9, 0)) == ["flash_attn_interface"]
+    with pytest.raises(ModuleNotFoundError):
         __import__("flash_attn")
+    flash((9, 0), text, text)
+    assert teacache_generate.usable_flash_attention((9, 0)) == []
 
 
-def test_order_1_computes_the_same_steps_and_makes_another_video(ckpt, tmp_path):
+def test_order_1_computes_the_same_steps_and_makes_another_video(capsys, caplog, ckpt, tmp_path):
     reports, videos = [], []
     for order in ("0", "1"):
         report, video = tmp_path / f"{order}.json", tmp_path / f"{order}.mp4"
         argv = ["--ckpt_dir", ckpt, *ROW, *PROMPT, "--teacache_order", order]
         files = ["--teacache_report", report, "--save_file", video]
-        done = python(SCRIPT, "--wan_repo", NANO, *argv, *files)
-        assert done.returncode == 0, done.stderr
-        assert ("plain, order 1, 50 steps" in done.stdout) == (order == "1")
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            assert attempt(capsys, *argv, *files)[0] == 0
+        assert ("plain, order 1: will compute" in caplog.text) == (order == "1")
         reports.append(json.loads(report.read_text()))
         videos.append(frames(video))
     assert [report["config"]["order"] for report in reports] == [0, 1]
