@@ -2568,8 +2568,11 @@ def settle_entries(wan: Wan, own: argparse.Namespace, args: argparse.Namespace) 
             asked.append((label, of_entry(own, entry, order)))
     jobs = []
     for label, flags in asked:
-        outlook = look_ahead(wan, flags, args)
-        jobs.append(settle(wan, flags, named(args, label), outlook, label))
+        try:
+            outlook = look_ahead(wan, flags, args)
+            jobs.append(settle(wan, flags, named(args, label), outlook, label))
+        except Refused as error:
+            raise Refused(f"--teacache_compare {label}: {error}") from error
     jobs[1] = replace(jobs[1], noise=1e-4)
     files = [job.args.save_file for job in jobs]  # 0.08 and +0.08 have one too
     entries = " ".join(own.teacache_compare)
