@@ -28,6 +28,7 @@ import importlib
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import logging
 import math
@@ -319,10 +320,14 @@ def plan(
     return schedule
 
 
-def accumulated_sums(
+def distinct_thresholds(
     config: TeaCacheConfig, timesteps: Sequence[float], distances: Sequence[float | None]
 ) -> list[float]:
-    """Every value that can be held against a threshold, in order: a decision changes only there."""
+    """A threshold for every schedule that there is, in order.
+
+    A decision changes only where the threshold passes a sum of increments in a row: between any two
+    of these, and above the last, one is enough. Sums that differ by rounding alone are one.
+    """
     sums = set[float]()
     norms = np.array([residual_norm(timestep) for timestep in timesteps])
     known = [math.nan if distance is None else distance for distance in distances]
@@ -332,7 +337,9 @@ def accumulated_sums(
         if config.mode == SIGMA:
             following = np.abs(1 - following / norms[computed])
         sums.update(float(total) for total in np.cumsum(following) if total > 0)
-    return sorted(sums)
+    edges = [0.0, *sorted(sums)]
+    gaps = [(low, high) for low, high in itertools.pairwise(edges) if high - low > 1e-6 * high]
+    return [*((low + high) / 2 for low, high in gaps), 2 * edges[-1] or 1.0]
 
 
 def plan_speedup(
@@ -352,17 +359,17 @@ def plan_speedup(
     def at(thresh: float) -> Schedule:
         return plan(replace(config, thresh=thresh), timesteps, distances)
 
-    edges = accumulated_sums(config, timesteps, distances)
-    fewest = at(2 * edges[-1] if edges else 1.0)
+    thresholds = distinct_thresholds(config, timesteps, distances)
+    fewest = at(thresholds.pop())
     if fewest.negative:
         raise ValueError(f"the increments are negative at steps {ranges(fewest.negative)}")
     wanted = 2 * config.steps / speedup - 1e-9
     if fewest.passes >= wanted:
         return at(middle_threshold(fewest))
-    found, low, high = at(0.0), 0, len(edges)
+    found, low, high = at(0.0), 0, len(thresholds)
     while low < high:  # passes never grow with the threshold: bisection
         middle = (low + high) // 2
-        schedule = at(edges[middle])
+        schedule = at(thresholds[middle])
         if schedule.passes >= wanted:
             found, low = schedule, middle + 1
         else:
@@ -2561,8 +2568,11 @@ def settle_entries(wan: Wan, own: argparse.Namespace, args: argparse.Namespace) 
             asked.append((label, of_entry(own, entry, order)))
     jobs = []
     for label, flags in asked:
-        outlook = look_ahead(wan, flags, args)
-        jobs.append(settle(wan, flags, named(args, label), outlook, label))
+        try:
+            outlook = look_ahead(wan, flags, args)
+            jobs.append(settle(wan, flags, named(args, label), outlook, label))
+        except Refused as error:
+            raise Refused(f"--teacache_compare {label}: {error}") from error
     jobs[1] = replace(jobs[1], noise=1e-4)
     files = [job.args.save_file for job in jobs]  # 0.08 and +0.08 have one too
     entries = " ".join(own.teacache_compare)

@@ -1,22 +1,25 @@
 """Draw the pictures in this folder from the data in it, which tests/bench_fidelity.py measured.
 
-python assets/draw.py [--json fidelity.json] [--fit wan_nano/teacache.json] [--out FOLDER]
+    python assets/draw.py [--json fidelity.json] [--compare x.compare.mp4] [--out FOLDER]
+
+compare.gif is made of the video that this leaves, and only where --compare names it:
+
+    python teacache_generate.py --wan_repo tests/wan_nano --ckpt_dir assets/wan_nano --prompt \\
+        "a red ball moves right" --base_seed 42 --save_file x.mp4 --teacache_compare 0.08 0.15
 """
 
 import argparse
-import base64
-import io
 import json
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import imageio
 import matplotlib
 
 matplotlib.use("Agg")  # no display is needed
 
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -26,16 +29,12 @@ WIDTH = 9  # inches: at 900 pixels, as a README shows it, a font of 12 points is
 COLOURS = {
     "TeaCache, plain": "#0072b2",
     "TeaCache, retention steps": "#d55e00",
+    "sigma": "#cc79a7",
     "evenly spaced": "#009e73",
     "fewer steps": "#222222",
 }
-MODES = {"plain": "#0072b2", "retention steps": "#d55e00"}
-DISTANCES = {  # where a point of teacache.json has a mode's distance, and of what it is
-    "plain": (2, "time embedding"),
-    "retention steps": (3, "time projection"),
-}
+MODES = {"plain": "#0072b2", "retention": "#d55e00", "sigma": "#cc79a7"}
 SKIPPED = "#cccccc"
-LINES = {0: "-", 1: "--", None: "-"}  # by order
 STYLE = {
     "font.size": 12,
     "axes.titlesize": 13,
@@ -50,46 +49,83 @@ STYLE = {
 
 
 def fidelity(told: dict[str, Any]) -> Figure:
-    """PSNR and SSIM against speed-up, a line for each method and order."""
-    figure, (above, below) = plt.subplots(2, 1, figsize=(WIDTH, 8.5), sharex=True)
+    """PSNR against speed-up, a line for each method: held residuals, and extrapolated ones."""
+    figure, grid = plt.subplots(1, 2, figsize=(WIDTH, 5.2), sharex=True, sharey=True)
     rows = [row for row in told["rows"] if row["method"] in COLOURS]
+    for method, group in groupby(rows, lambda row: row["method"]):
+        points = list(group)
+        for order, axes in enumerate(grid):
+            shown = [row for row in points if row["order"] in (order, None)]
+            axes.plot(
+                [row["speedup"] for row in shown],
+                [row["psnr"] for row in shown],
+                linestyle=":" if method == "fewer steps" else "-",
+                marker="o",
+                markersize=4.5,
+                color=COLOURS[method],
+                label=method,
+            )
+    (rounding,) = (row["psnr"] for row in told["rows"] if row["setting"] == "bf16")
+    for order, axes in enumerate(grid):
+        axes.axhline(rounding, color="#888888", linestyle="--", linewidth=1)
+        axes.set(xlabel="speed-up of the sampling, measured")
+        axes.set_title("order 0: residuals held" if order == 0 else "order 1: extrapolated")
+        axes.xaxis.set_major_formatter("{x:g}x")
+    right = max(row["speedup"] for row in rows)
+    grid[1].annotate(
+        "float32 against bfloat16",
+        (right, rounding),
+        **{"xytext": (0, 4), "textcoords": "offset points", "ha": "right", "color": "#666666"},
+    )
+    grid[0].set_ylabel("PSNR against stock, dB")
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def drift(told: dict[str, Any]) -> Figure:
+    """PSNR against drift, a point for each setting that reuses residuals."""
+    figure, axes = plt.subplots(figsize=(0.75 * WIDTH, 4.2))
+    rows = [row for row in told["rows"] if row["drift"] is not None and row["method"] in COLOURS]
     for (method, order), group in groupby(rows, lambda row: (row["method"], row["order"])):
         points = list(group)
-        label = method if order is None else f"{method}, order {order}"
-        for axes, name in ((above, "psnr"), (below, "ssim")):
-            axes.plot(
-                [row["speedup"] for row in points],
-                [row[name] for row in points],
-                LINES[order],
-                marker="o" if order != 1 else "s",
-                markersize=4.5,
-                markerfacecolor=COLOURS[method] if order != 1 else "white",
-                color=COLOURS[method],
-                label=label,
-            )
-    above.set(ylabel="PSNR against stock, dB")
-    below.set(ylabel="SSIM against stock", xlabel="speed-up of the sampling, measured")
-    below.xaxis.set_major_formatter("{x:g}x")
-    above.set_title(
-        f"{len(told['pairs'])} prompts and seeds; stock: {told['run']['steps']} steps",
+        axes.scatter(
+            [100 * row["drift"] for row in points],
+            [row["psnr"] for row in points],
+            s=32,
+            color=COLOURS[method],
+            facecolor="white" if order else COLOURS[method],
+            label=None if order else method,
+        )
+    axes.set(xlabel="mean drift, %", ylabel="PSNR against stock, dB", xscale="log")
+    axes.xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 3, 5)))
+    axes.xaxis.set_minor_locator(plt.NullLocator())
+    axes.xaxis.set_major_formatter("{x:g}")
+    correlation = told["drift_against_psnr"]["spearman"]
+    axes.set_title(
+        f"{len(rows)} settings, rank correlation {correlation:.2f} (open: order 1)".replace(
+            "-", "\N{MINUS SIGN}"
+        ),
         loc="left",
     )
-    figure.legend(*above.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    axes.legend(fontsize=11)
     return figure
 
 
 def schedule(told: dict[str, Any]) -> Figure:
-    """Of both modes at the default threshold: computed steps, distance, accumulated value."""
+    """Of each mode at the default threshold: computed steps, distance, accumulated value."""
     figure, grid = plt.subplots(
-        3, 2, figsize=(WIDTH, 6.2), sharex=True, sharey="row", height_ratios=(0.5, 2, 2)
+        3, 3, figsize=(WIDTH, 6), sharex=True, sharey="row", height_ratios=(0.4, 2, 2)
     )
     for column, (mode, run) in zip(grid.T, told["schedules"].items(), strict=True):
         steps, colour = run["steps"], MODES[mode]
         computed = [i for i, step in enumerate(steps) if step["computed"]]
         draw_marks(column[0], computed, len(steps), colour)
-        column[0].set_title(f"{mode}: computes {len(computed)} of {len(steps)} steps", loc="left")
-        distances = [step["distance"] for step in steps[1:]]
-        column[1].plot(range(1, len(steps)), distances, color=colour, marker="o", markersize=3)
+        column[0].set_title(f"{mode}: {len(computed)} of {len(steps)}", loc="left")
+        known = [(i, u["distance"]) for i, u in enumerate(steps) if u["distance"] is not None]
+        if known:
+            column[1].plot(*zip(*known, strict=True), color=colour, marker="o", markersize=3)
+        else:
+            draw_noise_level(column[1], [step["timestep"] / 1000 for step in steps], colour)
         heights = [step["accumulated"] for step in steps]
         filled = [colour if step["computed"] else SKIPPED for step in steps]
         column[2].bar(range(len(steps)), heights, color=filled)
@@ -111,61 +147,44 @@ def draw_marks(axes: Axes, computed: list[int], steps: int, colour: str) -> None
     axes.tick_params(bottom=False)
 
 
-def strip(told: dict[str, Any]) -> Figure:
-    """Frames of one video: stock above, TeaCache at its thresholds below; seconds are medians."""
-    rows = told["strip"]["rows"]
-    seconds = {(u["method"], u["setting"]): u["seconds"] for u in told["rows"] if u["order"] != 1}
-    shape = {"figsize": (WIDTH, 1.13 * len(rows) + 0.45), "width_ratios": (4.5, 1)}
-    figure, grid = plt.subplots(len(rows), 2, **shape)
-    for (frames, beside), row in zip(grid, rows, strict=True):
-        image = Image.open(io.BytesIO(base64.b64decode(row["png"])))
-        frames.imshow(image)
-        for edge in range(image.height, image.width, image.height):  # the frames are square
-            frames.axvline(edge - 0.5, color="white", linewidth=4)
-        name, psnr = "stock", ""
-        if row["setting"]:
-            name, psnr = row["setting"], f", {row['psnr']:.1f} dB"
-        computed = f"{row['computed']} of {rows[0]['computed']} steps"
-        text = f"{name}\n{computed}\n{seconds[row['method'], row['setting']]:.2f} s{psnr}"
-        beside.text(0, 0.5, text, transform=beside.transAxes, va="center", linespacing=1.4)
-        frames.axis("off")
-        beside.axis("off")
-    figure.suptitle(f"{rows[-1]['method']}: “{told['strip']['prompt']}”")
-    return figure
+def draw_noise_level(axes: Axes, sigmas: list[float], colour: str) -> None:
+    """What "sigma" has in place of a distance, on an axis of its own."""
+    axes.grid(False)
+    axes.tick_params(left=False)
+    own = axes.twinx()
+    own.plot(range(len(sigmas)), sigmas, color=colour, marker="o", markersize=3)
+    own.set_ylabel("noise level")
+    own.spines["right"].set_visible(True)
+    own.grid(False)
+    own.set_ylim(0, 1.05)
 
 
-def fit(calibration: dict[str, Any]) -> Figure:
-    """Both modes: how the residual changed at a distance, and the polynomial through it."""
-    points = np.array([point for run in calibration["runs"] for point in run["points"]])
-    figure, grid = plt.subplots(1, 2, figsize=(WIDTH, 4.2), sharey=True)
-    for axes, (mode, colour) in zip(grid, MODES.items(), strict=True):
-        made = calibration["fits"][mode]
-        distances = np.linspace(*made["fitted_range"], 400)
-        axes.scatter(points[:, DISTANCES[mode][0]], points[:, 4], s=10, color="#888888", lw=0)
-        axes.plot(distances, np.polyval(made["coefficients"], distances), color=colour, linewidth=2)
-        axes.set_title(f"{mode}: R² = {made['r_squared']:.3f}", loc="left")
-        axes.set_xlabel(f"distance of the {DISTANCES[mode][1]}")
-        axes.set_ylim(0, 1.05 * points[:, 4].max())
-    grid[0].set_ylabel("change of the residual")
-    return figure
+def moving_picture(video: Path, file: Path) -> None:
+    """A video as a GIF that repeats, of 128 colours chosen from all of its frames."""
+    with imageio.get_reader(video) as reader:
+        frames = [Image.fromarray(frame) for frame in reader]
+        milliseconds = 1000 / reader.get_meta_data()["fps"]
+    width, height = frames[0].size
+    all_of_it = Image.new("RGB", (width, height * len(frames)))
+    for i, frame in enumerate(frames):
+        all_of_it.paste(frame, (0, i * height))
+    palette = all_of_it.quantize(128)
+    first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
+    first.save(file, save_all=True, append_images=others, duration=milliseconds, loop=0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, default=HERE / "fidelity.json")
-    parser.add_argument("--fit", type=Path, default=HERE / "wan_nano" / "teacache.json")
+    parser.add_argument("--compare", type=Path, help="the video for compare.gif")
     parser.add_argument("--out", type=Path, default=HERE, help="where the pictures go")
     args = parser.parse_args()
-    told, calibration = json.loads(args.json.read_text()), json.loads(args.fit.read_text())
+    told = json.loads(args.json.read_text())
     plt.rcParams.update(STYLE)
-    pictures = {
-        "fidelity": fidelity(told),
-        "schedule": schedule(told),
-        "strip": strip(told),
-        "fit": fit(calibration),
-    }
-    for name, figure in pictures.items():
-        figure.savefig(args.out / f"{name}.png", dpi=200, facecolor="white")
+    for draw in (fidelity, drift, schedule):
+        draw(told).savefig(args.out / f"{draw.__name__}.png", dpi=200, facecolor="white")
+    if args.compare:
+        moving_picture(args.compare, args.out / "compare.gif")
 
 
 if __name__ == "__main__":

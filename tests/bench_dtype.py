@@ -3,65 +3,71 @@
     python tests/bench_dtype.py
 
 Under bfloat16 autocast, as Wan2.1 runs on a GPU: PSNR in dB against the stock video (under the same
-autocast), mean over prompts and seeds, for both modes and orders at 1/2 and 1/3 of the steps.
+autocast), mean over prompts and seeds, at half of the steps. What is kept is rounded; sums stay in
+float32. bench_fidelity.py has how far bfloat16 itself is from float32.
 """
 
 import argparse
-import itertools
 import logging
-from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import patch
 
-from bench_order import HERE, Batch, psnr
-from torch import Tensor
-
-from teacache_generate import (
-    MODES,
-    TeaCache,
-    TeaCacheConfig,
-    distances_of,
-    plan_speedup,
-    read_calibration,
-    timesteps_of,
+import numpy as np
+import torch
+from bench_fidelity import (
+    ASSETS,
+    METHODS,
+    STEPS,
+    STOCK,
+    Setting,
+    cached_settings,
+    fidelity,
+    load,
+    pairs_of,
+    planned,
+    sample,
 )
+from torch import Tensor
+from tqdm import tqdm
 
-STEPS, SHIFT = 50, 5.0
+from teacache_generate import TeaCache
 
 
-class Rounded(TeaCache):
-    """Residuals that have lost what bfloat16 cannot hold; the sum stays in float32."""
-
-    def residual(self, kept: list[tuple[int, Tensor]]) -> Tensor:
-        return super().residual([(step, r.bfloat16().float()) for step, r in kept])
+def learn_rounded(cache: TeaCache, *args: object, learn=TeaCache.learn) -> None:
+    """In place of ``TeaCache.learn``: residuals lose what bfloat16 cannot hold."""
+    learn(cache, *args)
+    residuals: dict[int, Tensor] = cache.anchor.residuals
+    if cache.branch in residuals:
+        residuals[cache.branch] = residuals[cache.branch].bfloat16().float()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ckpt_dir", type=Path, default=HERE.parent / "assets" / "wan_nano")
-    parser.add_argument("--pairs", type=int, default=16)
+    parser.add_argument("--pairs", type=int, default=8, help="prompts, a seed each")
     args = parser.parse_args()
+    ckpt = ASSETS / "wan_nano"
+    wan = load(ckpt)
     logging.disable(logging.WARNING)
-    batch = Batch(args.ckpt_dir, args.pairs, seed=2024)
-    asked = SimpleNamespace(sample_solver="unipc", sample_steps=STEPS, sample_shift=SHIFT)
-    timesteps = timesteps_of(asked, 1000)
-    stock = batch.videos("unipc", SHIFT, TeaCacheConfig(STEPS, 0.0, ()), bfloat16=True)
-    print(f"PSNR in dB to stock under bfloat16 autocast, mean of {args.pairs} prompts and seeds")
-    print("mode             order  computed  float32  bfloat16    cost")
-    for ret, order, speedup in itertools.product((False, True), (0, 1), (2, 3)):
-        fit, _ = read_calibration(args.ckpt_dir / "teacache.json", MODES[ret])
-        base = TeaCacheConfig.from_fit(fit, STEPS, use_ret_steps=ret, order=order)
-        schedule = plan_speedup(
-            base, timesteps, distances_of(args.ckpt_dir, timesteps, ret), speedup
-        )
-        config = replace(schedule.config, order=order)
-        whole, rounded = (
-            psnr(batch.videos("unipc", SHIFT, config, kind, bfloat16=True), stock)
-            for kind in (TeaCache, Rounded)
-        )
+    settings = [
+        Setting(one.method, one.name, one.config, bfloat16=True)
+        for mode in METHODS
+        for one in cached_settings(mode, planned(wan, ckpt, mode, [STEPS // 2])[1])
+    ]
+    found = np.zeros((args.pairs, len(settings), 2))
+    stock = Setting(STOCK.method, STOCK.name, STOCK.config, bfloat16=True)
+    for i, pair in enumerate(tqdm(pairs_of(args.pairs), unit="pair")):
+        reference = sample(wan, pair, stock)[0]
+        for j, setting in enumerate(settings):
+            found[i, j, 0] = fidelity(reference, sample(wan, pair, setting)[0])[0]
+            with patch.object(TeaCache, "learn", learn_rounded):
+                found[i, j, 1] = fidelity(reference, sample(wan, pair, setting)[0])[0]
+    print(
+        f"torch {torch.__version__}, {args.pairs} prompts and seeds, {STEPS // 2} of {STEPS} steps"
+    )
+    print(f"{'method':25}  order  float32  bfloat16    cost, dB")
+    for setting, (whole, rounded) in zip(settings, found.mean(axis=0), strict=True):
         print(
-            f"{MODES[ret]:15}  {order:5}  {len(schedule.computed):8}  {whole:7.2f}  "
-            f"{rounded:8.2f}  {whole - rounded:+6.2f}"
+            f"{setting.method:25}  {setting.config.order:5}  {whole:7.2f}  {rounded:8.2f}  "
+            f"{whole - rounded:+10.2f}"
         )
 
 

@@ -1,64 +1,82 @@
 """How near videos come to stock's, and how much sooner, on the trained miniature of Wan2.1.
 
-    python tests/bench_fidelity.py [--pairs 24] [--thresholds 12] [--ckpt_dir assets/wan_nano]
+    python tests/bench_fidelity.py [--pairs 8] [--computed 40 33 ...] [--ckpt_dir assets/wan_nano]
 
 Each prompt and seed is sampled by stock and by every setting in turn, in one process with one
-thread; prompts and seeds are not among those of the training or the calibration. Seconds are of the
-sampling alone: no text encoder, no VAE. A speed-up is against stock's seconds of the same prompt
-and seed. Of both the median over the pairs is told: one stalled run must not move them. PSNR is of
-a whole video, SSIM the mean over its frames; then mean and standard deviation over the videos. A
-video equal to stock's has an infinite PSNR, which counts as 100 dB.
+thread, others beside it in another process; prompts and seeds are not among those of the training
+or of any choice. Seconds are the thread's own, so that what else runs counts for little, of the
+sampling without the VAE. A speed-up is against stock's seconds of the same prompt and seed. Of both
+the median over the pairs is told. PSNR is of a whole video, SSIM the mean over its frames; then
+mean and standard deviation over the videos. A video equal to stock's has an infinite PSNR, which
+counts as 100 dB. Drift is what the script measures in every run, without stock.
+
+The noise floor: how far stock is from itself with a little noise added to the latents that the
+sampling begins with, in float32 and under bfloat16 autocast, as Wan2.1 runs on a GPU; and how far
+bfloat16 is from float32. What is above the row bf16 is nearer to stock than rounding is.
+
+Guidance on the first steps only is also held against the prompts, by train.py's check of "shown":
+how many of 100 videos show what they say. That colour and motion of one shape stay when guidance
+ends early says nothing of what a real model has to draw.
 """
 
 import argparse
-import base64
 import csv
-import io
+import functools
 import json
 import logging
+import multiprocessing
 import os
 import platform
 import re
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from scipy.stats import spearmanr
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import Tensor
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parent / "assets"
 sys.path[:0] = [str(HERE.parent), str(HERE / "wan_nano")]
 
-from clips import pick  # noqa: E402
+from clips import FRAMES, SIZE, pick, seen  # noqa: E402
+from scripted import scripted, spaced  # noqa: E402
+from train import random  # noqa: E402
 from wan import WanT2V, pipeline  # noqa: E402
 from wan.configs import WAN_CONFIGS  # noqa: E402
 
 from teacache_generate import (  # noqa: E402
-    MODES,
+    PLAIN,
+    RETENTION,
+    SIGMA,
     Schedule,
     TeaCacheConfig,
-    distances_of,
     plan,
     plan_speedup,
-    read_calibration,
+    read_coefficients,
     shadow,
+    signal_distances,
     teacache,
-    timesteps_of,
 )
 
 STEPS, SOLVER, SHIFT, GUIDE_SCALE = 50, "unipc", 5.0, 5.0
 PSNR_CAP = 100.0  # dB
 FIRST_SEED = 1000
-MOST, FEWEST = 45, 13  # computed steps, 90 % and 25 %
-STRIP_FRAMES = 6
+COMPUTED = (40, 33, 25, 17, 13)
+GUIDED_SHARES = (0.8, 0.6, 0.4)
+METHODS = {PLAIN: "TeaCache, plain", RETENTION: "TeaCache, retention steps", SIGMA: "sigma"}
+EVEN, FEWER = "evenly spaced", "fewer steps"
+GUIDED, GUIDED_SIGMA, FLOOR = "guidance until", "sigma, guidance until", "noise floor"
+CHECK_BATCH = 25
 
 
 @dataclass(frozen=True)
@@ -68,6 +86,9 @@ class Setting:
     method: str
     name: str
     config: TeaCacheConfig
+    noise: float = 0.0  # standard deviation of what is added to the first latents
+    bfloat16: bool = False  # under autocast
+    against: str = "stock"  # the name of the setting whose videos these are held against
 
 
 @dataclass(frozen=True)
@@ -78,68 +99,79 @@ class Pair:
 
 @dataclass(frozen=True)
 class Measured:
-    """One video, held against stock's."""
+    """One video, held against another."""
 
     computed: int
+    passes: int
     seconds: float
     speedup: float
+    drift: float | None
     psnr: float
     ssim: float
 
 
-@dataclass(frozen=True)
-class Scripted(TeaCacheConfig):
-    """Computes the steps that are named, whatever the distances say."""
-
-    script: Sequence[int] = ()
-
-    def always_computes(self, step: int) -> bool:
-        return step in self.script or step >= self.steps
+STOCK = Setting("stock", "stock", TeaCacheConfig(STEPS, 0.0))
 
 
-STOCK = Setting("stock", "", TeaCacheConfig(STEPS, 0.0, ()))
+def planned(
+    wan: WanT2V, ckpt: Path, mode: str, targets: Sequence[int]
+) -> tuple[Schedule, list[Schedule]]:
+    """Of a mode: the default schedule, and those that compute so many steps, none twice."""
+    row = None if mode == SIGMA else read_coefficients(ckpt / "teacache.json")
+    timesteps = wan.scheduler(SOLVER, STEPS, SHIFT).timesteps.tolist()
+    distances = [None] * STEPS
+    if mode != SIGMA:
+        distances[1:] = signal_distances(ckpt, timesteps, mode)
+    config = TeaCacheConfig.from_row(row, STEPS, use_ret_steps=mode == RETENTION)
+    found = [plan_speedup(config, timesteps, distances, STEPS / n) for n in targets]
+    default = plan_speedup(config, timesteps, distances, 2.0) if row is None else None
+    return (
+        default or plan(config, timesteps, distances),
+        list({schedule.marks(): schedule for schedule in found}.values()),
+    )
 
 
-def planned(ckpt: Path, mode: str, targets: Sequence[int]) -> tuple[Schedule, list[Schedule]]:
-    """Of a mode: the default threshold's schedule, and those of other thresholds, none twice.
-
-    targets: how many steps to compute; for each, the smallest threshold that computes no more.
-    """
-    fit, _ = read_calibration(ckpt / "teacache.json", mode)
-    ret = mode == MODES[True]
-    run = SimpleNamespace(sample_solver=SOLVER, sample_steps=STEPS, sample_shift=SHIFT)
-    timesteps = timesteps_of(run, WAN_CONFIGS["t2v-nano"].num_train_timesteps)
-    distances = distances_of(ckpt, timesteps, ret)
-    config = TeaCacheConfig.from_fit(fit, STEPS, use_ret_steps=ret)
-    found = [plan_speedup(config, timesteps, distances, STEPS / (n + 0.5)) for n in targets]
-    return plan(config, timesteps, distances), list({u.marks(): u for u in found}.values())
-
-
-def teacache_settings(mode: str, schedules: list[Schedule]) -> list[Setting]:
+def cached_settings(mode: str, schedules: Sequence[Schedule]) -> list[Setting]:
     """A mode's schedules, all at order 0 and then all at order 1."""
     return [
-        Setting(f"TeaCache, {mode}", f"thresh {config.thresh:.5g}", replace(config, order=order))
+        Setting(METHODS[mode], f"thresh {config.thresh:.4g}", replace(config, order=order))
         for order in (0, 1)
         for config in (schedule.config for schedule in schedules)
     ]
 
 
 def other_settings(targets: Sequence[int]) -> list[Setting]:
-    """What costs the same and needs no distances."""
-    fewer = [
-        Setting("fewer steps", f"{n} sampling steps", TeaCacheConfig(n, 0.0, ())) for n in targets
-    ]
-    scripts = [np.linspace(0, STEPS - 1, n).round().astype(int).tolist() for n in targets]
+    """What costs the same and needs neither distances nor noise levels."""
+    fewer = [Setting(FEWER, f"{n} sampling steps", TeaCacheConfig(n, 0.0)) for n in targets]
     even = [
-        Setting(
-            "evenly spaced",
-            f"every {STEPS / len(script):.3g} steps",
-            Scripted(STEPS, 1.0, (0.0,), order=order, script=script),
-        )
+        Setting(EVEN, f"every {STEPS / n:.3g} steps", scripted(STEPS, spaced(n, STEPS), order))
         for order in (0, 1)
-        for script in scripts
+        for n in targets
     ]
-    return fewer + even
+    return even + fewer
+
+
+def guided_settings(half: TeaCacheConfig) -> list[Setting]:
+    """Guidance on the first steps only, without a cache and with that of ``half``."""
+    return [
+        Setting(method, f"{share:g} of steps", replace(config, guided_steps=round(share * STEPS)))
+        for method, config in ((GUIDED, STOCK.config), (GUIDED_SIGMA, half))
+        for share in GUIDED_SHARES
+    ]
+
+
+def floor_settings() -> list[Setting]:
+    """Stock, with what nobody would see."""
+    bfloat16 = Setting(FLOOR, "bf16", STOCK.config, bfloat16=True)
+    noisy = [
+        Setting(FLOOR, f"{text} of noise", STOCK.config, noise=float(text))
+        for text in ("1e-4", "1e-2")
+    ]
+    under = [
+        replace(one, name=f"bf16, {one.name}", bfloat16=True, against=bfloat16.name)
+        for one in noisy
+    ]
+    return [*noisy, bfloat16, *under]
 
 
 def pairs_of(count: int) -> list[Pair]:
@@ -148,20 +180,36 @@ def pairs_of(count: int) -> list[Pair]:
     return [Pair(scene.prompt, FIRST_SEED + i) for i, scene in enumerate(scenes)]
 
 
-def sample(wan: WanT2V, pair: Pair, config: TeaCacheConfig) -> tuple[np.ndarray, int, float]:
-    """A video [3, F, H, W] in [-1, 1], how many steps it computed, and its sampling's seconds."""
-    quiet = shadow(pipeline, tqdm=lambda timesteps: timesteps)
-    with quiet, teacache(wan.model, config) as cache:
+def sample(wan: WanT2V, pair: Pair, setting: Setting) -> tuple[np.ndarray, Any, float]:
+    """A video [3, F, H, W] in [-1, 1], the TeaCache that made it, and its sampling's seconds."""
+    make_noise, decode, marks = wan.noise, wan.vae.decode, []
+
+    def noise(*args: Any) -> Tensor:
+        latents = make_noise(*args)
+        generator = torch.Generator().manual_seed(0)
+        return latents + setting.noise * torch.randn(latents.shape, generator=generator)
+
+    def timed_decode(latents: list[Tensor]) -> list[Tensor]:
+        marks.append(time.thread_time())
+        return decode(latents)
+
+    dtype = torch.bfloat16 if setting.bfloat16 else torch.float32
+    with ExitStack() as stack:
+        stack.enter_context(shadow(pipeline, tqdm=lambda timesteps: timesteps))
+        stack.enter_context(shadow(wan, noise=noise, param_dtype=dtype))
+        stack.enter_context(shadow(wan.vae, decode=timed_decode))
+        cache = stack.enter_context(teacache(wan.model, setting.config))
+        began = time.thread_time()
         video = wan.generate(
             pair.prompt,
-            sampling_steps=config.steps,
+            sampling_steps=setting.config.steps,
             sample_solver=SOLVER,
             shift=SHIFT,
             guide_scale=GUIDE_SCALE,
             seed=pair.seed,
             offload_model=False,
         )
-    return video.cpu().numpy(), len(cache.schedule.computed), cache.seconds
+    return video.cpu().numpy(), cache, marks[0] - began
 
 
 def fidelity(stock: np.ndarray, video: np.ndarray) -> tuple[float, float]:
@@ -175,63 +223,101 @@ def fidelity(stock: np.ndarray, video: np.ndarray) -> tuple[float, float]:
     return min(float(psnr), PSNR_CAP), float(np.mean(ssim))
 
 
-def measure(wan: WanT2V, pairs: list[Pair], settings: list[Setting]) -> list[list[Measured]]:
-    """By setting, a measurement for each pair. The settings take turns; the first is stock."""
-    sample(wan, pairs[0], settings[0].config)  # warms up, and is dropped
-    measured: list[list[Measured]] = [[] for _ in settings]
-    with tqdm(total=len(pairs) * len(settings), unit="video", smoothing=0.02) as bar:
-        for pair in pairs:
-            for setting, found in zip(settings, measured, strict=True):
-                video, computed, seconds = sample(wan, pair, setting.config)
-                if setting is settings[0]:
-                    stock, stock_seconds = video, seconds
-                speedup = stock_seconds / seconds
-                found.append(Measured(computed, seconds, speedup, *fidelity(stock, video)))
-                bar.update()
+@functools.cache
+def load(ckpt: Path) -> WanT2V:
+    """The pipeline of this process, warmed up."""
+    torch.set_num_threads(1)
+    logging.getLogger("teacache").setLevel(logging.ERROR)  # its warnings come with every video
+    wan = WanT2V(WAN_CONFIGS["t2v-nano"], ckpt)
+    sample(wan, Pair("", 0), STOCK)
+    return wan
+
+
+def measure(ckpt: Path, settings: Sequence[Setting], pair: Pair) -> list[Measured]:
+    """One prompt and seed by each setting in turn; the first is stock."""
+    wan, measured, stock_seconds = load(ckpt), [], 0.0
+    videos = {setting.against: np.empty(0) for setting in settings}
+    for setting in settings:
+        video, cache, seconds = sample(wan, pair, setting)
+        stock_seconds = stock_seconds or seconds
+        if setting.name in videos:
+            videos[setting.name] = video
+        measured.append(
+            Measured(
+                len(cache.schedule.computed),
+                cache.schedule.passes,
+                seconds,
+                stock_seconds / seconds,
+                cache.drift(setting.config.order),
+                *fidelity(videos[setting.against], video),
+            )
+        )
     return measured
 
 
-def row(setting: Setting, measured: list[Measured]) -> dict[str, Any]:
+def shown(ckpt: Path, config: TeaCacheConfig, count: int) -> int:
+    """How many of ``count`` videos show colour and motion that their prompts say.
+
+    Prompts and seeds are those that train.py ends with. Many are sampled together, which for order
+    0 changes nothing but the rounding.
+    """
+    wan, scenes, right = load(ckpt), pick(count, random("check"), unseen=True), 0
+    for first in range(0, count, CHECK_BATCH):
+        part = scenes[first : first + CHECK_BATCH]
+        area = (SIZE // wan.vae_stride[1], SIZE // wan.vae_stride[2])
+        x = torch.stack([wan.noise(FRAMES, area, first + i) for i in range(len(part))])
+        texts = [scene.prompt for scene in part], [wan.sample_neg_prompt] * len(part)
+        contexts = [wan.text_encoder(prompts, wan.device) for prompts in texts]
+        scheduler = wan.scheduler(SOLVER, config.steps, SHIFT)
+        with torch.no_grad(), teacache(wan.model, config):
+            for t in scheduler.timesteps:
+                cond, uncond = (
+                    torch.stack(wan.model(list(x), t[None], context, wan.seq_len(x[0])))
+                    for context in contexts
+                )
+                flow = uncond + GUIDE_SCALE * (cond - uncond)
+                x = scheduler.step(flow, t, x, return_dict=False)[0]
+        videos = wan.vae.decode(list(x))
+        says = [(scene.colour, scene.motion) for scene in part]
+        right += sum(seen(video) == said for video, said in zip(videos, says, strict=True))
+    return right
+
+
+def is_checked(setting: Setting, half: TeaCacheConfig) -> bool:
+    """Whether it is about guidance: also on all of the steps, without a cache and with."""
+    return setting.method in (STOCK.method, GUIDED, GUIDED_SIGMA) or setting.config == half
+
+
+def row(setting: Setting, measured: Sequence[Measured], right: int | None) -> dict[str, Any]:
     """A line of the table, over the pairs: medians of times, means and deviations of fidelity."""
-    told = {u.name: np.array([getattr(v, u.name) for v in measured]) for u in fields(Measured)}
+    told = {u.name: [getattr(v, u.name) for v in measured] for u in fields(Measured)}
+    drifts = [drift for drift in told["drift"] if drift is not None]
     return {
         "method": setting.method,
         "order": setting.config.order if setting.config.thresh else None,  # nothing is skipped
         "setting": setting.name,
-        "computed": int(told["computed"][0]),
+        "computed": told["computed"][0],
+        "passes": told["passes"][0],
         "seconds": round(float(np.median(told["seconds"])), 4),
         "speedup": round(float(np.median(told["speedup"])), 3),
-        "psnr": round(told["psnr"].mean(), 2),
-        "psnr_std": round(told["psnr"].std(), 2),
-        "ssim": round(told["ssim"].mean(), 4),
-        "ssim_std": round(told["ssim"].std(), 4),
+        "drift": round(float(np.mean(drifts)), 5) if drifts else None,
+        "psnr": round(float(np.mean(told["psnr"])), 2),
+        "psnr_std": round(float(np.std(told["psnr"])), 2),
+        "ssim": round(float(np.mean(told["ssim"])), 4),
+        "ssim_std": round(float(np.std(told["ssim"])), 4),
+        "against": setting.against,
+        "shown": right,
     }
 
 
-def strip(wan: WanT2V, pair: Pair, settings: list[Setting]) -> dict[str, Any]:
-    """Some frames of one pair by each setting, side by side as a PNG; the first is stock."""
-    told: list[dict[str, Any]] = []
-    for setting in settings:
-        video, computed, _ = sample(wan, pair, setting.config)
-        if setting is settings[0]:
-            stock = video
-        chosen = video[:, np.linspace(0, video.shape[1] - 1, STRIP_FRAMES).round().astype(int)]
-        side_by_side = np.concatenate(chosen.transpose(1, 2, 3, 0), axis=1)
-        pixels, file = (
-            ((side_by_side + 1) * 127.5).round().clip(0, 255).astype(np.uint8),
-            io.BytesIO(),
-        )
-        Image.fromarray(pixels).save(file, "PNG", optimize=True)
-        told.append(
-            {
-                "method": setting.method,
-                "setting": setting.name,
-                "computed": computed,
-                "psnr": fidelity(stock, video)[0],
-                "png": base64.b64encode(file.getvalue()).decode(),
-            }
-        )
-    return {**asdict(pair), "rows": told}
+def drift_against_psnr(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Spearman's rank correlation over all settings that reuse residuals and change nothing else.
+
+    -1: the larger the mean drift of a setting, the lower its PSNR, without an exception.
+    """
+    found = [u for u in rows if u["drift"] is not None and u["method"] != GUIDED_SIGMA]
+    correlation = spearmanr([u["drift"] for u in found], [u["psnr"] for u in found]).statistic
+    return {"settings": len(found), "spearman": round(float(correlation), 3)}
 
 
 def machine(wan: WanT2V) -> dict[str, Any]:
@@ -239,7 +325,7 @@ def machine(wan: WanT2V) -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.is_file() else "")
     return {
-        "platform": platform.platform(),
+        "platform": platform.machine(),
         "cpu": model[1] if model else platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -249,61 +335,85 @@ def machine(wan: WanT2V) -> dict[str, Any]:
     }
 
 
-def bench(ckpt: Path, pair_count: int, targets: Sequence[int]) -> dict[str, Any]:
-    """All that is measured. targets: how many steps are to be computed."""
-    plans = {mode: planned(ckpt, mode, targets) for mode in MODES}
-    cached = [u for mode, (_, found) in plans.items() for u in teacache_settings(mode, found)]
-    settings = [STOCK, *cached, *other_settings(targets)]
-    wan, pairs = WanT2V(WAN_CONFIGS["t2v-nano"], ckpt), pairs_of(pair_count)
-    measured = measure(wan, pairs, settings)
-    plain = cached[: len(plans[MODES[False]][1])]
-    shown = sorted({round(u * (len(plain) - 1)) for u in (0.3, 0.65, 1)})
+def all_settings(plans: dict[str, tuple[Schedule, list[Schedule]]], targets: Sequence[int]):
+    """The lines of the table."""
+    cached = [u for mode, (_, found) in plans.items() for u in cached_settings(mode, found)]
+    guided = guided_settings(plans[SIGMA][0].config)
+    return [STOCK, *floor_settings(), *cached, *other_settings(targets), *guided]
+
+
+def bench(
+    ckpt: Path, pair_count: int, targets: Sequence[int], checked: int, processes: int
+) -> dict[str, Any]:
+    """All that is measured. targets: how many steps are to be computed. checked: videos."""
+    wan, pairs = load(ckpt), pairs_of(pair_count)
+    plans = {mode: planned(wan, ckpt, mode, targets) for mode in METHODS}
+    settings, half = all_settings(plans, targets), plans[SIGMA][0].config
+    to_check = [i for i, u in enumerate(settings) if checked and is_checked(u, half)]
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        of_pairs = [pool.submit(measure, ckpt, settings, pair) for pair in pairs]
+        checks = {i: pool.submit(shown, ckpt, settings[i].config, checked) for i in to_check}
+        waiting = as_completed([*of_pairs, *checks.values()])
+        for _ in tqdm(waiting, total=len(pairs) + len(checks), unit="task", smoothing=0):
+            pass
+    by_setting = zip(*(future.result() for future in of_pairs), strict=True)
+    right = [checks[i].result() if i in checks else None for i in range(len(settings))]
+    rows = [row(*u) for u in zip(settings, by_setting, right, strict=True)]
     return {
         "machine": machine(wan),
         "run": {"steps": STEPS, "solver": SOLVER, "shift": SHIFT, "guide_scale": GUIDE_SCALE},
         "psnr_cap": PSNR_CAP,
+        "checked": checked,
         "pairs": [asdict(pair) for pair in pairs],
-        "rows": [row(*u) for u in zip(settings, measured, strict=True)],
+        "rows": rows,
+        "drift_against_psnr": drift_against_psnr(rows),
         "schedules": {
             mode: {"thresh": u.config.thresh, "steps": [asdict(step) for step in u.steps]}
             for mode, (u, _) in plans.items()
         },
-        "strip": strip(wan, pairs[0], [STOCK, *(plain[i] for i in shown)]),
     }
 
 
 def print_table(told: dict[str, Any]) -> None:
+    print(", ".join(f"{name} {value}" for name, value in told["machine"].items()))
     print(
-        f"{'method':25} order  {'setting':17} computed  seconds  speed-up"
-        f"{'PSNR in dB':>17}{'SSIM':>18}"
+        f"{'method':25} order  {'setting':19} computed passes seconds speed-up   drift"
+        f"{'PSNR, dB':>14}{'SSIM':>16}  shown of {told['checked']}"
     )
     for u in told["rows"]:
+        order, right = ("-" if u[name] is None else u[name] for name in ("order", "shown"))
+        drift = "" if u["drift"] is None else f"{100 * u['drift']:.1f} %"
         print(
-            f"{u['method']:25} {'-' if u['order'] is None else u['order']:>5}  {u['setting']:17} "
-            f"{u['computed']:8} {u['seconds']:8.3f} {u['speedup']:8.2f}x "
-            f"{u['psnr']:8.2f} ± {u['psnr_std']:5.2f} {u['ssim']:8.4f} ± {u['ssim_std']:.4f}"
+            f"{u['method']:25} {order:>5}  {u['setting']:19} {u['computed']:8} {u['passes']:6} "
+            f"{u['seconds']:7.2f} {u['speedup']:7.2f}x {drift:>7}  "
+            f"{u['psnr']:5.1f} ± {u['psnr_std']:4.1f}  {u['ssim']:.3f} ± {u['ssim_std']:.3f} "
+            f"{right:>5}"
         )
+    found = told["drift_against_psnr"]
     print(
-        f"over {len(told['pairs'])} prompts and seeds: median of seconds and speed-up, mean ± "
-        f"standard deviation of fidelity to stock's {STEPS} steps; equal videos count as "
-        f"{PSNR_CAP:g} dB"
+        f"{len(told['pairs'])} prompts and seeds: medians of seconds and speed-up, mean ± standard "
+        f"deviation of fidelity; to stock's {STEPS} steps, the noisy bf16 rows to the bf16 row"
     )
-    print(", ".join(f"{name}: {value}" for name, value in told["machine"].items()))
+    print(
+        f"drift against PSNR: Spearman's rank correlation {found['spearman']:.2f} over "
+        f"{found['settings']} settings"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--ckpt_dir", type=Path, default=ASSETS / "wan_nano", help="with its teacache.json")
-    add("--pairs", type=int, default=24, help="prompts, a seed each")
-    add("--thresholds", type=int, default=12, help="of each mode of TeaCache, at most")
+    add("--pairs", type=int, default=8, help="prompts, a seed each")
+    add("--computed", type=int, nargs="+", default=COMPUTED, help="steps that settings compute")
+    add("--check", type=int, default=100, help="videos that are held against their prompts")
+    add("--processes", type=int, default=2, help="of one thread each")
     add("--json", type=Path, default=ASSETS / "fidelity.json", help="for assets/draw.py")
     add("--csv", type=Path, default=ASSETS / "fidelity.csv", help="the table")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    logging.getLogger("teacache").setLevel(logging.ERROR)  # its warnings come with every video
-    targets = np.linspace(MOST, FEWEST, args.thresholds).round().astype(int).tolist()
-    told = bench(args.ckpt_dir, args.pairs, targets)
+    began = time.perf_counter()
+    told = bench(args.ckpt_dir, args.pairs, args.computed, args.check, args.processes)
+    print(f"took {(time.perf_counter() - began) / 60:.0f} min")
     args.json.write_text(json.dumps(told, indent=1) + "\n")
     with open(args.csv, "w", newline="") as file:
         writer = csv.DictWriter(file, told["rows"][0])

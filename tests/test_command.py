@@ -60,7 +60,7 @@ def test_the_script_works_copied_beside_generate_py(ckpt, tmp_path):
 
 
 def test_threshold_zero_gives_the_video_of_stock_generate_py(ckpt, tmp_path):
-    argv = ["--ckpt_dir", ckpt, *PROMPT, "--save_file"]
+    argv = ["--ckpt_dir", ckpt, *PROMPT, "--sample_steps", "12", "--save_file"]
     stock = python(NANO / "generate.py", *argv, tmp_path / "stock.mp4")
     off = ["--wan_repo", NANO, *ROW, "--teacache_thresh", "0"]
     ours = python(SCRIPT, *argv, tmp_path / "ours.mp4", *off)
@@ -77,10 +77,18 @@ def pipelines(wan, ckpt, i2v_ckpt, picture, task):
     return package.WanI2V(config, str(i2v_ckpt)), ("a ball", image), {"max_area": 64 * 64}
 
 
-@pytest.mark.parametrize("task", ["t2v-nano", "i2v-nano"])
-@pytest.mark.parametrize("use_ret_steps", [False, True], ids=["plain", "ret"])
-@pytest.mark.parametrize("solver", ["unipc", "dpm++"])
-@pytest.mark.parametrize("guide_scale", [5.0, 1.0])
+@pytest.mark.parametrize(
+    ("task", "use_ret_steps", "solver", "guide_scale"),
+    [
+        ("t2v-nano", False, "unipc", 5.0),
+        ("t2v-nano", True, "unipc", 5.0),
+        ("i2v-nano", False, "unipc", 5.0),
+        ("i2v-nano", True, "unipc", 5.0),
+        ("t2v-nano", False, "dpm++", 5.0),
+        ("t2v-nano", True, "dpm++", 5.0),
+        ("t2v-nano", False, "unipc", 1.0),
+    ],
+)
 def test_the_video_is_that_of_the_method_written_plainly(
     wan, ckpt, i2v_ckpt, picture, task, use_ret_steps, solver, guide_scale
 ):
@@ -120,7 +128,12 @@ def test_two_processes_give_the_video_of_one(ckpt, tmp_path, flags):
     one = python(SCRIPT, *common, "--save_file", alone, "--teacache_report", reports[0])
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT]
     out = ["--save_file", both, "--teacache_report", reports[1]]
-    two = python(*torchrun, *common, *out, *flags, CUDA_VISIBLE_DEVICES="")
+    xfuser = tmp_path / "xfuser" / "core"  # which the stand-in does not need, but Wan2.1
+    xfuser.mkdir(parents=True)
+    names = ("init_distributed_environment", "initialize_model_parallel")
+    (xfuser / "distributed.py").write_text("".join(f"def {name}(): ...\n" for name in names))
+    env = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tmp_path)}
+    two = python(*torchrun, *common, *out, *flags, **env)
     assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
     steps = [json.loads(report.read_text())["computed"] for report in reports]
     assert steps[0] == steps[1]
@@ -582,14 +595,10 @@ def test_runs_of_other_seeds_have_other_default_names(capsys, ckpt, tmp_path, mo
 
 NO_GPU = """
 import sys, torch
-def touched(name):  # a function for each name: torch wants no two names of one
-    def touch(*args, **kwargs):
-        raise SystemExit(f"a GPU was touched by {name}")
-    return touch
 torch.cuda.is_available = lambda: True
 for name in ("_lazy_init", "current_device", "get_device_capability", "get_device_properties",
              "set_device", "synchronize", "mem_get_info", "empty_cache", "get_device_name"):
-    setattr(torch.cuda, name, touched(name))
+    setattr(torch.cuda, name, lambda *args, name=name: sys.exit(f"a GPU was touched: {name}"))
 sys.argv = ["teacache_generate.py", *sys.argv[1:]]
 import teacache_generate
 teacache_generate.main()
@@ -811,15 +820,16 @@ def test_a_flash_attn_that_does_not_import_counts_as_missing(flash, text):
     assert teacache_generate.usable_flash_attention((9, 0)) == []
 
 
-def test_order_1_computes_the_same_steps_and_makes_another_video(ckpt, tmp_path):
+def test_order_1_computes_the_same_steps_and_makes_another_video(capsys, caplog, ckpt, tmp_path):
     reports, videos = [], []
     for order in ("0", "1"):
         report, video = tmp_path / f"{order}.json", tmp_path / f"{order}.mp4"
         argv = ["--ckpt_dir", ckpt, *ROW, *PROMPT, "--teacache_order", order]
         files = ["--teacache_report", report, "--save_file", video]
-        done = python(SCRIPT, "--wan_repo", NANO, *argv, *files)
-        assert done.returncode == 0, done.stderr
-        assert ("plain, order 1: will compute" in done.stdout) == (order == "1")
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            assert attempt(capsys, *argv, *files)[0] == 0
+        assert ("plain, order 1: will compute" in caplog.text) == (order == "1")
         reports.append(json.loads(report.read_text()))
         videos.append(frames(video))
     assert [report["config"]["order"] for report in reports] == [0, 1]
