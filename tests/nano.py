@@ -24,7 +24,7 @@ def python(*argv: object, cwd: Path | None = None, **env: str) -> subprocess.Com
         text=True,
         cwd=cwd,
         env={**os.environ, **env},
-        timeout=300,
+        timeout=600,
     )
 
 

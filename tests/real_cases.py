@@ -142,7 +142,7 @@ def run(repo: Path, jobs: list[dict[str, Any]], out: Path, processes: int = 1) -
         capture_output=True,
         text=True,
         cwd=out,
-        timeout=900,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
