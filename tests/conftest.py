@@ -1,8 +1,10 @@
 """The script at the top of the project, importable as it is, and checkpoints of the stand-in."""
 
+import gc
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,16 @@ def picture(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("picture") / "picture.png"
     Image.fromarray(np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)).save(file)
     return file
+
+
+@pytest.fixture(scope="module")
+def young_heap() -> Iterator[None]:
+    """What was there before the tests of a file is not looked through at each of their collections:
+    a quarter of a second for each run of the script, and for each look at what is alive."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
