@@ -146,6 +146,22 @@ def test_order_1_extrapolates_the_published_norms_of_real_models(model, kind):
     assert held > 2.0
 
 
+@pytest.mark.parametrize(
+    ("computed", "count"),
+    [
+        ([*range(10), *range(10, 49, 4), 49], 21),
+        ([*range(5), *range(9, 49, 5), 49], 14),
+        ([*range(0, 50, 3)], 17),  # so that the last step is beyond all that are computed
+    ],
+    ids=["every fourth from 10", "every fifth from 9", "every third"],
+)
+def test_order_1_extrapolates_the_norms_on_schedules_of_equal_gaps(computed, count):
+    held, line = norm_errors("t2v-1.3B", computed)
+    assert len(computed) == count
+    assert line < 0.8  # per cent
+    assert held > 3.0
+
+
 def test_the_hardest_of_the_published_norms():
     """i2v at 480P, every fifth step: the table jumps at its first steps and near its end."""
     assert norm_errors("i2v-14B-480P", SCHEDULES["a fifth first"][40])[1] < 0.8
