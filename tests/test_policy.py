@@ -201,6 +201,11 @@ def test_sigma_adds_the_change_of_the_norm_since_the_last_computed_step():
     assert sigma(10, TENTHS, 1e-9).marks() == "##########"
 
 
+def test_sigma_counts_a_norm_that_grows_as_one_that_falls():
+    got = sigma(5, [500, 600, 400, 500, 0], 9.0)  # g is .66, .726, .594, .66
+    assert [step.increment for step in got.steps[1:4]] == pytest.approx([0.1, 0.1, 0.0])
+
+
 @pytest.mark.parametrize(("steps", "first"), [(1, 1), (5, 1), (6, 2), (10, 2), (11, 3), (50, 10)])
 def test_sigma_always_computes_the_first_fifth_and_the_last_step(steps, first):
     computed = sigma(steps, wan_timesteps(steps, 5), 1e6).computed
