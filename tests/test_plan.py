@@ -17,8 +17,11 @@ import teacache_generate
 from teacache_generate import (
     RELEASES,
     ROWS,
+    Choice,
+    Refused,
     TeaCacheConfig,
     Wan,
+    check_plan,
     choose_row,
     guided_steps,
     look_ahead,
@@ -301,6 +304,18 @@ def test_any_other_setting_than_a_rows_own_is_unusual(make, fitted_for_14b, unus
     code, said, _ = make(*unusual)
     assert code == 2
     assert "its increments are negative at steps" in said
+
+
+def test_a_rows_schedule_with_a_fault_is_refused_of_half_of_the_steps_too():
+    """That half of the steps is no fault is said of sigma alone."""
+    config = TeaCacheConfig(8, 0.5, "plain", [0.0, 0.0, 0.0, 1.0, 0.0])
+    planned = plan(config, [0.0] * 8, [None, 0.6, 0.6, 0.6, -0.1, 0.6, 0.6, 0.6])
+    assert planned.marks() == "####.###"
+    args = SimpleNamespace(sample_steps=8, sample_shift=5.0, sample_solver="unipc")
+    own = SimpleNamespace(teacache_thresh=None, teacache_speedup=None)
+    choice = Choice(ROWS["t2v-1.3B"], "t2v-1.3B", "task t2v-1.3B", False)
+    with pytest.raises(Refused, match="negative at steps 4; it was fitted at 50 steps"):
+        check_plan(planned, own, args, choice)
 
 
 def test_at_the_settings_of_its_fit_a_row_runs_as_published_with_a_warning(make, fitted_for_14b):
