@@ -588,6 +588,7 @@ class TeaCache:
         self.marks: list[float] = []  # seconds: begin of sampling, each decision, end of sampling
         self.calls, self.computing, self.asked = 0, True, False
         self.active: ModelParts | None = None
+        self.uncast_timestep: Tensor | None = None  # what an FSDP wrapper was given
         self.signal: Tensor | None = None
 
     def forward(
@@ -598,7 +599,7 @@ class TeaCache:
         t: [1], or [1, tokens] as Wan2.2's ti2v has it.
         RuntimeError: calls that are not two a step, on as many steps as configured.
         """
-        self.begin_call(parts, t)
+        self.begin_call(parts, t if self.uncast_timestep is None else self.uncast_timestep)
         if self.branch == CONDITIONAL or self.config.is_guided(self.step):
             self.asked = False
             self.output = parts.forward(x, t, *args, **kwargs)
@@ -611,6 +612,10 @@ class TeaCache:
         if self.calls == 2 * self.config.steps:
             self.end_sampling()
         return output
+
+    def note_timestep(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        """Forward pre-hook of an FSDP wrapper, which may round a timestep to bfloat16."""
+        self.uncast_timestep = kwargs["t"] if "t" in kwargs else args[1]
 
     def begin_call(self, parts: ModelParts, t: Tensor) -> None:
         """Count the call, and see whether it is the one that was expected."""
@@ -723,6 +728,7 @@ class TeaCache:
         self.residuals = Residuals()
         self.measured.clear()
         self.signal = self.timestep = self.output = self.anchor = self.active = None
+        self.uncast_timestep = None
 
     @property
     def seconds(self) -> float:
@@ -789,7 +795,11 @@ def teacache(models: nn.Module | Sequence[nn.Module], config: TeaCacheConfig) ->
     cache = TeaCache(config)
     with ExitStack() as stack:
         for model in [models] if isinstance(models, nn.Module) else models:
-            stack.enter_context(stand_ins(getattr(model, "module", model), cache))  # FSDP's
+            inner = getattr(model, "module", model)
+            if inner is not model:  # FSDP's wrapper
+                hook = model.register_forward_pre_hook(cache.note_timestep, with_kwargs=True)
+                stack.enter_context(hook)
+            stack.enter_context(stand_ins(inner, cache))
         try:
             yield cache
             if cache.calls != 2 * config.steps:
@@ -848,9 +858,12 @@ def sdpa_attention(
     if tuple(window_size) != (-1, -1):
         raise NotImplementedError(f"window_size {window_size} needs flash-attn")
     mask = None
-    if k_lens is not None and int(k_lens.min()) < k.size(1):
-        mask = torch.arange(k.size(1), device=q.device) < k_lens.to(q.device)[:, None]
-        mask = mask[:, None, None]  # [B, 1, 1, Lk]
+    if k_lens is not None:
+        longest = int(k_lens.max())  # a mask would rule out the fast kernels: Wan has one sample
+        k, v = k[:, :longest], v[:, :longest]
+        if int(k_lens.min()) < longest:
+            mask = torch.arange(longest, device=q.device) < k_lens.to(q.device)[:, None]
+            mask = mask[:, None, None]  # [B, 1, 1, longest]
     heads_first = (heads.to(v.dtype).transpose(1, 2) for heads in (q, k, v))
     out = nn.functional.scaled_dot_product_attention(*heads_first, mask, dropout_p, causal)
     return out.transpose(1, 2).to(q.dtype)
