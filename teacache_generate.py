@@ -143,7 +143,6 @@ class TeaCacheConfig:
         returns the conditional output, as at guidance scale 1. None: on all, as stock.
     order: a skipped step holds the last residual (0, as published), or goes on along the line
         through the last two computed ones (1).
-    switch: the first step of Wan2.2's second model, which is always computed.
     ValueError: a threshold that is negative, infinite or not a number.
     """
 
@@ -153,7 +152,6 @@ class TeaCacheConfig:
     coefficients: Sequence[float] = ()
     guided_steps: int | None = None
     order: int = 0
-    switch: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.thresh < math.inf:
@@ -187,7 +185,7 @@ class TeaCacheConfig:
             first, last = math.ceil(self.steps / 5), self.steps - 1
         else:
             first, last = 1, self.steps - 1
-        return step < first or step >= last or step == self.switch or self.thresh == 0
+        return step < first or step >= last or self.thresh == 0
 
     def is_guided(self, step: int) -> bool:
         """Whether the unconditional branch runs on a step."""
@@ -213,7 +211,7 @@ class Step:
     """What was decided at one step, and from what."""
 
     timestep: float
-    distance: float | None  # relative L1 distance of the signal to the step before, if there is one
+    distance: float | None  # relative L1, of the signal to that of the step before
     increment: float | None  # None on an always computed step
     accumulated: float  # what is held against the threshold; 0 on an always computed step
     computed: bool
@@ -231,9 +229,11 @@ class Schedule:
         self.config, self.steps = config, list[Step]()
 
     def decide(self, timestep: float, distance: float | None) -> bool:
-        """Take the next step: True to compute it, False to reuse the last residual."""
-        nothing_to_compare = distance is None and self.config.mode != SIGMA
-        if self.config.always_computes(len(self.steps)) or nothing_to_compare:
+        """Take the next step: True to compute it, False to reuse the last residual.
+
+        distance: None at the first step of a model, which is computed.
+        """
+        if self.config.always_computes(len(self.steps)) or distance is None:
             self.steps.append(Step(timestep, distance, None, 0.0, computed=True))
             return True
         increment, before = self.increment(timestep, distance), self.steps[-1]
@@ -313,7 +313,8 @@ def ranges(steps: Sequence[int]) -> str:
 def plan(
     config: TeaCacheConfig, timesteps: Sequence[float], distances: Sequence[float | None]
 ) -> Schedule:
-    """All decisions at once. distances: of each step to the one before; the first is None."""
+    """All decisions at once. distances: of each step to the one before, None at the first step of a
+    model; by "sigma" they do not count otherwise."""
     schedule = Schedule(config)
     for timestep, distance in zip(timesteps, distances, strict=True):
         schedule.decide(timestep, distance)
@@ -459,12 +460,9 @@ class Anchor:
     residuals: dict[int, Tensor]  # all tokens, [1, tokens, dim]; while a later step may need them
 
 
-def along(gain: Tensor, reach: float) -> Tensor:
-    """How far to go along a line of which each gap is ``gain`` of the one before: the sum of
-    gain + gain^2 + ... over ``reach`` gaps, whole or not. This is the forecasters' damped trend.
-    """
-    gain = gain.clamp(max=1 - 1e-9)
-    return gain * (1 - gain**reach) / (1 - gain)
+def along(slowing: Tensor, reach: float) -> Tensor:
+    """How far to go along a line: all of ``reach`` at slowing 0, never beyond 1 / slowing."""
+    return reach / (1 + slowing * reach)
 
 
 class Residuals:
@@ -472,34 +470,41 @@ class Residuals:
 
     Order 1, which is ours, goes on along the line through the two. How far is measured: at each
     computed step R the gain is <R - R', D> / (k <D, D>), with R' and R'' the two before it,
-    D = R' - R'' and k R's ``reach``; clipped to 0 (hold) and 1 (all along the line), 1 at first.
-    Each has its own gain: the unconditional residual and the difference of the two branches, since
-    guidance multiplies the errors of that one. The conditional residual is the sum.
+    D = R' - R'' and k R's ``reach``: the share of k that would have been right, clipped to 0 (hold)
+    and 1 (all along the line). The next reach is another one, and a residual that has slowed down
+    does so more the farther it goes: so the gain is kept as slowing = (1 / gain - 1) / k, by which
+    ``along`` gives gain * k at k. At first it is 1.
 
-    anchors: newest first. gains: by CONDITIONAL (where it runs alone), UNCONDITIONAL, DIFFERENCE;
-    scalars on the model's device, so that nothing here waits for the GPU.
+    The unconditional residual has a slowing of its own, and so has the difference of the two
+    branches, since guidance multiplies its errors. The conditional residual is their sum.
+
+    anchors: newest first. slowing: by CONDITIONAL (where it runs alone), UNCONDITIONAL and
+    DIFFERENCE; scalars on the model's device, so that nothing here waits for the GPU.
     """
 
     def __init__(self) -> None:
         self.anchors: list[Anchor] = []
-        self.gains = [torch.ones((), dtype=torch.float64)] * 3
+        self.slowing = [torch.ones((), dtype=torch.float64)] * 3
 
     def guess(self, sigma: float, branch: int, order: int) -> Tensor:
         """The residual [1, tokens, dim] of a branch for a skipped step."""
-        if order == 0 or len(self.anchors) < 2 or branch not in self.anchors[1].residuals:
+        if order == 0 or len(self.anchors) < 2:
             return self.anchors[0].residuals[branch]
         return self.line(sigma, branch, *(anchor.residuals for anchor in self.anchors))
 
     def line(
         self, sigma: float, branch: int, newest: dict[int, Tensor], older: dict[int, Tensor]
     ) -> Tensor:
-        """The residual of a branch at a noise level, along the line from older to newest."""
+        """The residual of a branch at a noise level, along the line from older to newest.
+
+        In place where it can be: for 14B at 720P a residual has 1.5 GB.
+        """
         k = reach(sigma, *(anchor.sigma for anchor in self.anchors))
-        conditional, unconditional, difference = (along(gain, k) for gain in self.gains)
+        conditional, unconditional, difference = (along(slowing, k) for slowing in self.slowing)
         change = newest[branch] - older[branch]
         if branch == UNCONDITIONAL:
             change.mul_(unconditional)
-        elif UNCONDITIONAL in newest and UNCONDITIONAL in older:
+        elif UNCONDITIONAL in newest:  # each part its own way: d * (C - U) + u * U
             change.mul_(difference)
             of_both = newest[UNCONDITIONAL] - older[UNCONDITIONAL]
             change.add_(of_both.mul_(unconditional - difference))
@@ -513,7 +518,7 @@ class Residuals:
             anchor.residuals.clear()
 
     def add(self, anchor: Anchor) -> Tensor | None:
-        """Take a computed step: hold it against what would have been guessed, measure the gains.
+        """Take a computed step: hold it against what would have been guessed, measure the slowing.
 
         Returns [sum|R|, sum|R - held|, sum|R - line|] over the branches, float64 on the device,
         over the tokens of all ranks; None for the first step.
@@ -537,22 +542,22 @@ class Residuals:
         return [torch.stack(errors) for errors in found]
 
     def measure(self, anchor: Anchor) -> None:
-        """The gains, anew."""
+        """The slowing, anew."""
         k = reach(anchor.sigma, *(other.sigma for other in self.anchors))
         now, last, before = map(quantities, (anchor, *self.anchors))
-        names = [name for name in now if name in last and name in before]
         products = []
-        for name in names:
+        for name in now:
             direction = last[name] - before[name]
             products += [(now[name] - last[name]) * direction, direction * direction]
-        for name, (along_it, length) in zip(names, totals(products).view(-1, 2), strict=True):
+        for name, (along_it, length) in zip(now, totals(products).view(-1, 2), strict=True):
             if k != 0:
-                gain = (along_it / (k * length)).nan_to_num(0.0).clamp(0, 1)
-                self.gains = [*self.gains[:name], gain, *self.gains[name + 1 :]]
+                gain = (along_it / (k * length)).nan_to_num(0.0).clamp(1e-9, 1)  # 1e-9 holds
+                self.slowing = list(self.slowing)
+                self.slowing[name] = (1 / gain - 1) / k
 
 
 def quantities(anchor: Anchor) -> dict[int, Tensor]:
-    """The samples of what has a gain of its own."""
+    """The samples of what has a slowing of its own."""
     found = dict(anchor.samples)
     if UNCONDITIONAL in found:
         found[DIFFERENCE] = found[CONDITIONAL] - found[UNCONDITIONAL]
@@ -576,8 +581,8 @@ class TeaCache:
     """The state of one generation, and what stands in place of the models' methods during it.
 
     Wan calls a model twice a step: first with the prompt (branch 0), then without (branch 1).
-    Wan2.2 begins with one model and goes on with another, from ``config.switch`` on; residuals
-    never cross from one to the other.
+    Wan2.2 begins with one model and goes on with another: the first step of each is computed, and
+    nothing that was kept of the one is of use to the other.
     """
 
     def __init__(self, config: TeaCacheConfig):
@@ -674,7 +679,6 @@ class TeaCache:
         timestep, *distance = torch.stack(scalars).tolist()
         self.signal = signal.clone()  # a view would keep all tokens' alive
         decision = self.schedule.decide(timestep, distance[0] if distance else None)
-        decision |= not self.residuals.anchors and self.config.thresh > 0  # nothing to reuse
         self.computing = as_rank_0(decision, self.timestep.device)
         self.schedule.overrule(self.computing)
         self.sigma = timestep / TRAIN_TIMESTEPS
@@ -1226,13 +1230,11 @@ def signal_distances(folder: Path, timesteps: Sequence[float], mode: str) -> lis
 def distances_of(
     wan: Wan, args: argparse.Namespace, timesteps: Sequence[float], mode: str
 ) -> list[float | None]:
-    """The distance of each step to the one before, read out of the weights; the first is None.
+    """The distance of each step to the one before, read out of the weights; None at the first step
+    of each transformer.
 
-    mode: that of the config; "sigma" has no distances, and reads nothing. Where a second
-    transformer goes on, distances begin anew.
+    mode: that of the config; "sigma" does without, and nothing is read.
     """
-    if mode == SIGMA:
-        return [None] * len(timesteps)
     key = (args.ckpt_dir, mode, *timesteps)
     if key not in wan.known_distances:
         config, distances = wan.config(args.task), []
@@ -1244,7 +1246,9 @@ def distances_of(
                 f"--ckpt_dir {folder}: its time embedding cannot be read",
                 "download it again, or take --teacache_model sigma, which needs none",
             ):
-                distances += [None, *signal_distances(folder, half, mode)]
+                unread = [math.nan] * (len(half) - 1)
+                read = unread if mode == SIGMA else signal_distances(folder, half, mode)
+                distances += [None, *read]
         wan.known_distances[key] = distances
     return wan.known_distances[key]
 
@@ -2333,9 +2337,7 @@ def settle(
     thresh, speedup, row = own.teacache_thresh, own.teacache_speedup, outlook.choice.row
     switch = switch_of(outlook.timesteps, wan.config(args.task))
     order = (own.teacache_order or [0])[0]
-    config = TeaCacheConfig.from_row(
-        row, args.sample_steps, thresh, own.use_ret_steps, order=order, switch=switch
-    )
+    config = TeaCacheConfig.from_row(row, args.sample_steps, thresh, own.use_ret_steps, order=order)
     until = 1.0 if own.teacache_guide_until is None else own.teacache_guide_until
     scale = None if thresh == 0 else args.sample_guide_scale  # off, as stock, is always guided
     guided = guided_steps(scale, args.sample_steps, switch, until)
@@ -2379,6 +2381,7 @@ def check_plan(
     """
     faults, row = planned.faults(), choice.row
     flags = [f"--{name} {getattr(own, name):g}" for name in HOW_MUCH if getattr(own, name)]
+    flags.append(f"--sample_steps {args.sample_steps}")
     if not faults or (row is None and 2 * len(planned.computed) >= len(planned.steps)):
         return
     what = f"{choice.text} would compute {planned.summary()}: {' and '.join(faults)}"
@@ -2391,7 +2394,7 @@ def check_plan(
     named = choice.name in (SIGMA, *ROWS)
     insist = f", or insist by --teacache_model {choice.name}" if named else ""
     raise Refused(
-        f"{flags[0] if flags else '--sample_steps'}: {what}: take {instead}, another number of "
+        f"{flags[0]}: {what}: take {instead}, another number of "
         f"--sample_steps, --teacache_thresh 0{insist}"
     )
 
@@ -2405,10 +2408,8 @@ def is_fitted(row: Row, args: argparse.Namespace) -> bool:
 def announce(job: Job) -> None:
     """What will be computed, in one line, before anything is loaded."""
     config, planned = job.config, job.planned
-    if config.thresh == 0 and config.guided_steps is None and not job.by_default:
-        does = "off: stock Wan"
-    elif planned.passes == 2 * config.steps:
-        does = f"computes all {config.steps} steps: nothing is gained"
+    if planned.passes == 2 * config.steps:
+        does = f"computes all {config.steps} steps, as stock does: nothing is gained"
     else:
         does = f"will compute {planned.summary()}"
     default = " (default)" if job.by_default else ""

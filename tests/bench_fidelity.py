@@ -24,6 +24,7 @@ import csv
 import functools
 import json
 import logging
+import math
 import multiprocessing
 import os
 import platform
@@ -119,7 +120,7 @@ def planned(
     """Of a mode: the default schedule, and those that compute so many steps, none twice."""
     row = None if mode == SIGMA else read_coefficients(ckpt / "teacache.json")
     timesteps = wan.scheduler(SOLVER, STEPS, SHIFT).timesteps.tolist()
-    distances = [None] * STEPS
+    distances: list[float | None] = [None, *[math.nan] * (STEPS - 1)]
     if mode != SIGMA:
         distances[1:] = signal_distances(ckpt, timesteps, mode)
     config = TeaCacheConfig.from_row(row, STEPS, use_ret_steps=mode == RETENTION)

@@ -323,8 +323,8 @@ class Reference:
     Of a job: ``thresh``; ``method``, plain, ret or sigma, the first two with ``coefficients``;
     ``guided_steps`` n, from step n on the unconditional call returns the conditional output;
     ``order`` 1, r goes on along the line through the last two residuals u of the unconditional
-    branch and, apart, along that of the difference c - u, by g + g^2 + ... over the gaps of the
-    noise level, each with the g that was measured when the last step was computed.
+    branch and, apart, along that of the difference c - u, by k / (1 + s k) for k gaps of the noise
+    level, each with the s of the gain g that was measured when the last step was computed.
 
     A pipeline may have two models. The schedule is one over both, but nothing of one is of use to
     the other: the first step of each is computed, and its residuals start anew.
@@ -359,7 +359,7 @@ class Reference:
         self.first_of_model, self.model = model is not self.model, model
         if self.first_of_model:
             self.past: dict[int, list[tuple[float, Tensor]]] = {0: [], 1: []}
-            self.gain = {"c": 1.0, "u": 1.0, "c-u": 1.0}
+            self.slowing = {"c": 1.0, "u": 1.0, "c-u": 1.0}
         if self.method == "sigma":
             self.decide_by_sigma()
 
@@ -419,11 +419,11 @@ class Reference:
         (s2, r2), (s1, r1) = past[-2:]
         if s1 == s2:
             return r1
-        g, k = self.gain[name], (self.s - s1) / (s1 - s2)
-        return r1 + (k if g == 1 else g * (1 - g**k) / (1 - g)) * (r1 - r2)
+        k = (self.s - s1) / (s1 - s2)
+        return r1 + k / (1 + self.slowing[name] * k) * (r1 - r2)
 
     def measure(self) -> None:
-        """The gains, by what was computed at this step and at the two before it."""
+        """The slowing, by what was computed at this step and at the two before it."""
         c, u = self.past[0], self.past[1]
         series = {"c": c}
         if len(u) == len(c):
@@ -438,7 +438,7 @@ class Reference:
             k = (self.s - s1) / (s1 - s2) if s1 != s2 else 0.0
             if k:
                 g = float(((r - r1) * (r1 - r2)).sum()) / (k * length) if length else 0.0
-                self.gain[name] = min(max(g, 0.0), 1.0)
+                self.slowing[name] = (1 / min(max(g, 1e-9), 1.0) - 1) / k
 
     def returned(self, module: nn.Module, args: Any, output: list[Tensor]) -> list[Tensor] | None:
         if self.branch == 0:

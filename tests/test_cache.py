@@ -225,24 +225,25 @@ def test_vace_runs_its_blocks_on_computed_steps_only():
     assert model.vace_runs == 6
 
 
-# ----------------------------------------------------- order 1, by the gains of test_order.py
+# ----------------------------------------------------- order 1, as test_order.py has it
 
 
-def test_order_1_uses_a_gain_of_each_branch_from_one_computed_step_to_the_next():
+def test_order_1_measures_each_branch_at_a_computed_step_for_the_skipped_ones_after_it():
     # at .9 and .8 computed, .7 skipped, .6 computed, .5 and .4 skipped, .3 and .2 computed
     true = {0: {0: 2, 1: 4, 3: 5, 6: 9, 7: 9}, 1: {0: 1, 1: 2, 3: 6, 6: 9, 7: 9}}
     model = Toy(lambda step, branch: torch.tensor(float(true[branch][step])))
     timesteps = [900, 800, 700, 600, 500, 400, 300, 200]
     with teacache(model, scripted([0, 1, 3, 6, 7], 8, order=1)) as cache:
         outputs = numbers(sample(model, timesteps))
-    # unconditional: 2 + 1; its gain 4 / (2 * 1), clipped to 1; then 6 + 1/2 * 4, 6 + 4
-    assert [out - 100 for out in outputs[1::2]] == pytest.approx([1, 2, 3, 6, 8, 10, 9, 9])
-    # difference: 1, 2, 3; then -1 where 4 was the line: gain 0, so that it stays
-    assert outputs[::2] == pytest.approx([2, 4, 6, 5, 7, 9, 9, 9])
+    # unconditional: 2 + 1/2 * 1, half of the line at first; then the gain is 4 / (2 * 1), clipped
+    # to 1: 6 + 1/2 * 4, 6 + 4
+    assert [out - 100 for out in outputs[1::2]] == pytest.approx([1, 2, 2.5, 6, 8, 10, 9, 9])
+    # difference: 1, 2, 2.5; then -1 where 4 was the line: gain 0, so that it stays
+    assert outputs[::2] == pytest.approx([2, 4, 5, 5, 7, 9, 9, 9])
     assert cache.schedule.marks() == "##.#..##"
 
 
-def test_a_gain_is_measured_at_a_computed_step_after_a_computed_one_too():
+def test_it_is_measured_at_a_computed_step_after_a_computed_one_too():
     true = [1.0, 2.0, 2.25, None, 9.0]
     model = Toy(lambda step, branch: torch.tensor(true[step]))
     with teacache(model, scripted([0, 1, 2, 4], 5, order=1)):
@@ -257,7 +258,8 @@ def test_order_1_holds_where_the_computed_steps_are_at_one_place():
     with teacache(model, scripted([0, 1, 3, 5], 6, order=1)) as cache:
         outputs = numbers(sample(model, timesteps))
     assert outputs[4] == 2.0
-    assert outputs[8] == 3.5  # the gain is 1 still: where no line was, none was measured
+    # the slowing is 1 still, since no line was there to be measured: at a reach of 1/2 a third
+    assert outputs[8] == pytest.approx(3 + 1 / 3)
     assert cache.drifts[0] == Drift(3, 1 / 3, 1 / 3)
 
 
@@ -309,14 +311,14 @@ def test_drift_is_how_far_both_guesses_would_have_been_off_whatever_the_order(or
     model = Toy(lambda step, branch: torch.tensor(float(TRUE[branch][step])))
     with teacache(model, scripted([0, 1, 3, 4, 6], 7, order=order)) as cache:
         sample(model, [900, 800, 700, 600, 500, 400, 300])
-    # at 3: true 3 and -6; held 4 and 2; the line, two gaps on with gain 1, 8 and 4
+    # at 3: true 3 and -6; held 4 and 2; the line, two gaps on and so 2/3 of D, 16/3 and 8/3
     # at 4: D is -8 for the unconditional one and 7 for the difference, k 1/2: 10 and -9 are gone,
     # against both: gains 0. At 6: true 2 and 2, and both guesses 4 and 4
     assert [drift.step for drift in cache.drifts] == [3, 6]
     assert [drift.hold for drift in cache.drifts] == pytest.approx([9 / 9, 4 / 4])
-    assert [drift.line for drift in cache.drifts] == pytest.approx([15 / 9, 4 / 4])
+    assert [drift.line for drift in cache.drifts] == pytest.approx([11 / 9, 4 / 4])
     assert cache.drift(0) == pytest.approx(1.0)
-    assert cache.drift(1) == pytest.approx((15 / 9 + 1) / 2)
+    assert cache.drift(1) == pytest.approx((11 / 9 + 1) / 2)
 
 
 @pytest.mark.parametrize(
@@ -515,7 +517,7 @@ def test_of_a_timestep_for_each_token_the_last_token_tells(mode):
 
 def test_a_residual_never_crosses_from_one_model_to_the_other():
     high, low = (Toy(lambda step, branch, by=by: torch.tensor(by + step)) for by in (10.0, 50.0))
-    with teacache([high, low], config(8, 9.0, switch=3, order=1)) as cache:
+    with teacache([high, low], config(8, 9.0, order=1)) as cache:
         outputs = numbers(sample(high, 3)[::2])
         assert len(cache.residuals.anchors) == 1
         outputs += numbers(sample(low, [2.0**-step for step in range(3, 8)], begin=3)[::2])
@@ -526,10 +528,10 @@ def test_a_residual_never_crosses_from_one_model_to_the_other():
     assert (high.runs, low.runs) == (2, 4)
 
 
-@pytest.mark.parametrize(("mode", "marks"), [("plain", "#..#.#.#"), ("sigma", "##.#.#.#")])
-def test_a_switch_elsewhere_than_configured_computes_its_first_step(mode, marks):
+@pytest.mark.parametrize(("mode", "marks"), [("plain", "#....#.#"), ("sigma", "##...#.#")])
+def test_the_first_step_of_the_second_model_is_computed(mode, marks):
     high, low = Toy(), Toy(lambda step, branch: torch.tensor(50.0 + step))
-    with teacache([high, low], config(8, 9.0, mode, switch=3)) as cache:
+    with teacache([high, low], config(8, 9.0, mode)) as cache:
         sample(high, 5)
         outputs = numbers(sample(low, [2.0**-step for step in range(5, 8)], begin=5)[::2])
     assert outputs == [55, 55, 57]
@@ -540,7 +542,7 @@ def test_only_the_active_models_residuals_are_alive():
     high, low, shape = Toy(), Toy(), (1, 2048, 3)
     found = []
     low.blocks[0].register_forward_pre_hook(lambda *_: found.append(alive(shape)))
-    with teacache([high, low], config(8, 0.5, switch=3, order=1)):
+    with teacache([high, low], config(8, 0.5, order=1)):
         for step in range(4):
             model = high if step < 3 else low
             for _ in (0, 1):

@@ -238,7 +238,7 @@ def test_flags_of_a_line_are_over_those_of_the_command_line(batch):
 
 def test_a_threshold_of_a_line_replaces_a_speedup_and_the_other_way_round(batch):
     _, said = batch([f"{THREE[0]} --teacache_speedup 1"], "--teacache_thresh", "0.3")
-    assert "thresh 0, sigma: off: stock Wan" in said
+    assert "thresh 0, sigma: computes all 5 steps, as stock does" in said
     _, said = batch([f"{THREE[1]} --teacache_thresh 0.3"], "--teacache_speedup", "1")
     assert "thresh 0.3, sigma: will compute" in said
 

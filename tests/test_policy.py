@@ -69,10 +69,15 @@ def wan_timesteps(steps: int, shift: float, solver: str = "unipc") -> list[int]:
     return (1000 * shift * levels / (1 + (shift - 1) * levels)).astype(int).tolist()
 
 
-def sigma(steps, timesteps, thresh=None, **others) -> Schedule:
+def unread(steps, switch=0) -> list[float | None]:
+    """Distances for the row "sigma", which needs none."""
+    return [None if step in (0, switch) else math.nan for step in range(steps)]
+
+
+def sigma(steps, timesteps, thresh=None, switch=0, **others) -> Schedule:
     """At a threshold; None is the default, with half of the steps."""
     config = TeaCacheConfig(steps, thresh or 0.0, "sigma", **others)
-    distances = [None] * steps
+    distances = unread(steps, switch)
     if thresh is None:
         return plan_speedup(config, timesteps, distances, 2.0)
     return plan(config, timesteps, distances)
@@ -100,7 +105,7 @@ def test_rows_are_those_of_four_models_at_the_settings_of_generate_py():
 
 def test_what_is_not_asked_for_is_as_published():
     config = TeaCacheConfig.from_row(ROWS["t2v-1.3B"], 50)
-    assert (config.order, config.guided_steps, config.switch) == (0, None, None)
+    assert (config.order, config.guided_steps) == (0, None)
     assert TeaCacheConfig.from_row(ROWS["t2v-1.3B"], 50, 0.05, order=1).thresh == 0.05
 
 
@@ -162,7 +167,7 @@ def test_a_threshold_that_means_nothing_is_an_error(thresh):
 
 
 def test_wan22s_second_model_begins_with_a_computed_step():
-    got = plan(made(8, 9.0, switch=3), [0.0] * 8, [None, 0, 0, None, 0, 0, 0, 0])
+    got = plan(made(8, 9.0), [0.0] * 8, [None, 0, 0, None, 0, 0, 0, 0])
     assert got.marks() == "#..#...#"
 
 
@@ -244,7 +249,7 @@ def test_one_line_stands_for_the_published_tables(model, apart, share):
     steps = table["steps"]
     config = TeaCacheConfig(steps, 0.0, "sigma")
     timesteps = wan_timesteps(steps, table["shift"])
-    found = plan_speedup(config, timesteps, [None] * steps, 1 / share).computed
+    found = plan_speedup(config, timesteps, unread(steps), 1 / share).computed
     assert len(found) == math.ceil(round(share * steps, 9))
     expected = table_schedule(np.cumprod([1.0, *table["ratios"]]).tolist(), len(found))
     assert len(expected) == len(found)
@@ -264,7 +269,7 @@ def test_sigma_computes_any_number_of_steps_that_is_asked_for():
     """100 / (50 / 29) is a little more than 58 in floating point, and not one more step."""
     timesteps, config = wan_timesteps(50, 5), TeaCacheConfig(50, 0.0, "sigma")
     for count in range(11, 51):
-        found = plan_speedup(config, timesteps, [None] * 50, 50 / count)
+        found = plan_speedup(config, timesteps, unread(50), 50 / count)
         assert len(found.computed) == count
 
 
@@ -337,7 +342,6 @@ def test_steps_are_told_in_ranges():
         ({"mode": "retention"}, "nnnnyyyn"),  # nothing is reused before step 5, nor after 7
         ({"mode": "retention", "order": 1}, "nnnyyyyn"),
         ({"thresh": 0.0}, "nnnnnnnn"),
-        ({"switch": 3}, "yynyyynn"),
         ({"guided_steps": 4}, "yyyyyynn"),
     ],
 )
@@ -453,10 +457,10 @@ def test_a_target_where_nothing_changes_computes_all_steps():
 
 def test_a_target_reckons_with_wan22s_second_model():
     distances = [None, *[0.1] * 14, None, *[0.1] * 24]
-    found = plan_speedup(made(40, 0.0, switch=15), wan_timesteps(40, 5), distances, 2.0)
+    found = plan_speedup(made(40, 0.0), wan_timesteps(40, 5), distances, 2.0)
     assert 15 in found.computed
     assert 20 <= len(found.computed) <= 21
     timesteps = wan_timesteps(40, 12)
-    without, found = (sigma(40, timesteps, switch=switch).computed for switch in (None, 27))
+    without, found = (sigma(40, timesteps, switch=switch).computed for switch in (0, 27))
     assert 27 in found and 27 not in without
     assert len(found) == 20
