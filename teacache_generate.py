@@ -566,15 +566,20 @@ def quantities(anchor: Anchor) -> dict[int, Tensor]:
 
 @dataclass(frozen=True)
 class Drift:
-    """How far reused residuals were off, told at the computed step that came after them."""
+    """How far reused residuals were off, measured at the computed step that came after them."""
 
     step: int
     hold: float  # mean|true - last| / mean|true|
     line: float  # the same for the line through the last two
 
 
-class ModelParts(SimpleNamespace):
-    """What a model had before the stand-ins: forward, blocks, forward_vace."""
+@dataclass(frozen=True)
+class Originals:
+    """A model's own methods and blocks, which the stand-ins call."""
+
+    forward: Callable
+    blocks: Sequence[nn.Module]
+    forward_vace: Callable | None  # None without VACE
 
 
 class TeaCache:
@@ -592,22 +597,22 @@ class TeaCache:
         self.measured: list[tuple[int, Tensor]] = []  # step, and what Residuals.add gave
         self.marks: list[float] = []  # seconds: begin of sampling, each decision, end of sampling
         self.calls, self.computing, self.asked = 0, True, False
-        self.active: ModelParts | None = None
-        self.uncast_timestep: Tensor | None = None  # what an FSDP wrapper was given
+        self.active: Originals | None = None
+        self.uncast_timestep: Tensor | None = None  # as it reached an FSDP wrapper
         self.signal: Tensor | None = None
 
     def forward(
-        self, parts: ModelParts, x: list[Tensor], t: Tensor, *args: Any, **kwargs: Any
+        self, originals: Originals, x: list[Tensor], t: Tensor, *args: Any, **kwargs: Any
     ) -> list[Tensor]:
         """In place of a model's forward, and around it: stock, VACE's or that of Ulysses/ring.
 
         t: [1], or [1, tokens] as Wan2.2's ti2v has it.
         RuntimeError: calls that are not two a step, on as many steps as configured.
         """
-        self.begin_call(parts, t if self.uncast_timestep is None else self.uncast_timestep)
+        self.begin_call(originals, t if self.uncast_timestep is None else self.uncast_timestep)
         if self.branch == CONDITIONAL or self.config.is_guided(self.step):
             self.asked = False
-            self.output = parts.forward(x, t, *args, **kwargs)
+            self.output = originals.forward(x, t, *args, **kwargs)
             if not self.asked or len(self.schedule.steps) != self.step + 1:
                 raise RuntimeError(
                     "TeaCache: this model's forward went past the stand-in for its blocks, so "
@@ -622,7 +627,7 @@ class TeaCache:
         """Forward pre-hook of an FSDP wrapper, which may round a timestep to bfloat16."""
         self.uncast_timestep = kwargs["t"] if "t" in kwargs else args[1]
 
-    def begin_call(self, parts: ModelParts, t: Tensor) -> None:
+    def begin_call(self, originals: Originals, t: Tensor) -> None:
         """Count the call, and see whether it is the one that was expected."""
         self.step, self.branch = divmod(self.calls, 2)
         if self.step == self.config.steps:
@@ -641,8 +646,8 @@ class TeaCache:
             )
         self.marks = self.marks or [time.perf_counter()]
         self.calls, self.timestep = self.calls + 1, t
-        if parts is not self.active:
-            self.active, self.signal, self.residuals = parts, None, Residuals()
+        if originals is not self.active:  # the first call of a model
+            self.active, self.signal, self.residuals = originals, None, Residuals()
 
     def end_sampling(self) -> None:
         """Take the time, read what was measured, and let go of all tensors: the VAE is next."""
@@ -684,11 +689,11 @@ class TeaCache:
         self.sigma = timestep / TRAIN_TIMESTEPS
         self.marks.append(time.perf_counter())
 
-    def forward_vace(self, parts: ModelParts, *args: Any, **kwargs: Any) -> list[Tensor] | None:
+    def forward_vace(self, originals: Originals, *args: Any, **kwargs: Any) -> list[Tensor] | None:
         """In place of ``model.forward_vace``: its hints are for the blocks that are skipped."""
-        return parts.forward_vace(*args, **kwargs) if self.computing else None
+        return originals.forward_vace(*args, **kwargs) if self.computing else None
 
-    def blocks(self, parts: ModelParts, h: Tensor, **kwargs: Any) -> Tensor:
+    def blocks(self, originals: Originals, h: Tensor, **kwargs: Any) -> Tensor:
         """In place of all blocks, h [1, tokens, dim] to B(h): computed, or h + residual.
 
         Out of place: under autocast h is bfloat16, B(h) and the residual are float32, and so the
@@ -703,7 +708,7 @@ class TeaCache:
                 residuals.make_room(self.config.order)  # before the blocks need the memory
                 self.anchor = Anchor(self.sigma, {}, {})
             out = h
-            for block in parts.blocks:
+            for block in originals.blocks:
                 out = block(out, **kwargs)
             if self.config.thresh > 0:
                 self.learn(h, out, keeps)
@@ -755,7 +760,7 @@ class TeaCache:
     def summary(self) -> str:
         """What was computed, how long it took, what it saved and how far off it was, in a line."""
         schedule = self.schedule
-        if len(self.marks) < 3:  # begin, decision, end
+        if len(self.marks) < 3:  # begin of sampling, a decision, end of sampling
             return "TeaCache: no step was taken"
         text = (
             f"TeaCache: computed {len(schedule.computed)} of {len(schedule.steps)} steps "
@@ -824,14 +829,10 @@ def stand_ins(model: nn.Module, cache: TeaCache) -> Iterator[None]:
     """Put a cache in the way of one model's forward, blocks and forward_vace."""
     if "blocks" in vars(model):
         raise RuntimeError("this model is in use by another teacache(): leave that one first")
-    parts = ModelParts(
-        forward=model.forward,
-        blocks=model.blocks,
-        forward_vace=getattr(model, "forward_vace", None),  # without VACE it is never asked
-    )
-    forward = functools.wraps(model.forward)(functools.partial(cache.forward, parts))
-    blocks = (functools.partial(cache.blocks, parts),)
-    forward_vace = functools.partial(cache.forward_vace, parts)
+    originals = Originals(model.forward, model.blocks, getattr(model, "forward_vace", None))
+    forward = functools.wraps(model.forward)(functools.partial(cache.forward, originals))
+    blocks = (functools.partial(cache.blocks, originals),)
+    forward_vace = functools.partial(cache.forward_vace, originals)
     hook = model.time_projection.register_forward_hook(cache.decide)
     with hook, shadow(model, forward=forward, blocks=blocks, forward_vace=forward_vace):
         yield
@@ -1209,7 +1210,7 @@ def signal_distances(folder: Path, timesteps: Sequence[float], mode: str) -> lis
     """The relative L1 distances of one transformer's signal, one less than timesteps."""
 
     def linear(x: Tensor, layer: str, rows: slice = slice(None)) -> Tensor:
-        weight, bias = (read_tensor(folder, f"{layer}.{p}")[rows] for p in ("weight", "bias"))
+        weight, bias = (read_tensor(folder, f"{layer}.{n}")[rows] for n in ("weight", "bias"))
         return nn.functional.linear(x, weight.float(), bias.float())
 
     sinusoid = sys.modules["wan.modules.model"].sinusoidal_embedding_1d
@@ -1221,9 +1222,9 @@ def signal_distances(folder: Path, timesteps: Sequence[float], mode: str) -> lis
         sixths = (slice(i * dim, (i + 1) * dim) for i in range(6))
         signals = (linear(e, "time_projection.1", rows) for rows in sixths)
     change, size = 0.0, 0.0
-    for part in signals:
-        change = change + part.diff(dim=0).abs().sum(1)
-        size = size + part[:-1].abs().sum(1)
+    for rows in signals:
+        change = change + rows.diff(dim=0).abs().sum(1)
+        size = size + rows[:-1].abs().sum(1)
     return (change / size).tolist()
 
 
@@ -1336,7 +1337,7 @@ def foreign_checkpoint(folder: Path, config: dict[str, Any]) -> str | None:
     return None
 
 
-def check_checkpoint(args: argparse.Namespace, config: dict[str, Any], all_parts: bool) -> None:
+def check_checkpoint(args: argparse.Namespace, config: dict[str, Any], all_files: bool) -> None:
     """Every file that will be loaded is there and whole, and the transformer is the task's."""
     folder = Path(args.ckpt_dir)
     require(
@@ -1346,15 +1347,12 @@ def check_checkpoint(args: argparse.Namespace, config: dict[str, Any], all_parts
     require(not foreign, f"--ckpt_dir {folder}: {foreign}")
     for transformer in transformer_folders(args.ckpt_dir, config):
         check_transformer(args, transformer, config)
-    if not all_parts:
-        return
-    parts = [file for key, file in config.items() if key.endswith(("_checkpoint", "_tokenizer"))]
-    for name in parts:
-        if "noise" not in name:
-            check_part(args, folder / name)
+    for key, name in config.items() if all_files else ():
+        if key.endswith(("_checkpoint", "_tokenizer")) and "noise" not in key:
+            check_intact(args, folder / name)
 
 
-def check_part(args: argparse.Namespace, path: Path) -> None:
+def check_intact(args: argparse.Namespace, path: Path) -> None:
     """A file of weights, or a folder of a tokenizer, is there and whole."""
     what = f"--ckpt_dir {args.ckpt_dir}: {path.name}"
     require(path.exists(), f"{what} is missing, and --task {args.task} needs it: download it")
@@ -1382,7 +1380,7 @@ def check_transformer(args: argparse.Namespace, folder: Path, config: dict[str, 
     what = f"--ckpt_dir {folder}: damaged, incomplete or not of --task {args.task}"
     with refusing(what, "download it again, or give the task or the folder that fits"):
         for file in [folder / "config.json", *sorted(set(tensor_files(folder).values()))]:
-            check_part(args, file)
+            check_intact(args, file)
         found = read_json(folder / "config.json")
         kind = args.task.split("-")[0].replace("t2i", "t2v")
         if kind in KINDS and found.get("model_type", kind) not in KINDS[kind]:
@@ -1518,8 +1516,8 @@ def checked(write: Callable, *args: Any, **kwargs: Any) -> str:
     call = inspect.signature(write).bind(*args, **kwargs)
     if "retry" in inspect.signature(write).parameters:
         call.arguments["retry"] = 1  # a second try of Wan2.1's overwrites the reason of the first
-    given = {**call.arguments, **call.kwargs}  # a fork's may take **kwargs
-    tensor, file = given["tensor"], str(given["save_file"])
+    arguments = {**call.arguments, **call.kwargs}  # a fork's may take **kwargs
+    tensor, file = arguments["tensor"], str(arguments["save_file"])
     with logged_and_printed() as printed:
         write(*call.args, **call.kwargs)
     try:
@@ -1632,7 +1630,7 @@ def numbered(path: Path) -> Iterator[Path]:
 
 
 def default_target(args: argparse.Namespace, prompt: str, mark: str) -> str:
-    """A name for a video, told by what it is of; ``mark`` tells it from others."""
+    """A name for a video that says what it is of; ``mark`` tells it from others."""
     words = "_".join(re.findall(r"\w+", prompt))[:50]
     ending = ".png" if makes_image(args) else ".mp4"
     return f"{args.task}_{args.size.replace('*', 'x')}_{words}_{mark}{ending}"
@@ -1714,7 +1712,7 @@ def nudged(models: Sequence[nn.Module], std: float) -> Iterator[None]:
 
 
 class Run:
-    """One run of generate(args), and what stands in its way: what was measured and made."""
+    """One run of generate(args): what stands in place of Wan's steps, and what was measured."""
 
     def __init__(self, wan: Wan, job: Job, keep_frames: bool = False):
         self.wan, self.job, self.keep_frames = wan, job, keep_frames
@@ -1832,15 +1830,15 @@ def to_bytes(video: Tensor) -> np.ndarray:
 
 def once(make: Callable) -> Callable:
     """A function whose first result is that of all its calls."""
-    made: list[Any] = []
+    results: list[Any] = []
 
     @functools.wraps(make)
-    def maker(*args: Any, **kwargs: Any) -> Any:
-        if not made:
-            made.append(make(*args, **kwargs))
-        return made[0]
+    def first_result(*args: Any, **kwargs: Any) -> Any:
+        if not results:
+            results.append(make(*args, **kwargs))
+        return results[0]
 
-    return maker
+    return first_result
 
 
 class Session:
@@ -1948,12 +1946,13 @@ class Session:
         return [run for run in self.runs if run.status != "finished"]
 
     def progress(self) -> str:
-        """Which video is next, and how long all that are left will take, by those that are made."""
-        made = [sum(run.seconds.values()) for run in self.runs if run.status == "finished"]
-        left = self.videos - len(self.runs)
-        to_go = np.mean(made) * left / 60 if made else 0  # they are without the load
-        eta = f", about {math.ceil(to_go)} min to go" if made else ""
-        return f"video {len(self.runs) + 1} of {self.videos}{eta}"
+        """Which video is next, and how long all that are left will take, by those before them."""
+        seconds = [sum(run.seconds.values()) for run in self.runs if run.status == "finished"]
+        number, to_go = len(self.runs) + 1, ""
+        if seconds:  # without the load, which was once
+            minutes = np.mean(seconds) * (self.videos - len(self.runs)) / 60
+            to_go = f", about {math.ceil(minutes)} min to go"
+        return f"video {number} of {self.videos}{to_go}"
 
     def write_report(self) -> None:
         """For --teacache_report; what cannot be written is said, and hides nothing."""
@@ -2254,9 +2253,9 @@ def choose_row(own: argparse.Namespace, args: argparse.Namespace) -> Choice:
 def choose_i2v_row(args: argparse.Namespace) -> Choice:
     """By the name that the checkpoint was downloaded as, else by the size of the video."""
     for name in download_names(Path(args.ckpt_dir)):
-        said = {"480p", "720p"} & set(re.split("[^0-9a-z]+", name.lower()))
-        if len(said) == 1:
-            row = f"i2v-14B-{said.pop().upper()}"
+        sizes = {"480p", "720p"} & set(re.split("[^0-9a-z]+", name.lower()))
+        if len(sizes) == 1:
+            row = f"i2v-14B-{sizes.pop().upper()}"
             return Choice(ROWS[row], row, f"checkpoint {name}")
     row = "i2v-14B-480P" if args.size in ("832*480", "480*832") else "i2v-14B-720P"
     why = f"a guess from the size {args.size}: name it by --teacache_model"
@@ -2501,15 +2500,14 @@ def own_of_line(
 ) -> tuple[argparse.Namespace, list[str]]:
     """Our flags of a line over those of the command line, and what is left for generate.py."""
     line, rest = own_parser().parse_known_args(flags)
-    flags_given = vars(line).items()
-    given = {k: v for k, v in flags_given if v is not None and v is not False}  # 0 is given too
-    for name in given:
+    over = {name: v for name, v in vars(line).items() if v is not None and v is not False}  # not 0
+    for name in over:
         require(name in OF_A_LINE, f"--{name}: is for the command line, not for a line of the file")
     merged = dict(vars(own))
     for either in (HOW_MUCH, WHOSE):
-        if given.keys() & set(either):
+        if over.keys() & set(either):
             merged |= dict.fromkeys(either)
-    return argparse.Namespace(**{**merged, **given}), rest
+    return argparse.Namespace(**{**merged, **over}), rest
 
 
 def parse(wan: Wan, own: argparse.Namespace, argv: Sequence[str]) -> argparse.Namespace:
@@ -2526,7 +2524,7 @@ def parse(wan: Wan, own: argparse.Namespace, argv: Sequence[str]) -> argparse.Na
             "--teacache_model sigma needs none",
         )
     else:
-        check_checkpoint(args, wan.config(args.task), all_parts=not own.teacache_plan)
+        check_checkpoint(args, wan.config(args.task), all_files=not own.teacache_plan)
     return args
 
 
@@ -2647,7 +2645,7 @@ def settle_all(wan: Wan, own: argparse.Namespace, argv: list[str]) -> list[list[
     return by_line
 
 
-def is_made(job: Job) -> bool:
+def is_done(job: Job) -> bool:
     """Whether a video is there already, and whole."""
     file = job.args.save_file
     try:
@@ -2661,7 +2659,7 @@ def is_made(job: Job) -> bool:
 
 def run_jobs(session: Session, jobs: Sequence[Job], resume: bool) -> int:
     """Make the videos; the exit status. resume: those that are there already are left out."""
-    waiting = [job for job in jobs if not (resume and is_made(job))]
+    waiting = [job for job in jobs if not (resume and is_done(job))]
     for job in jobs:
         if job not in waiting:
             log.info(f"TeaCache: {job.args.save_file} is there: skipped")
@@ -2703,15 +2701,15 @@ def decode_latents(own: argparse.Namespace, argv: Sequence[str]) -> None:
     parser = Parser(allow_abbrev=False, add_help=False)
     parser.add_argument("--save_file")
     parser.add_argument("--ckpt_dir")
-    given, file = parser.parse_args(argv), Path(own.teacache_decode)
-    for name, value in vars(given).items():
+    flags, file = parser.parse_args(argv), Path(own.teacache_decode)
+    for name, value in vars(flags).items():
         check_named(name, value)
     with refusing(
         f"--teacache_decode {file}: cannot be used", "give a NAME.latents.pt that was kept"
     ):
         content = torch.load(file, map_location="cpu", weights_only=True)
         names = ("task", "ckpt_dir", "save_file")
-        found = {name: getattr(given, name, None) or content[name] for name in names}
+        found = {name: getattr(flags, name, None) or content[name] for name in names}
         latents, fps = content["latents"], content["fps"]
     wan = import_wan(own.wan_repo, generates=False)  # slow, but possible without a GPU
     args = argparse.Namespace(**found)
@@ -2719,7 +2717,7 @@ def decode_latents(own: argparse.Namespace, argv: Sequence[str]) -> None:
         args.task in wan.generate_py.WAN_CONFIGS,
         f"--teacache_decode {file}: is of --task {args.task}, which this --wan_repo does not have",
     )
-    check_part(args, Path(args.ckpt_dir) / wan.config(args.task)["vae_checkpoint"])
+    check_intact(args, Path(args.ckpt_dir) / wan.config(args.task)["vae_checkpoint"])
     check_target(wan, args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.no_grad():

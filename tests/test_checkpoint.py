@@ -325,7 +325,7 @@ def test_the_check_takes_milliseconds_whatever_the_size(ckpt, copy, wan):
         file.write(b"\x80\x02")
         file.truncate(2**36)
     began = time.process_time()
-    teacache_generate.check_checkpoint(args, wan[0].WAN_CONFIGS["t2v-nano"], all_parts=True)
+    teacache_generate.check_checkpoint(args, wan[0].WAN_CONFIGS["t2v-nano"], all_files=True)
     assert time.process_time() - began < 0.1
 
 
