@@ -192,9 +192,9 @@ class TeaCacheConfig:
         return self.guided_steps is None or step < self.guided_steps
 
     def keeps(self, step: int) -> bool:
-        """Whether a residual that is there after this step may be of use on a later one."""
-        following = [self.always_computes(step + 1), self.always_computes(step + 1 + self.order)]
-        return not all(following)
+        """Whether a residual is of use after this step: the next one may be skipped or, at order 1,
+        the one after it, for which this residual would be the older of two."""
+        return not (self.always_computes(step + 1) and self.always_computes(step + 1 + self.order))
 
 
 def residual_norm(timestep: float) -> float:
@@ -2333,23 +2333,28 @@ def settle(
     wan: Wan, own: argparse.Namespace, args: argparse.Namespace, outlook: Outlook, label: str = ""
 ) -> Job:
     """The settings of a run and its plan. Refused: they are no good."""
-    thresh, speedup, row = own.teacache_thresh, own.teacache_speedup, outlook.choice.row
-    switch = switch_of(outlook.timesteps, wan.config(args.task))
-    order = (own.teacache_order or [0])[0]
-    config = TeaCacheConfig.from_row(row, args.sample_steps, thresh, own.use_ret_steps, order=order)
-    until = 1.0 if own.teacache_guide_until is None else own.teacache_guide_until
-    scale = None if thresh == 0 else args.sample_guide_scale  # off, as stock, is always guided
-    guided = guided_steps(scale, args.sample_steps, switch, until)
-    if row is None and thresh is None and speedup is None:
-        config = outlook.plan_speedup(config, 2.0).config  # half of the steps, however guided
-    config = replace(config, guided_steps=guided)
-    if speedup is not None:
-        config = for_speedup(config, outlook, speedup)
+    config = config_of(wan, own, args, outlook)
     planned = outlook.plan(config)
     if not own.teacache_plan:
         check_plan(planned, own, args, outlook.choice)
-    by_default = thresh is None and speedup is None
+    by_default = own.teacache_thresh is None and own.teacache_speedup is None
     return Job(args, config, outlook.choice.text, planned, by_default, label)
+
+
+def config_of(
+    wan: Wan, own: argparse.Namespace, args: argparse.Namespace, outlook: Outlook
+) -> TeaCacheConfig:
+    """The settings: as asked, else the row's default threshold, of "sigma" half of the steps."""
+    thresh, speedup, row = own.teacache_thresh, own.teacache_speedup, outlook.choice.row
+    steps, order = args.sample_steps, (own.teacache_order or [0])[0]
+    config = TeaCacheConfig.from_row(row, steps, thresh, own.use_ret_steps, order=order)
+    if row is None and thresh is None and speedup is None:
+        config = outlook.plan_speedup(config, 2.0).config  # before guidance ends: half of the steps
+    until = 1.0 if own.teacache_guide_until is None else own.teacache_guide_until
+    scale = None if thresh == 0 else args.sample_guide_scale  # off is stock, which always guides
+    switch = switch_of(outlook.timesteps, wan.config(args.task))
+    config = replace(config, guided_steps=guided_steps(scale, steps, switch, until))
+    return config if speedup is None else for_speedup(config, outlook, speedup)
 
 
 def for_speedup(config: TeaCacheConfig, outlook: Outlook, speedup: float) -> TeaCacheConfig:

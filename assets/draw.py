@@ -48,40 +48,6 @@ STYLE = {
 }
 
 
-def fidelity(told: dict[str, Any]) -> Figure:
-    """PSNR against what is computed, a line for each method: held residuals, and extrapolated."""
-    figure, grid = plt.subplots(1, 2, figsize=(WIDTH, 5.2), sharex=True, sharey=True)
-    rows = [row for row in told["rows"] if row["method"] in COLOURS]
-    steps = told["run"]["steps"]
-    for method, group in groupby(rows, lambda row: row["method"]):
-        points = list(group)
-        for order, axes in enumerate(grid):
-            shown = [row for row in points if row["order"] in (order, None)]
-            axes.plot(
-                [steps / row["computed"] for row in shown],
-                [row["psnr"] for row in shown],
-                linestyle=":" if method == "fewer steps" else "-",
-                marker="o",
-                markersize=4.5,
-                color=COLOURS[method],
-                label=method,
-            )
-    (rounding,) = (row["psnr"] for row in told["rows"] if row["setting"] == "bf16")
-    for order, axes in enumerate(grid):
-        axes.axhline(rounding, color="#888888", linestyle="--", linewidth=1)
-        axes.set(xlabel=f"{steps} / computed steps")
-        axes.set_title("order 0: residuals held" if order == 0 else "order 1: extrapolated")
-    right = steps / min(row["computed"] for row in rows)
-    grid[1].annotate(
-        "float32 against bfloat16",
-        (right, rounding),
-        **{"xytext": (0, 4), "textcoords": "offset points", "ha": "right", "color": "#666666"},
-    )
-    grid[0].set_ylabel("PSNR against stock, dB")
-    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return figure
-
-
 def drift(told: dict[str, Any]) -> Figure:
     """PSNR against drift, a point for each setting that reuses residuals."""
     figure, axes = plt.subplots(figsize=(0.75 * WIDTH, 4.2))
@@ -183,7 +149,7 @@ def main() -> None:
     args = parser.parse_args()
     told = json.loads(args.json.read_text())
     plt.rcParams.update(STYLE)
-    for draw in (fidelity, drift, schedule):
+    for draw in (drift, schedule):
         draw(told).savefig(args.out / f"{draw.__name__}.png", dpi=200, facecolor="white")
     if args.compare:
         moving_picture(args.compare, args.out / "compare.gif")

@@ -60,6 +60,7 @@ from teacache_generate import (  # noqa: E402
     RETENTION,
     SIGMA,
     Schedule,
+    Step,
     TeaCacheConfig,
     plan,
     plan_speedup,
@@ -321,6 +322,13 @@ def drift_against_psnr(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"settings": len(found), "spearman": round(float(correlation), 3)}
 
 
+def plain(step: Step) -> dict[str, Any]:
+    """For JSON, which has no not-a-number: a distance that "sigma" never read."""
+    return {
+        k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(step).items()
+    }
+
+
 def machine(wan: WanT2V) -> dict[str, Any]:
     """What the seconds were measured on."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -369,7 +377,7 @@ def bench(
         "rows": rows,
         "drift_against_psnr": drift_against_psnr(rows),
         "schedules": {
-            mode: {"thresh": u.config.thresh, "steps": [asdict(step) for step in u.steps]}
+            mode: {"thresh": u.config.thresh, "steps": [plain(step) for step in u.steps]}
             for mode, (u, _) in plans.items()
         },
     }
