@@ -178,7 +178,7 @@ class TeaCacheConfig:
         return cls(steps, thresh, mode, polynomial.coefficients, **others)
 
     def always_computes(self, step: int) -> bool:
-        """Whether a step is computed whatever comes before, as one after the last would be."""
+        """Whether a step is computed whatever its increment, as are all beyond the last one."""
         if self.mode == RETENTION:
             first, last = RETENTION_STEPS, self.steps
         elif self.mode == SIGMA:
@@ -192,13 +192,15 @@ class TeaCacheConfig:
         return self.guided_steps is None or step < self.guided_steps
 
     def keeps(self, step: int) -> bool:
-        """Whether a residual is of use after this step: the next one may be skipped or, at order 1,
-        the one after it, for which this residual would be the older of two."""
-        return not (self.always_computes(step + 1) and self.always_computes(step + 1 + self.order))
+        """Whether a later step may use this one's residual: as the newest or, by order 1, as the
+        older of two."""
+        as_newest = not self.always_computes(step + 1)
+        as_older = self.order == 1 and not self.always_computes(step + 2)
+        return as_newest or as_older
 
 
 def residual_norm(timestep: float) -> float:
-    """The norm of the blocks' residual at a timestep, against that at pure noise.
+    """The norm of the blocks' residual at a timestep, up to a factor: only ratios are used.
 
     One line for all models: the norms that are published with MagCache for five Wan2.1 models are
     within 0.5 to 2.5 % of lines like it, between noise levels .2 and .93, whatever the shift.
@@ -333,14 +335,16 @@ def distinct_thresholds(
     norms = np.array([residual_norm(timestep) for timestep in timesteps])
     known = [math.nan if distance is None else distance for distance in distances]
     increments = np.polyval(config.coefficients, known) if config.mode != SIGMA else norms
-    for computed in range(len(timesteps) - 1):
-        following = increments[computed + 1 :]
+    for start in range(len(timesteps) - 1):
+        following = increments[start + 1 :]
         if config.mode == SIGMA:
-            following = np.abs(1 - following / norms[computed])
-        sums.update(float(total) for total in np.cumsum(following) if total > 0)
+            following = np.abs(1 - following / norms[start])
+        totals = np.cumsum(following)  # not-a-number from the first step of another model on
+        sums.update(float(total) for total in totals if total > 0)
     edges = [0.0, *sorted(sums)]
     gaps = [(low, high) for low, high in itertools.pairwise(edges) if high - low > 1e-6 * high]
-    return [*((low + high) / 2 for low, high in gaps), 2 * edges[-1] or 1.0]
+    above_all = 2 * edges[-1] if sums else 1.0
+    return [*((low + high) / 2 for low, high in gaps), above_all]
 
 
 def plan_speedup(
@@ -388,14 +392,14 @@ def middle_threshold(schedule: Schedule) -> float:
     return (max(skipped) + min(computed)) / 2 if computed else 2 * max(skipped)
 
 
-def reach(sigma: float, last: float, before: float) -> float:
+def reach(noise: float, last: float, before: float) -> float:
     """For order 1: how far a step is beyond the last computed one, in units of the gap before that.
 
     Each is a noise level, along which the residual changes most evenly: on the published norms of
     the real models a line in it is three times nearer than one in the step's number. 0, to hold,
     where the two computed steps are at one level.
     """
-    return (sigma - last) / (last - before) if last != before else 0.0
+    return (noise - last) / (last - before) if last != before else 0.0
 
 
 # ----------------------------------------------------------------------------------------- cache
@@ -429,9 +433,20 @@ def shadow(target: object, **attributes: Any) -> Iterator[None]:
         namespace.update(before)
 
 
+def synchronize() -> None:
+    """Wait for the GPU, so that the next mark of time is of what was asked before it."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def across_ranks() -> bool:
     """Whether several processes make this video together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def here() -> torch.device:
+    """The device that collectives of this process work on."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def as_rank_0(decision: bool, device: torch.device) -> bool:
@@ -446,8 +461,8 @@ def as_rank_0(decision: bool, device: torch.device) -> bool:
 def totals(terms: Sequence[Tensor]) -> Tensor:
     """The sum of each tensor, float64 on the device, over the tokens of all ranks."""
     sums = torch.stack([term.sum(dtype=torch.float64) for term in terms])
-    if across_ranks():  # where each rank has all tokens all sums grow alike, and ratios stay
-        dist.all_reduce(sums)
+    if across_ranks():  # where each rank has all tokens, sums are too large by their number, which
+        dist.all_reduce(sums)  # cancels out in every ratio
     return sums
 
 
@@ -455,109 +470,108 @@ def totals(terms: Sequence[Tensor]) -> Tensor:
 class Anchor:
     """A computed step, and its residuals by branch."""
 
-    sigma: float  # the noise level
+    noise: float  # its noise level
     samples: dict[int, Tensor]  # every n-th token in float32, [1, up to 1024, dim]
     residuals: dict[int, Tensor]  # all tokens, [1, tokens, dim]; while a later step may need them
 
 
-def along(slowing: Tensor, reach: float) -> Tensor:
-    """How far to go along a line: all of ``reach`` at slowing 0, never beyond 1 / slowing."""
-    return reach / (1 + slowing * reach)
+def damped(slowing: Tensor, k: float) -> Tensor:
+    """How much of a line is gone over a reach k: all of it, k, at slowing 0; never 1 / slowing."""
+    return k / (1 + slowing * k)
 
 
 class Residuals:
-    """The last two computed steps, and what they tell of the residuals of the next one.
+    """The last two computed steps ("anchors", newest first), and a guess from them.
 
-    Order 1, which is ours, goes on along the line through the two. How far is measured: at each
-    computed step R the gain is <R - R', D> / (k <D, D>), with R' and R'' the two before it,
-    D = R' - R'' and k R's ``reach``: the share of k that would have been right, clipped to 0 (hold)
-    and 1 (all along the line). The next reach is another one, and a residual that has slowed down
-    does so more the farther it goes: so the gain is kept as slowing = (1 / gain - 1) / k, by which
-    ``along`` gives gain * k at k. At first it is 1.
+    Order 0 holds the newest residual, R'. Order 1, which is ours, goes on along the line through
+    the two, to R' + a D, with D = R' - R'':
+        k   how far the step is beyond R', its ``reach``
+        a   k / (1 + s k), how much of D is added
+        s   the slowing: at 0 the line is gone all along, at infinity R' is held; 1 to begin with
+    At each computed step R the gain <R - R', D> / (k <D, D>), clipped to 0 .. 1, is the share of k
+    that would have been right. From it comes the s of the next steps: (1 / gain - 1) / k, by which
+    a is gain * k at this k, and less than that in proportion at a longer one.
 
-    The unconditional residual has a slowing of its own, and so has the difference of the two
-    branches, since guidance multiplies its errors. The conditional residual is their sum.
-
-    anchors: newest first. slowing: by CONDITIONAL (where it runs alone), UNCONDITIONAL and
-    DIFFERENCE; scalars on the model's device, so that nothing here waits for the GPU.
+    s is measured apart for the conditional residual where it runs alone, for the unconditional one,
+    and for the difference of the two, since guidance multiplies the errors of that.
     """
 
     def __init__(self) -> None:
         self.anchors: list[Anchor] = []
-        self.slowing = [torch.ones((), dtype=torch.float64)] * 3
+        # by CONDITIONAL, UNCONDITIONAL, DIFFERENCE; tensors, so that nothing waits for the GPU
+        self.slowing = [torch.ones((), dtype=torch.float64) for _ in range(3)]
 
-    def guess(self, sigma: float, branch: int, order: int) -> Tensor:
-        """The residual [1, tokens, dim] of a branch for a skipped step."""
+    def guess(self, noise: float, branch: int, order: int) -> Tensor:
+        """The residual [1, tokens, dim] of a branch for a skipped step at a noise level."""
         if order == 0 or len(self.anchors) < 2:
             return self.anchors[0].residuals[branch]
-        return self.line(sigma, branch, *(anchor.residuals for anchor in self.anchors))
+        return self.extrapolate(noise, branch, *(anchor.residuals for anchor in self.anchors))
 
-    def line(
-        self, sigma: float, branch: int, newest: dict[int, Tensor], older: dict[int, Tensor]
+    def extrapolate(
+        self, noise: float, branch: int, newest: dict[int, Tensor], older: dict[int, Tensor]
     ) -> Tensor:
-        """The residual of a branch at a noise level, along the line from older to newest.
+        """Order 1, for the residuals of the two anchors by branch, or for samples of them.
 
         In place where it can be: for 14B at 720P a residual has 1.5 GB.
         """
-        k = reach(sigma, *(anchor.sigma for anchor in self.anchors))
-        conditional, unconditional, difference = (along(slowing, k) for slowing in self.slowing)
+        k = reach(noise, *(anchor.noise for anchor in self.anchors))
+        alone, unconditional, difference = (damped(slowing, k) for slowing in self.slowing)
         change = newest[branch] - older[branch]
         if branch == UNCONDITIONAL:
             change.mul_(unconditional)
-        elif UNCONDITIONAL in newest:  # each part its own way: d * (C - U) + u * U
+        elif UNCONDITIONAL in newest:  # C = U + (C - U), each changes by a share of its own
             change.mul_(difference)
-            of_both = newest[UNCONDITIONAL] - older[UNCONDITIONAL]
-            change.add_(of_both.mul_(unconditional - difference))
+            of_unconditional = newest[UNCONDITIONAL] - older[UNCONDITIONAL]
+            change.add_(of_unconditional.mul_(unconditional - difference))
         else:
-            change.mul_(conditional)
+            change.mul_(alone)
         return change.add_(newest[branch])
 
-    def make_room(self, anchors: int) -> None:
-        """Let go of the residuals of all anchors but so many."""
-        for anchor in self.anchors[anchors:]:
+    def free_all_but(self, count: int) -> None:
+        """Let go of the residuals of all anchors but so many, the newest ones; samples stay."""
+        for anchor in self.anchors[count:]:
             anchor.residuals.clear()
 
-    def add(self, anchor: Anchor) -> Tensor | None:
-        """Take a computed step: hold it against what would have been guessed, measure the slowing.
-
-        Returns [sum|R|, sum|R - held|, sum|R - line|] over the branches, float64 on the device,
-        over the tokens of all ranks; None for the first step.
-        """
-        errors = totals(self.errors(anchor)) if self.anchors else None
+    def add(self, anchor: Anchor) -> None:
+        """Take a computed step, and measure by it how far order 1 should have gone."""
         if len(self.anchors) == 2:
             self.measure(anchor)
         self.anchors = [anchor, *self.anchors[:1]]
-        return errors
 
-    def errors(self, anchor: Anchor) -> list[Tensor]:
-        """|R|, |R - held| and |R - line| of the sampled tokens, of both branches."""
+    def errors(self, anchor: Anchor) -> Tensor:
+        """What both orders would have guessed for a computed step, against what is true.
+
+        [sum|R|, sum|R - held|, sum|R - extrapolated|] of the sampled tokens of both branches,
+        float64 on the device, over all ranks.
+        """
         samples = [anchor.samples for anchor in self.anchors]
-        found: list[list[Tensor]] = [[], [], []]
-        for branch, sample in anchor.samples.items():
-            held = line = samples[0][branch]
+        terms: list[list[Tensor]] = [[], [], []]
+        for branch, true in anchor.samples.items():
+            held = extrapolated = samples[0][branch]
             if len(samples) == 2:
-                line = self.line(anchor.sigma, branch, *samples)
-            for errors, guess in zip(found, (torch.zeros_like(held), held, line), strict=True):
-                errors.append((sample - guess).abs())
-        return [torch.stack(errors) for errors in found]
+                extrapolated = self.extrapolate(anchor.noise, branch, *samples)
+            terms[0].append(true.abs())
+            terms[1].append((true - held).abs())
+            terms[2].append((true - extrapolated).abs())
+        return totals([torch.stack(of_branches) for of_branches in terms])
 
     def measure(self, anchor: Anchor) -> None:
-        """The slowing, anew."""
-        k = reach(anchor.sigma, *(other.sigma for other in self.anchors))
+        """The slowing, from the gain at a computed step."""
+        k = reach(anchor.noise, *(other.noise for other in self.anchors))
+        if k == 0:  # both anchors at one noise level, or this step at that of the newest: no line
+            return
         now, last, before = map(quantities, (anchor, *self.anchors))
         products = []
         for name in now:
             direction = last[name] - before[name]
             products += [(now[name] - last[name]) * direction, direction * direction]
-        for name, (along_it, length) in zip(now, totals(products).view(-1, 2), strict=True):
-            if k != 0:
-                gain = (along_it / (k * length)).nan_to_num(0.0).clamp(1e-9, 1)  # 1e-9 holds
-                self.slowing = list(self.slowing)
-                self.slowing[name] = (1 / gain - 1) / k
+        for name, (projection, squared) in zip(now, totals(products).view(-1, 2), strict=True):
+            gain = (projection / (k * squared)).nan_to_num(0.0).clamp(1e-9, 1)  # it divides
+            self.slowing[name] = (1 / gain - 1) / k
 
 
 def quantities(anchor: Anchor) -> dict[int, Tensor]:
-    """The samples of what has a slowing of its own."""
+    """The samples of what is measured apart."""
     found = dict(anchor.samples)
     if UNCONDITIONAL in found:
         found[DIFFERENCE] = found[CONDITIONAL] - found[UNCONDITIONAL]
@@ -571,6 +585,9 @@ class Drift:
     step: int
     hold: float  # mean|true - last| / mean|true|
     line: float  # the same for the line through the last two
+
+    def by(self, order: int) -> float:
+        return self.line if order else self.hold
 
 
 @dataclass(frozen=True)
@@ -592,14 +609,23 @@ class TeaCache:
 
     def __init__(self, config: TeaCacheConfig):
         self.config, self.schedule = config, Schedule(config)
-        self.residuals = Residuals()
+        self.calls = 0  # of the models, so far
+        self.times: list[float] = []  # seconds: begin of sampling, each decision, end of sampling
         self.drifts: list[Drift] = []
-        self.measured: list[tuple[int, Tensor]] = []  # step, and what Residuals.add gave
-        self.marks: list[float] = []  # seconds: begin of sampling, each decision, end of sampling
-        self.calls, self.computing, self.asked = 0, True, False
+        self.errors: list[tuple[int, Tensor]] = []  # step, and Residuals.errors; not read yet
+        # of the model that is sampling
         self.active: Originals | None = None
-        self.uncast_timestep: Tensor | None = None  # as it reached an FSDP wrapper
-        self.signal: Tensor | None = None
+        self.residuals = Residuals()
+        self.signal: Tensor | None = None  # of the step before
+        # of the step
+        self.step, self.noise, self.computes = 0, 1.0, True
+        self.anchor: Anchor | None = None
+        self.output: list[Tensor] | None = None  # of the last call that ran
+        # of the call
+        self.branch = CONDITIONAL
+        self.timestep: Tensor | None = None
+        self.outer_timestep: Tensor | None = None  # as it reached FSDP, which may cast it
+        self.blocks_were_called = False
 
     def forward(
         self, originals: Originals, x: list[Tensor], t: Tensor, *args: Any, **kwargs: Any
@@ -609,23 +635,27 @@ class TeaCache:
         t: [1], or [1, tokens] as Wan2.2's ti2v has it.
         RuntimeError: calls that are not two a step, on as many steps as configured.
         """
-        self.begin_call(originals, t if self.uncast_timestep is None else self.uncast_timestep)
+        self.begin_call(originals, t if self.outer_timestep is None else self.outer_timestep)
         if self.branch == CONDITIONAL or self.config.is_guided(self.step):
-            self.asked = False
+            self.blocks_were_called = False
             self.output = originals.forward(x, t, *args, **kwargs)
-            if not self.asked or len(self.schedule.steps) != self.step + 1:
-                raise RuntimeError(
-                    "TeaCache: this model's forward went past the stand-in for its blocks, so "
-                    "nothing would be skipped: wrap blocks, not the model, in torch.compile"
-                )
-        output = self.output
+            self.check_stand_ins()
+        output = self.output  # without guidance the conditional one, for both branches
         if self.calls == 2 * self.config.steps:
             self.end_sampling()
         return output
 
+    def check_stand_ins(self) -> None:
+        """RuntimeError: a forward had its way without them."""
+        if not self.blocks_were_called or len(self.schedule.steps) != self.step + 1:
+            raise RuntimeError(
+                "TeaCache: this model's forward went past the stand-in for its blocks, so "
+                "nothing would be skipped: wrap blocks, not the model, in torch.compile"
+            )
+
     def note_timestep(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
-        """Forward pre-hook of an FSDP wrapper, which may round a timestep to bfloat16."""
-        self.uncast_timestep = kwargs["t"] if "t" in kwargs else args[1]
+        """Forward pre-hook of FSDP's wrapper: its mixed precision casts the inputs of the model."""
+        self.outer_timestep = kwargs["t"] if "t" in kwargs else args[1]
 
     def begin_call(self, originals: Originals, t: Tensor) -> None:
         """Count the call, and see whether it is the one that was expected."""
@@ -644,33 +674,33 @@ class TeaCache:
                 "TeaCache needs two calls of the model a step, with the prompt and then without; "
                 "this pipeline's second call has another timestep: it is of a distilled model?"
             )
-        self.marks = self.marks or [time.perf_counter()]
+        self.times = self.times or [time.perf_counter()]
         self.calls, self.timestep = self.calls + 1, t
         if originals is not self.active:  # the first call of a model
             self.active, self.signal, self.residuals = originals, None, Residuals()
 
     def end_sampling(self) -> None:
         """Take the time, read what was measured, and let go of all tensors: the VAE is next."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.marks.append(time.perf_counter())
+        synchronize()
+        self.times.append(time.perf_counter())
         self.read_drifts()
         self.release()
 
     def read_drifts(self) -> None:
-        """Bring what was measured to the host."""
-        if not self.measured:
+        """Bring the errors to the host."""
+        if not self.errors:
             return
-        rows = torch.stack([sums for _, sums in self.measured]).tolist()
-        for (step, _), (size, held, line) in zip(self.measured, rows, strict=True):
+        rows = torch.stack([sums for _, sums in self.errors]).tolist()
+        for (step, _), (size, held, line) in zip(self.errors, rows, strict=True):
             if size > 0 and math.isfinite(size + held + line):
                 self.drifts.append(Drift(step, held / size, line / size))
-        self.measured.clear()
+        self.errors.clear()
 
     def decide(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         """Forward hook of time_projection, which takes e to e0; both still as the model made them.
 
-        e and e0 are [1, dim] and [1, 6 * dim], or [1, tokens, ...] in Wan2.2: the last token tells.
+        e and e0 are [1, dim] and [1, 6 * dim], or [1, tokens, ...] in Wan2.2, of which the last
+        token tells: the first ones may be of an image that is given, at timestep 0.
         It decides at the conditional call for both branches, with the one host synchronisation
         of a step; among several processes rank 0 decides.
         """
@@ -684,14 +714,14 @@ class TeaCache:
         timestep, *distance = torch.stack(scalars).tolist()
         self.signal = signal.clone()  # a view would keep all tokens' alive
         decision = self.schedule.decide(timestep, distance[0] if distance else None)
-        self.computing = as_rank_0(decision, self.timestep.device)
-        self.schedule.overrule(self.computing)
-        self.sigma = timestep / TRAIN_TIMESTEPS
-        self.marks.append(time.perf_counter())
+        self.computes = as_rank_0(decision, self.timestep.device)
+        self.schedule.overrule(self.computes)
+        self.noise = timestep / TRAIN_TIMESTEPS
+        self.times.append(time.perf_counter())
 
     def forward_vace(self, originals: Originals, *args: Any, **kwargs: Any) -> list[Tensor] | None:
         """In place of ``model.forward_vace``: its hints are for the blocks that are skipped."""
-        return originals.forward_vace(*args, **kwargs) if self.computing else None
+        return originals.forward_vace(*args, **kwargs) if self.computes else None
 
     def blocks(self, originals: Originals, h: Tensor, **kwargs: Any) -> Tensor:
         """In place of all blocks, h [1, tokens, dim] to B(h): computed, or h + residual.
@@ -699,21 +729,26 @@ class TeaCache:
         Out of place: under autocast h is bfloat16, B(h) and the residual are float32, and so the
         head gets float32 on every step.
         """
-        self.asked = True
-        residuals, keeps = self.residuals, self.config.keeps(self.step)
-        if not self.computing:
-            out = h + residuals.guess(self.sigma, self.branch, self.config.order)
+        self.blocks_were_called = True
+        if self.computes:
+            out = self.compute(originals, h, **kwargs)
         else:
-            if self.branch == CONDITIONAL:
-                residuals.make_room(self.config.order)  # before the blocks need the memory
-                self.anchor = Anchor(self.sigma, {}, {})
-            out = h
-            for block in originals.blocks:
-                out = block(out, **kwargs)
-            if self.config.thresh > 0:
-                self.learn(h, out, keeps)
-        if not keeps and self.is_last_branch:
-            residuals.make_room(0)
+            out = h + self.residuals.guess(self.noise, self.branch, self.config.order)
+        if self.is_last_branch and not self.config.keeps(self.step):
+            self.residuals.free_all_but(0)
+        return out
+
+    def compute(self, originals: Originals, h: Tensor, **kwargs: Any) -> Tensor:
+        """B(h), and what is to be remembered of it."""
+        if self.branch == CONDITIONAL:
+            # before the blocks need the memory; order 1 will need the newest as the older of two
+            self.residuals.free_all_but(self.config.order)
+            self.anchor = Anchor(self.noise, {}, {})
+        out = h
+        for block in originals.blocks:
+            out = block(out, **kwargs)
+        if self.config.thresh > 0:
+            self.learn(h, out)
         return out
 
     @property
@@ -721,46 +756,45 @@ class TeaCache:
         """Whether the step's last call of the blocks is this one."""
         return self.branch == UNCONDITIONAL or not self.config.is_guided(self.step)
 
-    def learn(self, h: Tensor, out: Tensor, keeps: bool) -> None:
-        """Take a computed step's residual; after its last branch, hold the guesses against it."""
+    def learn(self, h: Tensor, out: Tensor) -> None:
+        """Take a computed step's residual and, after skipped ones, hold the guesses against it."""
         every = math.ceil(h.size(1) / SAMPLE_TOKENS)
         self.anchor.samples[self.branch] = (out[:, ::every] - h[:, ::every]).float()
-        if keeps:
+        if self.config.keeps(self.step):
             self.anchor.residuals[self.branch] = out - h
         if self.is_last_branch:
-            errors = self.residuals.add(self.anchor)
-            if errors is not None and not self.schedule.steps[self.step - 1].computed:
-                self.measured.append((self.step, errors))
+            if self.residuals.anchors and not self.schedule.steps[self.step - 1].computed:
+                self.errors.append((self.step, self.residuals.errors(self.anchor)))
+            self.residuals.add(self.anchor)
 
     def release(self) -> None:
         """Let go of models and tensors; decisions, times and drifts stay."""
         self.residuals = Residuals()
-        self.measured.clear()
-        self.signal = self.timestep = self.output = self.anchor = self.active = None
-        self.uncast_timestep = None
+        self.errors.clear()
+        self.active = self.signal = self.anchor = self.output = None
+        self.timestep = self.outer_timestep = None
 
     @property
     def seconds(self) -> float:
         """Of the sampling, so far or in all."""
-        return self.marks[-1] - self.marks[0] if self.marks else 0.0
+        return self.times[-1] - self.times[0] if self.times else 0.0
 
     @property
     def speedup(self) -> float:
         """Against stock's 2 * steps passes, at the median seconds of the passes that were run."""
-        seconds = np.diff(self.marks[1:])  # of each step: from its decision to the next
+        seconds = np.diff(self.times[1:])  # of each step: from its decision to the next
         whole = [i for i in self.schedule.computed if i < len(seconds)]  # not one that was stopped
         passes = [seconds[i] / (1 + self.config.is_guided(i)) for i in whole]
         return float(np.median(passes)) * 2 * len(seconds) / self.seconds
 
     def drift(self, order: int) -> float | None:
         """The mean drift by an order; None if no step was computed after a skipped one."""
-        errors = [drift.line if order else drift.hold for drift in self.drifts]
-        return float(np.mean(errors)) if errors else None
+        return float(np.mean([drift.by(order) for drift in self.drifts])) if self.drifts else None
 
     def summary(self) -> str:
         """What was computed, how long it took, what it saved and how far off it was, in a line."""
         schedule = self.schedule
-        if len(self.marks) < 3:  # begin of sampling, a decision, end of sampling
+        if len(self.times) < 3:  # begin of sampling, a decision, end of sampling
             return "TeaCache: no step was taken"
         text = (
             f"TeaCache: computed {len(schedule.computed)} of {len(schedule.steps)} steps "
@@ -772,12 +806,11 @@ class TeaCache:
         if not self.drifts:
             return text
         order, other = self.config.order, 1 - self.config.order
-        worst = max(self.drifts, key=lambda drift: drift.line if order else drift.hold)
-        largest = worst.line if order else worst.hold
+        worst = max(self.drifts, key=lambda drift: drift.by(order))
         return (
             f"{text}; reused residuals were off by {percent(self.drift(order))} (largest "
-            f"{percent(largest)} at step {worst.step}); by order {other} they would have been by "
-            f"{percent(self.drift(other))}"
+            f"{percent(worst.by(order))} at step {worst.step}); by order {other} they would have "
+            f"been by {percent(self.drift(other))}"
         )
 
 
@@ -841,14 +874,19 @@ def stand_ins(model: nn.Module, cache: TeaCache) -> Iterator[None]:
 # ------------------------------------------------------------------------------------- attention
 # Owns PyTorch's attention in flash-attn's place. Knows the names of Wan's modules.
 
-FLASH_ATTENTION = {"flash_attn": (8, 0), "flash_attn_interface": (9, 0)}  # 2 and 3, and the
-# compute capability below which their kernels refuse
+# flash-attn 2 and 3: the compute capabilities that have kernels, from the first up to the second.
+# On others they fail at the first block (Dao-AILab/flash-attention issue 1049, pull request 2593).
+FLASH_ATTENTION = {
+    "flash_attn": ((8, 0), (math.inf, 0)),
+    "flash_attn_interface": ((9, 0), (10, 0)),
+}
 
 
 def sdpa_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    *,
     k_lens: Tensor | None = None,
     dropout_p: float = 0.0,
     causal: bool = False,
@@ -881,9 +919,9 @@ def usable_flash_attention(capability: tuple[int, int] | None) -> list[str]:
     can fail at import with any exception.
     """
     usable = []
-    for name, needed in FLASH_ATTENTION.items():
+    for name, (lowest, beyond) in FLASH_ATTENTION.items():
         with suppress(Exception):
-            if capability is not None and capability >= needed:
+            if capability is not None and lowest <= capability < beyond:
                 importlib.import_module(name)
                 usable.append(name)
         if name not in usable:  # Wan expects ModuleNotFoundError, which this makes of an import
@@ -909,8 +947,8 @@ def install_attention(usable: Sequence[str]) -> None:
     replaced = []
     for name, module in list(sys.modules.items()):
         if name.startswith("wan.") and hasattr(module, "flash_attention"):
-            only_2 = name == "wan.modules.clip"  # its calls ask for flash-attn 2
-            if not ({"flash_attn"} if only_2 else set(FLASH_ATTENTION)) & set(usable):
+            serves = {"flash_attn"} if name == "wan.modules.clip" else set(FLASH_ATTENTION)
+            if serves.isdisjoint(usable):  # CLIP's calls ask for flash-attn 2
                 module.flash_attention = sdpa_attention
                 replaced.append(name)
     if replaced:
@@ -1088,8 +1126,9 @@ def transformer_folders(ckpt_dir: str, config: dict[str, Any]) -> list[Path]:
 
 def switch_of(timesteps: Sequence[float], config: dict[str, Any]) -> int | None:
     """The first step of the second of two transformers, None if only one samples."""
-    boundary = config.get("boundary", 0) * TRAIN_TIMESTEPS
-    switch = sum(timestep >= boundary for timestep in timesteps)
+    if "boundary" not in config:
+        return None
+    switch = sum(timestep >= config["boundary"] * TRAIN_TIMESTEPS for timestep in timesteps)
     return switch if 0 < switch < len(timesteps) else None
 
 
@@ -1102,7 +1141,12 @@ def guided_steps(
     output is multiplied by 0; None runs it all the same. until: the share that is asked for.
     """
     low, high = scale if isinstance(scale, (tuple, list)) else (scale, scale)
-    guided = steps if low != 1 else (0 if high == 1 else switch or steps)
+    if low != 1:
+        guided = steps
+    elif high != 1:
+        guided = steps if switch is None else switch
+    else:
+        guided = 0
     guided = min(guided, round(until * steps))
     return None if guided == steps else guided
 
@@ -1193,13 +1237,15 @@ def tensor_files(folder: Path) -> dict[str | None, Path]:
             return {tensor: folder / file for tensor, file in files.items()}
         if (folder / name).exists():
             return {None: folder / name}
-    return {None: folder / names[0]}
+    return {None: folder / names[0]}  # is not there: check_intact says so
 
 
 def read_tensor(folder: Path, name: str) -> Any:
     """One tensor of a transformer, of which nothing is read before it is sliced."""
     files = tensor_files(folder)
-    file = files.get(name) or files[None]
+    file = files.get(name) or files.get(None)
+    if file is None:
+        raise KeyError(f"its index names no file for {name}")
     if file.suffix == ".safetensors":
         return safetensors.safe_open(file, "pt").get_slice(name)
     mmap = zipfile.is_zipfile(file)  # an older pickle cannot be mapped
@@ -1263,9 +1309,8 @@ def check_numbers(wan: Wan, args: argparse.Namespace) -> None:
     below = max((frames - 1) // 4, 0) * 4 + 1
     require(frames == below, f"--frame_num {frames}: must be 4n+1, such as {below} or {below + 4}")
     pipeline = wan.pipelines().get(f"Wan{args.task.split('-')[0].upper()}")
-    only_81 = pipeline is not None and "ones(1, 81" in inspect.getsource(pipeline.generate)
     require(
-        frames == 81 or not only_81,
+        frames == 81 or not makes_81_frames_only(pipeline),
         f"--frame_num {frames}: must be 81 for {args.task}, as Wan2.1 has it",
     )
     steps, shift, scale = args.sample_steps, args.sample_shift, args.sample_guide_scale
@@ -1279,16 +1324,22 @@ def check_numbers(wan: Wan, args: argparse.Namespace) -> None:
         "torchrun --nproc_per_node=N, N above 1",
     )
     ulysses, ring = args.ulysses_size, getattr(args, "ring_size", 1)  # Wan2.2 has no ring
+    flags = f"--ulysses_size {ulysses}"
+    flags += f" --ring_size {ring}" if hasattr(args, "ring_size") else ""
     require(
         ulysses * ring in (1, processes) and min(ulysses, ring) > 0,
-        f"--ulysses_size {ulysses} --ring_size {ring}: their product must be the number of "
-        f"processes, {processes} here; torchrun --nproc_per_node={ulysses * ring}",
+        f"{flags}: their product must be the number of processes, {processes} here; "
+        f"torchrun --nproc_per_node={ulysses * ring}",
     )
     require(
         not uses_xfuser(args) or importlib.util.find_spec("xfuser"),
-        f"--ulysses_size {ulysses} --ring_size {ring}: No module named 'xfuser': "
-        "pip install 'xfuser>=0.4.1'",
+        f"{flags}: No module named 'xfuser': pip install 'xfuser>=0.4.1'",
     )
+
+
+def makes_81_frames_only(pipeline: type | None) -> bool:
+    """Whether a pipeline's mask is of 81 frames, whatever it is asked for."""
+    return pipeline is not None and "ones(1, 81" in inspect.getsource(pipeline.generate)
 
 
 def uses_xfuser(args: argparse.Namespace) -> bool:
@@ -1347,7 +1398,9 @@ def check_checkpoint(args: argparse.Namespace, config: dict[str, Any], all_files
     require(not foreign, f"--ckpt_dir {folder}: {foreign}")
     for transformer in transformer_folders(args.ckpt_dir, config):
         check_transformer(args, transformer, config)
-    for key, name in config.items() if all_files else ():
+    if not all_files:
+        return
+    for key, name in config.items():  # the two keys with "noise" are folders of transformers
         if key.endswith(("_checkpoint", "_tokenizer")) and "noise" not in key:
             check_intact(args, folder / name)
 
@@ -1558,8 +1611,8 @@ def why_not_written(file: str, printed: str) -> str:
 def check_written(file: str, frames: int) -> None:
     """OSError: the file does not hold the frames, since the disk was full, or ffmpeg failed."""
     try:
-        kind = Image.registered_extensions().get(Path(file).suffix.lower(), "MPEG")
-        if kind != "MPEG":  # of which Pillow knows the name only
+        image_format = Image.registered_extensions().get(Path(file).suffix.lower())
+        if image_format not in (None, "MPEG"):  # of MPEG Pillow knows the name only
             with Image.open(file) as picture:
                 found = sum(frame.load() is not None for frame in ImageSequence.Iterator(picture))
             found = frames if found else 0  # equal frames are merged into one
@@ -1668,13 +1721,17 @@ def write_ahead(latents: Sequence[Tensor], job: Job, fps: int) -> Path | None:
 def write_exclusively(content: dict[str, Any], path: Path) -> Path:
     """torch.save under a name that nobody has: a second run gets another one."""
     for free in numbered(path):
-        with suppress(FileExistsError), free.open("xb") as file:
-            try:
+        try:
+            file = free.open("xb")
+        except FileExistsError:
+            continue
+        try:
+            with file:
                 torch.save(content, file)
-                return free
-            except BaseException:
-                free.unlink()
-                raise
+        except BaseException:
+            free.unlink()
+            raise
+        return free
     raise OSError(f"{path} and 998 more are there")
 
 
@@ -1686,20 +1743,14 @@ def decode_command(wan: Wan, latents: Path) -> str:
     return subprocess.list2cmdline(argv) if os.name == "nt" else shlex.join(argv)
 
 
-def synchronize() -> None:
-    """Wait for the GPU, so that the next mark of time is of what was asked before it."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 @contextmanager
 def nudged(models: Sequence[nn.Module], std: float) -> Iterator[None]:
     """Noise on the latents that the model sees at the first step: on both branches and all ranks
     the same."""
-    first_step = iter(range(2))  # its two calls
+    calls = itertools.count()
 
     def add(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if next(first_step, None) is None:
+        if next(calls) >= 2:  # the first step has two
             return None
         generator = torch.Generator().manual_seed(0)
         latents = [x + std * torch.randn(x.shape, generator=generator).to(x) for x in args[0]]
@@ -1734,10 +1785,10 @@ class Run:
             shadow(pipeline.vae, decode=decode),
         ):
             video = generate(*args, **kwargs)
-        if self.cache.marks:
-            self.seconds["encode"] = self.cache.marks[0] - began
+        if self.cache.times:
+            self.seconds["encode"] = self.cache.times[0] - began
             self.seconds["sampling"] = self.cache.seconds
-        if job.config.thresh > 0 or not job.label:
+        if job.config.thresh > 0 or not job.label:  # of stock, in a comparison, there is no news
             log.info(self.cache.summary())
         if job.planned.computed != self.cache.schedule.computed:
             log.warning(
@@ -1788,10 +1839,10 @@ class Run:
         """Say what went wrong, and how to go on."""
         log.error(f"TeaCache: {self.job.args.save_file}: failed: {error!r}")
         if self.latents and self.latents.is_file():
-            log.error(
-                f"TeaCache: its latents are in {self.latents}; this makes the video of them:\n"
-                f"{decode_command(self.wan, self.latents)}"
-            )
+            how = f"this makes the video of them:\n{decode_command(self.wan, self.latents)}"
+            if isinstance(error, FloatingPointError):
+                how = "no video can be made of them, but what went wrong can be looked for"
+            log.error(f"TeaCache: its latents are in {self.latents}; {how}")
 
     def report(self) -> dict[str, Any]:
         """All that is known, as far as the run came."""
@@ -1807,7 +1858,7 @@ class Run:
         }
         if job.label:
             report["label"] = job.label
-        if cache and cache.marks:
+        if cache and cache.times:
             drifts = {
                 drift.step: {"hold": drift.hold, "line": drift.line} for drift in cache.drifts
             }
@@ -1850,9 +1901,11 @@ class Session:
     def __init__(self, wan: Wan, report: str | None, flags: dict[str, Any]):
         self.wan, self.flags = wan, flags
         self.report = Path(report) if report and is_rank_0() else None
-        self.runs, self.videos = list[Run](), 1  # of all that are asked for
+        self.runs = list[Run]()
+        self.videos = 1  # that this command is to make
         self.pipelines = {name: once(kind) for name, kind in wan.pipelines().items()}
-        self.loading = False
+        self.load_began = False  # from then on a failure is not the command's
+        self.all_written = True  # the comparisons
 
     @contextmanager
     def opened(self, uses_xfuser: bool) -> Iterator[None]:
@@ -1879,7 +1932,7 @@ class Session:
 
     def pipeline(self, name: str, run: Run, *args: Any, **kwargs: Any) -> Any:
         """In place of a pipeline class: the one that is there, or a new one."""
-        self.loading = True
+        self.load_began = True
         pipeline = self.pipelines[name](*args, **kwargs)
         generate = functools.partial(type(pipeline).generate, pipeline)
         pipeline.generate = functools.partial(run.sample, pipeline, generate)
@@ -1901,11 +1954,12 @@ class Session:
                 raise RuntimeError("no pipeline of this Wan has run with TeaCache")
             run.status = "finished"
         except BaseException as error:
-            first = run.failure if run.failure and isinstance(error, Exception) else error
-            run.status = f"failed: {first!r}"  # what came after it is of the frame in its place
-            if isinstance(error, Exception) and not self.loading:
+            # after a failure of the decoder Wan went on with a frame in place of the video
+            cause = run.failure if run.failure and isinstance(error, Exception) else error
+            run.status = f"failed: {cause!r}"
+            if isinstance(error, (AssertionError, ValueError)) and not self.load_began:
                 raise Refused(f"{type(error).__name__}: {error} (see --help)") from error
-            run.explain(first)
+            run.explain(cause)
             raise
         finally:
             self.write_report()
@@ -1932,10 +1986,10 @@ class Session:
         try:
             self.run(job, keep_frames)
         except Exception as error:
-            in_step = not across_ranks() or error is self.runs[-1].failure
-            if isinstance(error, Refused) or not in_step:
+            failure = self.runs[-1].failure  # of decoder or writer: all ranks have come this far
+            if isinstance(error, Refused) or (across_ranks() and error is not failure):
                 raise
-            log.error("TeaCache: here is where:", exc_info=self.runs[-1].failure or error)
+            log.error("TeaCache: here is where:", exc_info=failure or error)
         self.runs[-1].failure = None  # it holds on to the tensors of where it was raised
         gc.collect()
         torch.cuda.empty_cache()
@@ -2035,17 +2089,18 @@ def ssim(frames: np.ndarray, stock: np.ndarray) -> float | None:
 
 
 def compare(session: Session, jobs: Sequence[Job], target: Path) -> list[Compared]:
-    """Run the jobs of one prompt and seed, the first of them stock; write what compares them."""
-    compared, shown, stock, stock_seconds = [], [], None, math.inf
+    """Run the jobs of one prompt and seed, the first of them stock; write what compares them.
+    Without stock's video there is nothing to compare with, and the others are not made."""
+    compared, shown, stock = [], [], None
     for job in jobs:
         run = session.attempt(job, keep_frames=True)
         cache, video, run.frames = run.cache, run.frames, None
         if job is jobs[0]:
             stock = video
-        if video is None or stock is None:  # it has failed, or this is not rank 0
+            if not as_rank_0(run.status == "finished", here()):
+                break
+        if video is None:  # it has failed, or this is not rank 0
             continue
-        if job.config.thresh == 0 and job.config.guided_steps is None:
-            stock_seconds = min(stock_seconds, cache.seconds)  # the first one warms up
         shown.append(shrunk(video))
         compared.append(
             Compared(
@@ -2053,15 +2108,22 @@ def compare(session: Session, jobs: Sequence[Job], target: Path) -> list[Compare
                 computed=len(cache.schedule.computed),
                 steps=len(cache.schedule.steps),
                 seconds=cache.seconds,
-                speedup=stock_seconds / cache.seconds,
+                speedup=1.0,
                 drift=cache.drift(job.config.order),
                 psnr=psnr(video, stock),
                 ssim=ssim(video, stock),
             )
         )
+    # the first run warms up, so that the faster of the two is stock's time
+    stock_seconds = [row.seconds for row in compared if row.label in (STOCK, NOISE)]
+    compared = [replace(row, speedup=min(stock_seconds) / row.seconds) for row in compared]
     if shown:
-        fps = session.wan.config(jobs[0].args.task)["sample_fps"]
-        write_comparison(compared, shown, target, fps)
+        try:
+            fps = session.wan.config(jobs[0].args.task)["sample_fps"]
+            write_comparison(compared, shown, target, fps)
+        except Exception as error:  # the videos are there, and other lines may wait
+            session.all_written = False
+            log.error(f"TeaCache: the comparison of {target} is not written: {error}")
     return compared
 
 
@@ -2130,8 +2192,10 @@ def comparison_table(by_line: Sequence[Sequence[Compared]]) -> list[str]:
         shown = others if with_ssim else others[:-1]
         aligned = [cell.rjust(n) for cell, n in zip(shown, wide[1:], strict=False)]
         lines.append("  ".join([label.ljust(wide[0]), *aligned]))
-    floor = np.mean([row.psnr for row in by_label.pop(NOISE, [])] or [math.nan])
     by_label.pop(STOCK)
+    if NOISE not in by_label:
+        return [*lines, "no floor: stock with noise of 1e-4 has failed"]
+    floor = np.mean([row.psnr for row in by_label.pop(NOISE)])
     above = [k for k, rows in by_label.items() if np.mean([row.psnr for row in rows]) >= floor]
     lines.append(
         f"the floor, stock with noise of 1e-4: {floor:.1f} dB; at it or above: "
@@ -2384,8 +2448,6 @@ def check_plan(
     skipped ones is soon more than a quarter.
     """
     faults, row = planned.faults(), choice.row
-    flags = [f"--{name} {getattr(own, name):g}" for name in HOW_MUCH if getattr(own, name)]
-    flags.append(f"--sample_steps {args.sample_steps}")
     if not faults or (row is None and 2 * len(planned.computed) >= len(planned.steps)):
         return
     what = f"{choice.text} would compute {planned.summary()}: {' and '.join(faults)}"
@@ -2395,10 +2457,12 @@ def check_plan(
     if row is not None:
         what += f"; it was fitted at {row.steps} steps, shift {row.shift:g}, {row.solver}"
     instead = "a lower one" if row is None else "--teacache_model sigma"
-    named = choice.name in (SIGMA, *ROWS)
-    insist = f", or insist by --teacache_model {choice.name}" if named else ""
+    has_flag = choice.name in (SIGMA, *ROWS)
+    insist = f", or insist by --teacache_model {choice.name}" if has_flag else ""
+    asked = [f"--{name} {getattr(own, name):g}" for name in HOW_MUCH if getattr(own, name)]
+    flag = asked[0] if asked else f"--sample_steps {args.sample_steps}"
     raise Refused(
-        f"{flags[0]}: {what}: take {instead}, another number of "
+        f"{flag}: {what}: take {instead}, another number of "
         f"--sample_steps, --teacache_thresh 0{insist}"
     )
 
@@ -2505,11 +2569,12 @@ def own_of_line(
 ) -> tuple[argparse.Namespace, list[str]]:
     """Our flags of a line over those of the command line, and what is left for generate.py."""
     line, rest = own_parser().parse_known_args(flags)
-    over = {name: v for name, v in vars(line).items() if v is not None and v is not False}  # not 0
+    # of this line: 0 is one too, so not by truth
+    over = {name: v for name, v in vars(line).items() if v is not None and v is not False}
     for name in over:
         require(name in OF_A_LINE, f"--{name}: is for the command line, not for a line of the file")
     merged = dict(vars(own))
-    for either in (HOW_MUCH, WHOSE):
+    for either in (HOW_MUCH, WHOSE):  # one of them takes the place of the other
         if over.keys() & set(either):
             merged |= dict.fromkeys(either)
     return argparse.Namespace(**{**merged, **over}), rest
@@ -2517,9 +2582,9 @@ def own_of_line(
 
 def parse(wan: Wan, own: argparse.Namespace, argv: Sequence[str]) -> argparse.Namespace:
     """generate.py's flags, and the checkpoint that they name, checked."""
-    without_checkpoint = own.teacache_plan and not any(
-        flag.split("=")[0] == "--ckpt_dir" for flag in argv
-    )
+    names = [flag.split("=")[0] for flag in argv]  # generate.py takes --ckpt too
+    has_checkpoint = any(n.startswith("--ck") and "--ckpt_dir".startswith(n) for n in names)
+    without_checkpoint = own.teacache_plan and not has_checkpoint
     args = wan.parse([*argv, "--ckpt_dir", "."] if without_checkpoint else argv)
     check_numbers(wan, args)
     if without_checkpoint:
@@ -2577,6 +2642,11 @@ def settle_entries(wan: Wan, own: argparse.Namespace, args: argparse.Namespace) 
     if not own.teacache_compare:
         require(len(orders) == 1, "--teacache_order: several are for --teacache_compare")
         return [settle(wan, own, args, look_ahead(wan, own, args))]
+    for name in HOW_MUCH:
+        require(
+            getattr(own, name) is None,
+            f"--{name} {getattr(own, name)}: is an entry of --teacache_compare, as 0.08 or 2x",
+        )
     stock = with_flags(own, thresh=0.0, order=[0], guide_until=None)
     asked = [(STOCK, stock), (NOISE, stock)]
     for entry in own.teacache_compare:
@@ -2662,26 +2732,23 @@ def is_done(job: Job) -> bool:
     return False
 
 
-def run_jobs(session: Session, jobs: Sequence[Job], resume: bool) -> int:
-    """Make the videos; the exit status. resume: those that are there already are left out."""
-    waiting = [job for job in jobs if not (resume and is_done(job))]
+def without_done(jobs: Sequence[Job]) -> list[Job]:
+    """Those whose video is not there yet: a batch goes on where it was."""
+    waiting = [job for job in jobs if not is_done(job)]
     for job in jobs:
         if job not in waiting:
             log.info(f"TeaCache: {job.args.save_file} is there: skipped")
-    session.run_all(waiting)
-    return exit_status(session)
+    return waiting
 
 
 def exit_status(session: Session) -> int:
     """1, with the list, if something failed."""
     for run in session.failed:
         log.error(f"TeaCache: not made: {run.job.args.save_file}: {run.status}")
-    return 1 if session.failed else 0
+    return 1 if session.failed or not session.all_written else 0
 
 
-def run_comparison(
-    session: Session, by_line: Sequence[Sequence[Job]], own: argparse.Namespace
-) -> int:
+def run_comparison(session: Session, by_line: Sequence[Sequence[Job]]) -> int:
     """Compare on each line, and print the table."""
     session.videos = sum(map(len, by_line))
     log.info(f"TeaCache: {session.videos} videos, of which {2 * len(by_line)} stock")
@@ -2716,6 +2783,8 @@ def decode_latents(own: argparse.Namespace, argv: Sequence[str]) -> None:
         names = ("task", "ckpt_dir", "save_file")
         found = {name: getattr(flags, name, None) or content[name] for name in names}
         latents, fps = content["latents"], content["fps"]
+        if not all(latent.isfinite().all() for latent in latents):
+            raise ValueError("its latents are not finite, and a video of them would be black")
     wan = import_wan(own.wan_repo, generates=False)  # slow, but possible without a GPU
     args = argparse.Namespace(**found)
     require(
@@ -2755,18 +2824,26 @@ def run(argv: Sequence[str]) -> int:
         if is_rank_0():
             print_plan(own, job, outlook)
         return 0
-    by_line = settle_all(wan, own, rest)
+    return generate(wan, own, rest)
+
+
+def generate(wan: Wan, own: argparse.Namespace, argv: list[str]) -> int:
+    """All videos of a command; the exit status."""
+    by_line = settle_all(wan, own, argv)
     jobs = [job for line in by_line for job in line]
+    if own.teacache_jobs and not own.teacache_compare:
+        jobs = without_done(jobs)
     for job in jobs:
         announce(job)
     with refusing(f"--teacache_report {own.teacache_report}: cannot be written", "see its folder"):
         session = Session(wan, own.teacache_report, vars(own))
         if session.report:
             session.report.write_text('{"status": "started"}')
-    with session.opened(uses_xfuser(jobs[0].args)):
+    with session.opened(uses_xfuser(by_line[0][0].args)):
         if own.teacache_compare:
-            return run_comparison(session, by_line, own)
-        return run_jobs(session, jobs, resume=bool(own.teacache_jobs))
+            return run_comparison(session, by_line)
+        session.run_all(jobs)
+        return exit_status(session)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -2774,14 +2851,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     for what was refused, 1 for what failed, 128 + its number for a signal; returns otherwise."""
     status = 0
     try:
-        with stopped_by_signals(), shadow(logging, raiseExceptions=False):  # of lines nobody reads
+        # a log line to a closed pipe is no reason for a traceback
+        with stopped_by_signals(), shadow(logging, raiseExceptions=False):
             try:
                 status = run(sys.argv[1:] if argv is None else argv)
             except SystemExit as leaving:  # of --help
                 status = leaving.code or 0
             sys.stdout.flush()
     except Refused as error:
-        speaks = environment("LOCAL_RANK", 0) == 0 or environment("LOCAL_WORLD_SIZE", 1) == 1
+        alone = environment("LOCAL_WORLD_SIZE", 1) == 1  # then LOCAL_RANK is a left-over
+        speaks = environment("LOCAL_RANK", 0) == 0 or alone  # once a machine
         for message in error.args if speaks else ():
             print(f"teacache_generate.py: error: {message}", file=sys.stderr)
         status = 2

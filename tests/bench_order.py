@@ -32,6 +32,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE / "wan_nano")]
 
 from clips import pick  # noqa: E402
+from scripted import scripted  # noqa: E402
 from wan.configs import WAN_CONFIGS  # noqa: E402
 from wan.text2video import WanT2V  # noqa: E402
 
@@ -87,16 +88,6 @@ class Setting:
             sample_steps=self.steps,
             sample_shift=self.shift,
         )
-
-
-@dataclass(frozen=True)
-class Scripted(TeaCacheConfig):
-    """Computes the steps that are named, whatever the distances say."""
-
-    script: Sequence[int] = ()
-
-    def always_computes(self, step: int) -> bool:
-        return step in self.script or step >= self.steps
 
 
 @dataclass(frozen=True)
@@ -219,7 +210,7 @@ def schedules(setting: Setting, folder: Path) -> Iterator[tuple[str, str, TeaCac
     scripts = [("even", n, every(steps, n)) for n in (2, 3, 4)]
     scripts += [("early", n, every(steps, n, steps // 5)) for n in (3, 4, 5, 6, 7)]
     for family, n, script in scripts:
-        yield family, f"every {n}", Scripted(steps, 1.0, script=script), len(script)
+        yield family, f"every {n}", scripted(steps, script), len(script)
 
 
 def cells(

@@ -6,11 +6,11 @@ import math
 import weakref
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
+from scripted import Scripted
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -84,16 +84,6 @@ class ToyVace(Toy):
         out = super().forward(x, t)
         self.hints_of_last_call = hints
         return out
-
-
-@dataclass(frozen=True)
-class Scripted(TeaCacheConfig):
-    """Computes the steps that are named, whatever the distances say."""
-
-    script: tuple[int, ...] = ()
-
-    def always_computes(self, step: int) -> bool:
-        return step in self.script or step >= self.steps
 
 
 def config(steps, thresh=1.5, mode="plain", coefficients=ALWAYS, **settings):
@@ -367,7 +357,7 @@ def test_nothing_is_measured_at_threshold_0(monkeypatch):
     with teacache(model, config(4, 0.0, order=1)) as cache:
         for step in range(4):
             sample(model, [2.0**-step], begin=step)
-            assert not cache.residuals.anchors and not cache.measured
+            assert not cache.residuals.anchors and not cache.errors
     assert model.runs == 8
     assert cache.drifts == []
 
@@ -636,7 +626,7 @@ def test_more_steps_than_configured_are_an_error_and_fewer_a_warning(caplog):
     assert "set up for 4 steps, but saw 3" in caplog.text
     assert cache.summary().startswith("TeaCache: computed 2 of 3 steps (0 2)")
     assert [drift.step for drift in cache.drifts] == [2]  # what was measured is read all the same
-    assert len(cache.marks) == 5  # begin, three decisions, end
+    assert len(cache.times) == 5  # begin, three decisions, end
     with teacache(model, config(4)) as cache:
         pass
     assert cache.summary() == "TeaCache: no step was taken"
@@ -688,7 +678,7 @@ def test_the_summary_counts_steps_and_calls_its_speedup_an_estimate():
     model = Toy()
     with teacache(model, config(4)) as cache:
         sample(model, 4)
-    cache.marks = [0.0, 1.0, 5.0, 6.0, 10.0, 14.0]  # computed 4, skipped 1, computed 4 and 4 s
+    cache.times = [0.0, 1.0, 5.0, 6.0, 10.0, 14.0]  # computed 4, skipped 1, computed 4 and 4 s
     assert cache.summary().startswith(
         "TeaCache: computed 3 of 4 steps (0 2 3), sampling 14.0 s, about 1.14x of stock "
         "(estimated from the computed steps); reused residuals were off by "
@@ -699,7 +689,7 @@ def test_an_unguided_step_counts_as_half_a_step_of_stock():
     model = Toy()
     with teacache(model, config(4, guided_steps=2)) as cache:
         sample(model, 4)
-    cache.marks = [0.0, 1.0, 5.0, 6.0, 8.0, 10.0]  # 4 s for two passes, 1, 2 and 2 s for one
+    cache.times = [0.0, 1.0, 5.0, 6.0, 8.0, 10.0]  # 4 s for two passes, 1, 2 and 2 s for one
     assert cache.speedup == pytest.approx(2 * 2 * 4 / 10)
 
 

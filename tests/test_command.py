@@ -753,6 +753,8 @@ BOTH = ["flash_attn", "flash_attn_interface"]
         ((8, 6), BOTH[:1]),
         ((8, 9), BOTH[:1]),  # RTX 40
         ((9, 0), BOTH),
+        ((10, 0), BOTH[:1]),  # B200, for which flash-attn 3 has no kernels
+        ((12, 0), BOTH[:1]),  # RTX 50
     ],
 )
 def test_flash_attn_is_used_only_on_gpus_that_it_can_compute_on(flash, capability, usable):

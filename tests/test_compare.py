@@ -15,6 +15,7 @@ import torch
 from nano import NANO, SCRIPT, attempt, frames, python
 from PIL import Image
 
+import teacache_generate
 from teacache_generate import (
     Compared,
     comparison_table,
@@ -402,6 +403,47 @@ def test_without_stock_there_is_no_comparison_and_it_is_said(recorder, ckpt, cap
     assert "the floor" not in said
     assert "not made: a.stock.mp4" in caplog.text
     assert not Path("a.compare.json").exists()
+    assert len(recorder.decoded) == 1  # nothing is made that there is nothing to compare with
+
+
+def test_without_noise_there_is_no_floor_and_it_is_said(recorder, ckpt, capsys):
+    recorder.fails = 1
+    argv = ["--ckpt_dir", ckpt, *FEW, *BALL, "--save_file", "a.mp4"]
+    code, said = attempt(capsys, *argv, "--teacache_compare", "2x")
+    assert code == 1
+    assert said.rstrip().splitlines()[-1].startswith("no floor: stock with noise")
+    assert "nan" not in said
+
+
+def test_a_comparison_that_cannot_be_written_is_said_and_the_next_line_runs(
+    recorder, ckpt, capsys, caplog, monkeypatch
+):
+    write, calls = teacache_generate.write_comparison, []
+
+    def full_at_first(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        write(*args)
+
+    monkeypatch.setattr(teacache_generate, "write_comparison", full_at_first)
+    lines = [f'--prompt "a ball" --base_seed {i} --save_file {i}.mp4' for i in (1, 2)]
+    Path("jobs.txt").write_text("\n".join(lines))
+    argv = ["--ckpt_dir", ckpt, *FEW, "--teacache_jobs", "jobs.txt", "--teacache_compare", "2x"]
+    code, said = attempt(capsys, *argv)
+    assert code == 1
+    assert "No space left on device" in caplog.text
+    assert not Path("1.compare.json").exists()
+    assert Path("2.compare.json").is_file()
+    assert "the floor" in said
+
+
+@pytest.mark.parametrize("flag", ["--teacache_thresh", "--teacache_speedup"])
+def test_a_threshold_beside_the_entries_is_refused_and_not_ignored(recorder, ckpt, capsys, flag):
+    argv = ["--ckpt_dir", ckpt, *FEW, *BALL, flag, "1.5", "--teacache_compare", "2x"]
+    code, said = attempt(capsys, *argv)
+    assert code == 2
+    assert f"{flag} 1.5: is an entry of --teacache_compare" in said
 
 
 # ------------------------------------------------------------------------------ other tasks

@@ -263,6 +263,7 @@ def test_names_without_save_file_differ_and_are_those_of_the_last_time(batch):
     code, said = batch(lines)
     assert code == 0
     assert said.count("is there: skipped") == 4
+    assert "will compute" not in said
     assert videos() == made
     code, said = batch(lines[:1], "--teacache_thresh", "0")  # another video
     assert "skipped" not in said
@@ -316,6 +317,19 @@ def test_a_prompt_expander_is_made_once(batch, wan, monkeypatch):
     assert made == ["model"]
     generate.QwenPromptExpander("after")  # and what was put in its way is gone
     assert made == ["model", "after"]
+
+
+@pytest.mark.parametrize(("kind", "expected"), [(AssertionError, 2), (RuntimeError, 1)])
+def test_an_objection_of_wan_before_the_load_is_a_refusal_and_a_breakdown_is_not(
+    batch, wan, monkeypatch, kind, expected
+):
+    def objecting(args):
+        raise kind("of a prompt expander")
+
+    monkeypatch.setattr(wan[0], "generate", objecting)
+    code, said = batch(THREE[:1])
+    assert code == expected
+    assert said.count("of a prompt expander") >= 1
 
 
 def test_before_each_video_is_said_which_it_is_and_how_long_all_will_take(

@@ -600,7 +600,7 @@ def test_signals_are_handled_as_before_when_the_run_is_over(ckpt, tmp_path, monk
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_latents_that_are_not_finite_are_said_at_once_and_kept(
-    caplog, wan, ckpt, tmp_path, monkeypatch, value
+    caplog, capsys, wan, ckpt, tmp_path, monkeypatch, value
 ):
     from wan.modules.vae import WanVAE
 
@@ -620,8 +620,13 @@ def test_latents_that_are_not_finite_are_said_at_once_and_kept(
     assert decoded == []
     assert caplog.text.index("not finite") < caplog.text.index("Saving generated video")
     assert "not finite" in json.loads(report.read_text())["status"]
-    assert not torch.load(tmp_path / "x.latents.pt")["latents"][0].isfinite().all()
+    kept = tmp_path / "x.latents.pt"
+    assert not torch.load(kept)["latents"][0].isfinite().all()
     assert not (tmp_path / "x.mp4").exists()
+    assert "--teacache_decode" not in caplog.text.split("its latents are in")[1]
+    assert status("--teacache_decode", kept) == 2
+    assert "are not finite" in capsys.readouterr().err
+    assert kept.is_file()
 
 
 # ----------------------------------------------------------------- good files, never failures

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from teacache_generate import Anchor, Residuals, along, reach, residual_norm
+from teacache_generate import Anchor, Residuals, damped, reach, residual_norm
 
 NORMS = json.loads((Path(__file__).parent / "wan_residual_norms.json").read_text())["tables"]
 
@@ -31,7 +31,7 @@ def test_the_reach_is_the_way_in_noise_levels_by_the_gap_before():
     [(0.0, 2.5, 2.5), (1.0, 1.0, 0.5), (1.0, 3.0, 0.75), (0.5, 2.0, 1.0), (math.inf, 3.0, 0.0)],
 )
 def test_the_way_along_a_line_is_the_shorter_the_more_it_slows(slowing, gaps, way):
-    assert along(torch.tensor(slowing, dtype=torch.float64), gaps).item() == pytest.approx(way)
+    assert damped(torch.tensor(slowing, dtype=torch.float64), gaps).item() == pytest.approx(way)
 
 
 def line(*points):
@@ -88,11 +88,12 @@ def test_the_conditional_residual_is_the_unconditional_one_and_their_difference(
 
 
 def test_errors_are_those_of_what_would_have_been_taken():
-    residuals = Residuals()
-    assert residuals.add(anchor(1.0, c=[8.0, 8.0])) is None
-    assert residuals.add(anchor(0.75, c=[6.0, 8.0])).tolist() == [14.0, 2.0, 2.0]
+    residuals = line((1.0, 8.0, 8.0))
+    second = anchor(0.75, c=[6.0, 8.0])
+    assert residuals.errors(second).tolist() == [14.0, 2.0, 2.0]
+    residuals.add(second)
     # held 6 and 8, the line, half way at first, 5 and 8; true 5 and -8
-    assert residuals.add(anchor(0.5, c=[5.0, -8.0])).tolist() == [13.0, 17.0, 16.0]
+    assert residuals.errors(anchor(0.5, c=[5.0, -8.0])).tolist() == [13.0, 17.0, 16.0]
 
 
 def sigmas(steps, shift):

@@ -137,6 +137,17 @@ def test_a_plan_needs_no_other_parts_of_the_checkpoint(capsys, ckpt, tmp_path):
     (one, whole), (two, alone) = (attempt(capsys, "--ckpt_dir", f, *flags) for f in (ckpt, folder))
     assert (one, two) == (0, 0)
     assert planned(whole) == planned(alone)
+    del index["weight_map"]["time_embedding.2.weight"]
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    code, said = attempt(capsys, "--ckpt_dir", folder, *flags)
+    assert code == 2
+    assert "its index names no file for time_embedding.2.weight" in said
+
+
+def test_an_abbreviated_flag_names_the_checkpoint_too(capsys, ckpt):
+    """As generate.py's parser takes it."""
+    code, said = attempt(capsys, "--ckpt", ckpt, *ROW, "--teacache_plan")
+    assert code == 0, said
 
 
 def test_a_plan_shows_the_published_thresholds_and_marks_the_current_one(capsys, ckpt):
