@@ -85,6 +85,15 @@ def prepare(repo: str | Path) -> None:
     sys.path.insert(0, str(repo))
 
 
+def import_diffusers() -> None:
+    """As the stand-in does, of which nothing else is imported."""
+    file = Path(__file__).parent / "wan_nano/wan/utils/slow_imports.py"
+    spec = importlib.util.spec_from_file_location("slow_imports", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.import_diffusers()
+
+
 class Autocast(torch.autocast):
     """CUDA's autocast, on the CPU. To float32 it casts too, which matters to bfloat16 weights."""
 
@@ -555,6 +564,7 @@ class Harness:
     run: Run
 
     def __init__(self) -> None:
+        import_diffusers()
         self.generate, self.wan = map(importlib.import_module, ("generate", "wan"))
         self.writers = {n: getattr(self.generate, n) for n in WRITERS if hasattr(self.generate, n)}
         self.flash = {
