@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import datetime
 import functools
 import gc
@@ -85,13 +86,13 @@ def prepare(repo: str | Path) -> None:
     sys.path.insert(0, str(repo))
 
 
-def import_diffusers() -> None:
-    """As the stand-in does, of which nothing else is imported."""
+def without_unused() -> contextlib.AbstractContextManager:
+    """The stand-in's, of which nothing else is imported."""
     file = Path(__file__).parent / "wan_nano/wan/utils/slow_imports.py"
     spec = importlib.util.spec_from_file_location("slow_imports", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.import_diffusers()
+    return module.without_unused()
 
 
 class Autocast(torch.autocast):
@@ -564,7 +565,6 @@ class Harness:
     run: Run
 
     def __init__(self) -> None:
-        import_diffusers()
         self.generate, self.wan = map(importlib.import_module, ("generate", "wan"))
         self.writers = {n: getattr(self.generate, n) for n in WRITERS if hasattr(self.generate, n)}
         self.flash = {
@@ -721,9 +721,10 @@ def main() -> None:
     jobs = json.loads(given.jobs.read_text())
     given.out.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
-    prepare(given.repo.resolve())
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    harness = Harness()
+    with without_unused():
+        prepare(given.repo.resolve())
+        harness = Harness()
     gc.collect()
     gc.freeze()  # Wan and the script collect after each run: half a second through all imports
     for job in jobs:
