@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import contextlib
 import datetime
 import functools
 import gc
@@ -81,18 +80,10 @@ def prepare(repo: str | Path) -> None:
     for name in ("librosa", "peft"):  # Wan2.2 imports them for tasks that are not run here
         if importlib.util.find_spec(name) is None:
             sys.modules[name] = Absent(name)
-    sys.modules["dashscope"] = Absent("dashscope")  # slow to import, for prompts' extension online
+    for name in ("dashscope", "scipy.stats"):  # never used here, and seconds to import
+        sys.modules[name] = Absent(name)
     prepare_distributed()
     sys.path.insert(0, str(repo))
-
-
-def without_unused() -> contextlib.AbstractContextManager:
-    """The stand-in's, of which nothing else is imported."""
-    file = Path(__file__).parent / "wan_nano/wan/utils/slow_imports.py"
-    spec = importlib.util.spec_from_file_location("slow_imports", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.without_unused()
 
 
 class Autocast(torch.autocast):
@@ -721,10 +712,9 @@ def main() -> None:
     jobs = json.loads(given.jobs.read_text())
     given.out.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
+    prepare(given.repo.resolve())
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    with without_unused():
-        prepare(given.repo.resolve())
-        harness = Harness()
+    harness = Harness()
     gc.collect()
     gc.freeze()  # Wan and the script collect after each run: half a second through all imports
     for job in jobs:
