@@ -42,7 +42,7 @@ def picture(tmp_path_factory) -> Path:
     return file
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def young_heap() -> Iterator[None]:
     """What was there before the tests of a file is not looked through at each of their collections:
     a quarter of a second for each run of the script, and for each look at what is alive."""

@@ -24,7 +24,6 @@ from teacache_generate import (
     teacache,
 )
 
-pytestmark = pytest.mark.usefixtures("young_heap")
 ALWAYS = [0.0, 0.0, 0.0, 0.0, 1.0]  # every distance adds 1
 NEVER = [0.0] * 5
 

@@ -99,12 +99,14 @@ def made(ckpt, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         recorder = Recorder(patch)
         patch.setattr("builtins.print", lambda *words, **_: said.append(" ".join(map(str, words))))
-        patch.setattr(logging.root, "level", logging.INFO)
+        level = logging.root.level
+        logging.root.setLevel(logging.INFO)  # not the attribute: loggers keep what it was
         logging.root.addHandler(handler)
         try:
             code = call(*argv, *entries, "--teacache_report", folder / "report.json")
         finally:
             logging.root.removeHandler(handler)
+            logging.root.setLevel(level)
             recorder.handle.remove()
     table = json.loads((folder / "video.compare.json").read_text())
     return SimpleNamespace(folder=folder, code=code, said=said, table=table, record=recorder)

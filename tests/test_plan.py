@@ -33,7 +33,6 @@ from teacache_generate import (
     settle,
 )
 
-pytestmark = pytest.mark.usefixtures("young_heap")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRAINED = SCRIPT.parent / "assets" / "wan_nano"
 PICTURE = ["--frame_num", "1", "--sample_guide_scale", "1"]  # the schedule knows nothing of these

@@ -47,7 +47,9 @@ def example(name: str) -> str:
     return str(WAN / "examples" / name)
 
 
+FEW = ("--sample_steps", "20")  # where it need not be the number that a published row is for
 T2V = command("t2v-1.3B", "832*480")
+T2V_FEW = [*T2V, *FEW]
 T2V_14B = command("t2v-14B", "1280*720")
 I2V = ("--image", example("i2v_input.JPG"))
 I2V_480P = command("i2v-14B", "832*480", *I2V)
@@ -60,7 +62,8 @@ FLF2V = command(
 )
 REFERENCES = f"{example('girl.png')},{example('snake.png')}"
 VACE = command("vace-1.3B", "832*480", "--src_ref_images", REFERENCES)
-DPM = [*T2V, "--sample_solver", "dpm++"]
+VACE_FEW = [*VACE, *FEW]
+DPM = [*T2V_FEW, "--sample_solver", "dpm++"]
 SINGLE = {  # the first five are README's
     "t2v-1.3B": with_row("t2v-1.3B", T2V, thresh=0.08),
     "t2v-14B": with_row("t2v-14B", T2V_14B, thresh=0.2),
@@ -70,21 +73,23 @@ SINGLE = {  # the first five are README's
     "t2v-1.3B-ret": with_row("t2v-1.3B", T2V, RET),
     "i2v-480P-ret": with_row("i2v-14B-480P", I2V_480P, RET),
     "i2v-720P-ret": with_row("i2v-14B-720P", I2V_720P, RET),
-    "t2i-14B": with_row("t2v-14B", command("t2i-14B", "1024*1024")),
+    "t2i-14B": with_row("t2v-14B", command("t2i-14B", "1024*1024", *FEW)),
     "dpm": with_row("t2v-1.3B", DPM),
     "dpm-ret": with_row("t2v-1.3B", DPM, RET),
-    "20-steps": with_row("t2v-1.3B", [*T2V, "--sample_steps", "20", "--sample_shift", "8"]),
+    "20-steps": with_row("t2v-1.3B", T2V_FEW),
+    "20-steps-ret": with_row("i2v-14B-480P", [*I2V_480P, *FEW], RET),
+    "20-steps-shift": with_row("t2v-1.3B", [*T2V_FEW, "--sample_shift", "8"]),
     # timesteps repeat here, and stock's unipc stops at its last step
     "80-steps": with_row("t2v-1.3B", [*UNIPC_FAILS, "--sample_solver", "dpm++"]),
     "1-step": with_row("t2v-1.3B", [*T2V, "--sample_steps", "1"]),
-    "no-offload": with_row("t2v-1.3B", [*T2V, "--offload_model", "False"]),
-    "sigma": with_sigma(T2V, "--teacache_model", "sigma"),
-    "sigma-0.1": with_sigma(I2V_720P, "--teacache_model", "sigma", thresh=0.1),
+    "no-offload": with_row("t2v-1.3B", [*T2V_FEW, "--offload_model", "False"]),
+    "sigma": with_sigma(T2V_FEW, "--teacache_model", "sigma"),
+    "sigma-0.1": with_sigma([*I2V_720P, *FEW], "--teacache_model", "sigma", thresh=0.1),
     "sigma-dpm": with_sigma(DPM, "--teacache_model", "sigma", thresh=0.1),
-    "sigma-speedup": with_sigma(T2V, "--teacache_model", "sigma", "--teacache_speedup", "2.5"),
+    "sigma-speedup": with_sigma(T2V_FEW, "--teacache_model", "sigma", "--teacache_speedup", "2.5"),
     "order-1": order_1(with_row("t2v-1.3B", T2V, thresh=0.1)),
-    "order-1-ret": order_1(with_row("t2v-1.3B", T2V, RET)),
-    "order-1-sigma": order_1(with_sigma(T2V, "--teacache_model", "sigma")),
+    "order-1-ret": order_1(with_row("t2v-1.3B", T2V_FEW, RET)),
+    "order-1-sigma": order_1(with_sigma(T2V_FEW, "--teacache_model", "sigma")),
     "order-1-dpm": order_1(with_sigma(DPM, "--teacache_model", "sigma")),  # its first t is 1000
     "order-1-many-tokens": order_1(  # of 1065 tokens every second one is measured
         with_sigma(
@@ -93,27 +98,27 @@ SINGLE = {  # the first five are README's
             thresh=0.2,
         )
     ),
-    "guide-until": guided_until(with_row("t2v-1.3B", T2V), 0.5, 25),
+    "guide-until": guided_until(with_row("t2v-1.3B", T2V_FEW), 0.5, 10),
     "guide-until-order-1": guided_until(
-        order_1(with_sigma(T2V, "--teacache_model", "sigma", thresh=0.2)), 0.6, 30
+        order_1(with_sigma(T2V_FEW, "--teacache_model", "sigma", thresh=0.2)), 0.6, 12
     ),
 }
 for name, ours in {"guidance-1": [], "guidance-1-ret": [RET]}.items():  # no step is guided
-    case = with_row("t2v-1.3B", [*T2V, "--sample_guide_scale", "1"], *ours)
+    case = with_row("t2v-1.3B", [*T2V_FEW, "--sample_guide_scale", "1"], *ours)
     SINGLE[name] = Case(case.flags, case.ours, {**case.reference, "guided_steps": 0})
 LATER = {  # tasks that the first release does not have; nobody has published a row for them
-    "flf2v": with_sigma(FLF2V),
-    "vace-1.3B": with_sigma(VACE),
+    "flf2v": with_sigma([*FLF2V, *FEW]),
+    "vace-1.3B": with_sigma(VACE_FEW),
     "vace-14B": with_sigma(
-        command("vace-14B", "832*480", "--src_video", "VIDEO", "--src_mask", "VIDEO")
+        command("vace-14B", "832*480", "--src_video", "VIDEO", "--src_mask", "VIDEO", *FEW)
     ),
     "vace-borrowed": with_row("t2v-1.3B", VACE, "--teacache_model", "t2v-1.3B"),
     "flf2v-order-1": order_1(with_sigma(FLF2V, thresh=0.05)),
-    "vace-guide-until": guided_until(with_sigma(VACE), 0.5, 25),
+    "vace-guide-until": guided_until(with_sigma(VACE_FEW), 0.5, 10),
 }
 CASES = {**SINGLE, **LATER}
 FIRST = ("t2v-1.3B", "t2v-1.3B-ret", "i2v-480P", "t2i-14B", "dpm", "sigma", "guide-until")
-OFF = ("t2v-1.3B", "guidance-1", "vace-1.3B", "flf2v")
+OFF = ("20-steps", "guidance-1", "vace-1.3B", "flf2v")
 REFUSED = {  # name: (flags, what the one line says)
     "flf2v-61-frames": ([*FLF2V, "--frame_num", "61"], "--frame_num 61: must be 81"),
     "unipc-that-fails": (UNIPC_FAILS, "--sample_steps 80 --sample_shift 16.0: the first two"),
@@ -163,9 +168,9 @@ def head(tmp_path_factory) -> tuple[Path, str]:
         teacache(f"{name}.plan", [*case.flags, *case.ours, "--teacache_plan"])
     for name, (argv, _) in REFUSED.items():
         teacache(name, argv)
-    teacache("jobs", [*T2V, "--teacache_jobs", str(jobs_file(out, "jobs"))])
-    jobs += [single_of(line, T2V, out, f"line.{i}") for i, line in enumerate(LINES)]
-    for name in ("t2v-1.3B", "t2i-14B"):
+    teacache("jobs", [*T2V_FEW, "--teacache_jobs", str(jobs_file(out, "jobs"))])
+    jobs += [single_of(line, T2V_FEW, out, f"line.{i}") for i, line in enumerate(LINES)]
+    for name in ("20-steps", "t2i-14B"):
         folder = out / f"decode-{name}"
         folder.mkdir()
         video = ["--save_file", str(folder / f"video.{'png' if 't2i' in name else 'mp4'}")]
@@ -223,16 +228,16 @@ def test_a_file_of_jobs_loads_once_and_makes_the_videos_of_single_runs(head):
     seen = left(out, "jobs")
     assert (seen["exit"], seen["error"]) == (0, None)
     assert (seen["constructed"], seen["restored"]) == (1, True)
-    assert seen["decoded"] == [50, 100, 150]
+    assert seen["decoded"] == [20, 40, 60]
     for i in range(len(LINES)):
         alone = left(out, f"line.{i}")
-        assert seen["steps"][50 * i : 50 * (i + 1)] == alone["steps"]
+        assert seen["steps"][20 * i : 20 * (i + 1)] == alone["steps"]
         together = frames(out, "jobs" if i == 0 else f"jobs.{i}")
         assert np.array_equal(together, frames(out, f"line.{i}"))
         assert (out / f"jobs.{i}.mp4").stat().st_size > 0
 
 
-@pytest.mark.parametrize("name", ["t2v-1.3B", "t2i-14B"])
+@pytest.mark.parametrize("name", ["20-steps", "t2i-14B"])
 def test_latents_that_could_not_be_decoded_are_decoded_later_without_a_model(head, name):
     out, _ = head
     assert left(out, f"{name}.fails")["exit"] != 0
@@ -271,7 +276,7 @@ PARALLEL = {
     "fsdp": ["--dit_fsdp"],
     "all": ["--ulysses_size", "2", "--dit_fsdp", "--t5_fsdp"],
 }
-MANY = ("t2v-1.3B", "i2v-480P-ret", "vace-1.3B", "order-1-sigma", "guide-until")
+MANY = ("20-steps", "20-steps-ret", "vace-1.3B", "order-1-sigma", "guide-until")
 
 
 def in_parallel(case: Case, parallel: str) -> Case:
@@ -288,7 +293,7 @@ def two_processes(tmp_path_factory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("two")
     jobs = jobs_of_all(TWO, TWO, out)
     together = {"name": "jobs", "mode": "teacache"}
-    argv = [*in_parallel(CASES["t2v-1.3B"], "all").flags, "--teacache_jobs"]
+    argv = [*in_parallel(CASES["20-steps"], "all").flags, "--teacache_jobs"]
     together["argv"] = [*argv, str(jobs_file(out, "jobs"))]
     three = {"name": "product", "mode": "teacache", "argv": [*T2V, "--ulysses_size", "3"]}
     return out, run(WAN, [*jobs, together, three], out, processes=2)
@@ -304,7 +309,7 @@ def test_two_processes_skip_alike_and_give_the_frames_of_the_reference(two_proce
     assert second["vace_steps"] == first["vace_steps"]
 
 
-@pytest.mark.parametrize("name", ["t2v-1.3B", "vace-1.3B"])
+@pytest.mark.parametrize("name", ["20-steps", "vace-1.3B"])
 def test_ulysses_gives_the_frames_of_one_process(head, two_processes, name):
     """Ring's blockwise softmax and FSDP's bfloat16 weights round otherwise, stock's too."""
     one = frames(head[0], f"{name}.teacache")
@@ -316,8 +321,8 @@ def test_a_file_of_jobs_in_two_processes(two_processes):
     for rank in (0, 1):
         seen = left(out, "jobs", rank)
         assert (seen["exit"], seen["error"], seen["constructed"]) == (0, None, 1)
-    assert np.array_equal(frames(out, "jobs"), frames(out, "t2v-1.3B.all.teacache"))
-    assert np.array_equal(frames(out, "jobs.2"), frames(out, "t2v-1.3B.all.stock"))
+    assert np.array_equal(frames(out, "jobs"), frames(out, "20-steps.all.teacache"))
+    assert np.array_equal(frames(out, "jobs.2"), frames(out, "20-steps.all.stock"))
 
 
 def test_processes_that_do_not_fit_the_flags_are_refused_by_both_and_said_by_one(two_processes):

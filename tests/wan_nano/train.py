@@ -34,6 +34,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VAE_BATCH, VAE_RATE, KL_WEIGHT = 4, 1e-3, 1e-4
 BATCH, RATE, UNGUIDED, SHIFT = 24, 2e-3, 0.1, 3.0
 SAVE_EVERY = 250  # steps
+MEASURED = 128  # clips whose latents give the mean and standard deviation
+CHECK_STEPS = 50
 
 
 def random(*place: int | str) -> torch.Generator:
@@ -104,7 +106,7 @@ def train_vae(steps: int, state: Path) -> VAE:
     torch.manual_seed(0)
     vae = minimise("VAE", VAE(), vae_loss, steps, VAE_RATE, state)
     generator = random("latents")
-    latents = vae.encode(clips_of(pick(128, generator), generator).to(DEVICE))[0]
+    latents = vae.encode(clips_of(pick(MEASURED, generator), generator).to(DEVICE))[0]
     vae.latent_mean.copy_(latents.mean((0, 2, 3, 4))[:, None, None, None])
     vae.latent_std.copy_(latents.std((0, 2, 3, 4))[:, None, None, None])
     return vae
@@ -212,7 +214,7 @@ def main() -> None:
     torch.save(trained.text_encoder.state_dict(), folder / CONFIG.t5_checkpoint)
     latent_file.unlink()
 
-    found = check(folder, args.check, steps=50)
+    found = check(folder, args.check, CHECK_STEPS)
     print(json.dumps(found, indent=1))
 
 

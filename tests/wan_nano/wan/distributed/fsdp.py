@@ -2,15 +2,16 @@
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 
-def shard_model(model: nn.Module, device_id: int | torch.device) -> FullyShardedDataParallel:
+def shard_model(model: nn.Module, device_id: int | torch.device) -> nn.Module:
     """The model in FSDP and each of its ``blocks``, if it has any, in one of its own.
 
     Nothing is broadcast first: every process has read the same checkpoint.
     """
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision  # slow
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
     full = torch.float32
     return FullyShardedDataParallel(
         model,
