@@ -2393,7 +2393,7 @@ def look_ahead(wan: Wan, own: argparse.Namespace, args: argparse.Namespace) -> O
     return Outlook(choice, timesteps, distances_of(wan, args, timesteps, mode))
 
 
-def settle(
+def job_of(
     wan: Wan, own: argparse.Namespace, args: argparse.Namespace, outlook: Outlook, label: str = ""
 ) -> Job:
     """The settings of a run and its plan. Refused: they are no good."""
@@ -2580,7 +2580,7 @@ def own_of_line(
     return argparse.Namespace(**{**merged, **over}), rest
 
 
-def parse(wan: Wan, own: argparse.Namespace, argv: Sequence[str]) -> argparse.Namespace:
+def parse_and_check(wan: Wan, own: argparse.Namespace, argv: Sequence[str]) -> argparse.Namespace:
     """generate.py's flags, and the checkpoint that they name, checked."""
     names = [flag.split("=")[0] for flag in argv]  # generate.py takes --ckpt too
     has_checkpoint = any(n.startswith("--ck") and "--ckpt_dir".startswith(n) for n in names)
@@ -2602,7 +2602,7 @@ def prompt_of(wan: Wan, args: argparse.Namespace) -> str:
     return args.prompt or wan.examples(args.task).get("prompt", "")
 
 
-def settle_line(
+def jobs_of_line(
     wan: Wan,
     own: argparse.Namespace,
     argv: list[str],
@@ -2613,7 +2613,7 @@ def settle_line(
     """The jobs of one line of a jobs file. common: what the command line says, by itself.
     targets: of the lines before, and then of this too."""
     own, rest = own_of_line(own, flags)
-    args = parse(wan, own, [*argv, *rest])
+    args = parse_and_check(wan, own, [*argv, *rest])
     for name in FOR_ALL_LINES:
         value, of_all = getattr(args, name, None), getattr(common, name, None)
         require(
@@ -2629,19 +2629,24 @@ def settle_line(
     target = Path(args.save_file).resolve()
     require(target not in targets, f"--save_file {args.save_file}: is another line's too")
     targets.add(target)
-    return settle_entries(wan, own, args)
+    return jobs_of_video(wan, own, args)
 
 
-def settle_entries(wan: Wan, own: argparse.Namespace, args: argparse.Namespace) -> list[Job]:
-    """The jobs of one prompt and seed: one, or those of a comparison. Refused: what cannot be."""
+def jobs_of_video(wan: Wan, own: argparse.Namespace, args: argparse.Namespace) -> list[Job]:
+    """The jobs of one prompt and seed, whose inputs and target are checked here."""
     check_prompt_extension(wan, args)
     check_inputs(args, wan.examples(args.task))
     if is_rank_0():
         check_target(wan, args)
-    orders = own.teacache_order or [0]
-    if not own.teacache_compare:
-        require(len(orders) == 1, "--teacache_order: several are for --teacache_compare")
-        return [settle(wan, own, args, look_ahead(wan, own, args))]
+    if own.teacache_compare:
+        return jobs_of_comparison(wan, own, args)
+    several = own.teacache_order and len(own.teacache_order) > 1
+    require(not several, "--teacache_order: several are for --teacache_compare")
+    return [job_of(wan, own, args, look_ahead(wan, own, args))]
+
+
+def jobs_of_comparison(wan: Wan, own: argparse.Namespace, args: argparse.Namespace) -> list[Job]:
+    """Stock, stock with noise, and each entry by each order. Refused: what cannot be."""
     for name in HOW_MUCH:
         require(
             getattr(own, name) is None,
@@ -2649,6 +2654,7 @@ def settle_entries(wan: Wan, own: argparse.Namespace, args: argparse.Namespace) 
         )
     stock = with_flags(own, thresh=0.0, order=[0], guide_until=None)
     asked = [(STOCK, stock), (NOISE, stock)]
+    orders = own.teacache_order or [0]
     for entry in own.teacache_compare:
         for order in orders:
             label = f"{entry} order {order}" if len(orders) > 1 else entry
@@ -2657,7 +2663,7 @@ def settle_entries(wan: Wan, own: argparse.Namespace, args: argparse.Namespace) 
     for label, flags in asked:
         try:
             outlook = look_ahead(wan, flags, args)
-            jobs.append(settle(wan, flags, named(args, label), outlook, label))
+            jobs.append(job_of(wan, flags, named(args, label), outlook, label))
         except Refused as error:
             raise Refused(f"--teacache_compare {label}: {error}") from error
     jobs[1] = replace(jobs[1], noise=1e-4)
@@ -2697,20 +2703,20 @@ def named(args: argparse.Namespace, label: str) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(copy.deepcopy(args)), "save_file": str(file)})
 
 
-def settle_all(wan: Wan, own: argparse.Namespace, argv: list[str]) -> list[list[Job]]:
+def jobs_of_command(wan: Wan, own: argparse.Namespace, argv: list[str]) -> list[list[Job]]:
     """The jobs of each prompt and seed that is asked for. Refused: one error a line."""
     if not own.teacache_jobs:
-        args = parse(wan, own, argv)
+        args = parse_and_check(wan, own, argv)
         if args.save_file is None:
             mark = f"{args.base_seed}_{time.strftime('%Y%m%d_%H%M%S')}"
             name = default_target(args, prompt_of(wan, args), mark)
             args.save_file = str(next(p for p in numbered(Path(name)) if not p.exists()))
-        return [settle_entries(wan, own, args)]
+        return [jobs_of_video(wan, own, args)]
     common = wan.parse(argv, whole=False)
     by_line, errors, targets = [], [], set[Path]()
     for number, flags in read_jobs(own.teacache_jobs):
         try:
-            by_line.append(settle_line(wan, own, argv, common, flags, targets))
+            by_line.append(jobs_of_line(wan, own, argv, common, flags, targets))
         except Refused as error:
             errors += [
                 f"--teacache_jobs {own.teacache_jobs}: line {number}: {e}" for e in error.args
@@ -2818,9 +2824,9 @@ def run(argv: Sequence[str]) -> int:
     wan = import_wan(own.wan_repo, generates=not (asks_help or own.teacache_plan))
     if own.teacache_plan and not asks_help:
         require(not own.teacache_jobs, "--teacache_plan, --teacache_jobs: give one of them")
-        args = parse(wan, own, rest)
+        args = parse_and_check(wan, own, rest)
         outlook = look_ahead(wan, own, args)
-        job = settle(wan, own, args, outlook)
+        job = job_of(wan, own, args, outlook)
         if is_rank_0():
             print_plan(own, job, outlook)
         return 0
@@ -2829,7 +2835,7 @@ def run(argv: Sequence[str]) -> int:
 
 def generate(wan: Wan, own: argparse.Namespace, argv: list[str]) -> int:
     """All videos of a command; the exit status."""
-    by_line = settle_all(wan, own, argv)
+    by_line = jobs_of_command(wan, own, argv)
     jobs = [job for line in by_line for job in line]
     if own.teacache_jobs and not own.teacache_compare:
         jobs = without_done(jobs)

@@ -24,13 +24,13 @@ from teacache_generate import (
     check_plan,
     choose_row,
     guided_steps,
+    job_of,
     look_ahead,
     own_parser,
-    parse,
+    parse_and_check,
     plan,
     plan_speedup,
     read_coefficients,
-    settle,
 )
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -389,8 +389,8 @@ def test_half_of_a_few_steps_by_sigma_are_run_asked_for_or_not(wan, ckpt, steps)
             [*flags, "--ckpt_dir", str(ckpt), "--sample_steps", str(steps), *PROMPT]
         )
         held = Wan(wan[0], RELEASES[0])
-        args = parse(held, own, rest)
-        jobs.append(settle(held, own, args, look_ahead(held, own, args)))
+        args = parse_and_check(held, own, rest)
+        jobs.append(job_of(held, own, args, look_ahead(held, own, args)))
     assert jobs[0].planned.marks() == jobs[1].planned.marks()
     assert jobs[0].planned.marks().count("#") == steps // 2
     assert jobs[0].planned.longest_skip > steps / 4
