@@ -1986,10 +1986,10 @@ class Session:
         try:
             self.run(job, keep_frames)
         except Exception as error:
-            failure = self.runs[-1].failure  # of decoder or writer: all ranks have come this far
-            if isinstance(error, Refused) or (across_ranks() and error is not failure):
+            in_step = error is self.runs[-1].failure  # of decoder or writer: all ranks are past it
+            if isinstance(error, Refused) or (across_ranks() and not in_step):
                 raise
-            log.error("TeaCache: here is where:", exc_info=failure or error)
+            log.error("TeaCache: here is where:", exc_info=self.runs[-1].failure or error)
         self.runs[-1].failure = None  # it holds on to the tensors of where it was raised
         gc.collect()
         torch.cuda.empty_cache()

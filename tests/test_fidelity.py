@@ -147,7 +147,7 @@ def test_the_pictures_are_drawn_from_the_data_in_the_repository(tmp_path):
     drawn = python(ASSETS / "draw.py", "--compare", video, "--out", tmp_path)
     assert drawn.returncode == 0, drawn.stderr
     pictures = sorted(tmp_path.glob("*.png"))
-    assert [u.stem for u in pictures] == ["drift", "fidelity", "schedule"]
+    assert [u.stem for u in pictures] == ["drift", "schedule"]
     for file in pictures:
         with Image.open(file) as picture:
             pixels = np.asarray(picture.convert("RGBA"))

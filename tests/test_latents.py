@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import imageio
@@ -547,16 +546,15 @@ def test_latents_of_image_to_video_are_decoded_too(wan, i2v_ckpt, picture, tmp_p
 
 
 def start(*argv: object, nohup: bool = False) -> subprocess.Popen:
-    """A long run, sampling for a second by now."""
+    """A long run that has sampled some steps by now, as its bar says."""
     command = [*(["nohup"] if nohup else []), sys.executable, str(SCRIPT), "--wan_repo", str(NANO)]
     process = subprocess.Popen(
         [*command, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     for line in process.stdout:
-        if "Creating WanModel" in line:
-            break
-    time.sleep(1)
-    return process
+        if re.search(r"\b[1-9]\d*/\d+ \[", line):
+            return process
+    raise AssertionError("it has ended without a step")
 
 
 def long(ckpt, tmp_path, steps) -> list[object]:

@@ -4,6 +4,7 @@
 longer than most of them; the tests then look at what each job left.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -60,9 +61,9 @@ FLF2V = command(
     *("flf2v-14B", "832*480", "--first_frame", example("flf2v_input_first_frame.png")),
     *("--last_frame", example("flf2v_input_last_frame.png")),
 )
+FLF2V_FEW = [*FLF2V, *FEW]
 REFERENCES = f"{example('girl.png')},{example('snake.png')}"
-VACE = command("vace-1.3B", "832*480", "--src_ref_images", REFERENCES)
-VACE_FEW = [*VACE, *FEW]
+VACE_FEW = command("vace-1.3B", "832*480", "--src_ref_images", REFERENCES, *FEW)
 DPM = [*T2V_FEW, "--sample_solver", "dpm++"]
 SINGLE = {  # the first five are README's
     "t2v-1.3B": with_row("t2v-1.3B", T2V, thresh=0.08),
@@ -72,7 +73,7 @@ SINGLE = {  # the first five are README's
     "t2v-14B-ret": with_row("t2v-14B", T2V_14B, RET, thresh=0.3),
     "t2v-1.3B-ret": with_row("t2v-1.3B", T2V, RET),
     "i2v-480P-ret": with_row("i2v-14B-480P", I2V_480P, RET),
-    "i2v-720P-ret": with_row("i2v-14B-720P", I2V_720P, RET),
+    "i2v-720P-ret": with_row("i2v-14B-720P", [*I2V_720P, "--frame_num", "41"], RET),
     "t2i-14B": with_row("t2v-14B", command("t2i-14B", "1024*1024", *FEW)),
     "dpm": with_row("t2v-1.3B", DPM),
     "dpm-ret": with_row("t2v-1.3B", DPM, RET),
@@ -107,13 +108,13 @@ for name, ours in {"guidance-1": [], "guidance-1-ret": [RET]}.items():  # no ste
     case = with_row("t2v-1.3B", [*T2V_FEW, "--sample_guide_scale", "1"], *ours)
     SINGLE[name] = Case(case.flags, case.ours, {**case.reference, "guided_steps": 0})
 LATER = {  # tasks that the first release does not have; nobody has published a row for them
-    "flf2v": with_sigma([*FLF2V, *FEW]),
+    "flf2v": with_sigma(FLF2V_FEW),
     "vace-1.3B": with_sigma(VACE_FEW),
     "vace-14B": with_sigma(
         command("vace-14B", "832*480", "--src_video", "VIDEO", "--src_mask", "VIDEO", *FEW)
     ),
-    "vace-borrowed": with_row("t2v-1.3B", VACE, "--teacache_model", "t2v-1.3B"),
-    "flf2v-order-1": order_1(with_sigma(FLF2V, thresh=0.05)),
+    "vace-borrowed": with_row("t2v-1.3B", VACE_FEW, "--teacache_model", "t2v-1.3B"),
+    "flf2v-order-1": order_1(with_sigma(FLF2V_FEW, thresh=0.05)),
     "vace-guide-until": guided_until(with_sigma(VACE_FEW), 0.5, 10),
 }
 CASES = {**SINGLE, **LATER}
@@ -148,6 +149,37 @@ REFUSED = {  # name: (flags, what the one line says)
 }
 
 
+COMPARED = {
+    "t2v": T2V_FEW,
+    "i2v": [*I2V_480P, *FEW],
+    "t2i": command("t2i-14B", "1024*1024", *FEW),
+}
+
+
+def comparison(flags: list[str], out: Path, name: str) -> list[str]:
+    """Stock, stock with noise and half of the steps, of one prompt and seed."""
+    target = out / f"{name}.compared.{'png' if name == 't2i' else 'mp4'}"
+    ours = ["--teacache_model", "sigma", "--teacache_compare", "2x"]
+    return [*flags, *ours, "--save_file", str(target)]
+
+
+def check_comparison(out: Path, job: str, name: str) -> None:
+    """One load, three videos, and the PSNR of their bytes against stock's."""
+    seen, table = left(out, job), json.loads((out / f"{name}.compared.compare.json").read_text())
+    assert (seen["exit"], seen["error"]) == (0, None)
+    assert (seen["constructed"], seen["restored"], len(seen["decoded"])) == (1, True, 3)
+    assert [row["label"] for row in table] == ["stock", "noise 1e-4", "2x"]
+    assert [row["computed"] for row in table] == [20, 20, 10]
+    videos = [frames(out, f"{job}{n}") for n in ("", ".1", ".2")]
+    as_bytes = [((v.clip(-1, 1) + 1) / 2 * 255).astype(np.uint8).astype(float) for v in videos]
+    for row, video in zip(table[1:], as_bytes[1:], strict=True):
+        error = ((video - as_bytes[0]) ** 2).mean()
+        assert error > 0
+        assert row["psnr"] == pytest.approx(10 * np.log10(255**2 / error), abs=1e-3)
+    assert (out / f"{name}.compared.compare.png").stat().st_size > 0
+    assert (out / f"{name}.compared.compare.mp4").is_file() == (name != "t2i")
+
+
 @pytest.fixture(scope="module")
 def head(tmp_path_factory) -> tuple[Path, str]:
     """All jobs of one process on the checkout at hand: their folder, and what they printed."""
@@ -170,6 +202,8 @@ def head(tmp_path_factory) -> tuple[Path, str]:
         teacache(name, argv)
     teacache("jobs", [*T2V_FEW, "--teacache_jobs", str(jobs_file(out, "jobs"))])
     jobs += [single_of(line, T2V_FEW, out, f"line.{i}") for i, line in enumerate(LINES)]
+    for name, flags in COMPARED.items():
+        teacache(f"{name}.compare", comparison(flags, out, name))
     for name in ("20-steps", "t2i-14B"):
         folder = out / f"decode-{name}"
         folder.mkdir()
@@ -237,6 +271,11 @@ def test_a_file_of_jobs_loads_once_and_makes_the_videos_of_single_runs(head):
         assert (out / f"jobs.{i}.mp4").stat().st_size > 0
 
 
+@pytest.mark.parametrize("name", COMPARED)
+def test_a_comparison_loads_once_and_tells_the_psnr_of_its_videos(head, name):
+    check_comparison(head[0], f"{name}.compare", name)
+
+
 @pytest.mark.parametrize("name", ["20-steps", "t2i-14B"])
 def test_latents_that_could_not_be_decoded_are_decoded_later_without_a_model(head, name):
     out, _ = head
@@ -296,7 +335,9 @@ def two_processes(tmp_path_factory) -> tuple[Path, str]:
     argv = [*in_parallel(CASES["20-steps"], "all").flags, "--teacache_jobs"]
     together["argv"] = [*argv, str(jobs_file(out, "jobs"))]
     three = {"name": "product", "mode": "teacache", "argv": [*T2V, "--ulysses_size", "3"]}
-    return out, run(WAN, [*jobs, together, three], out, processes=2)
+    flags = comparison(in_parallel(CASES["20-steps"], "all").flags, out, "two")
+    compared = {"name": "compare", "mode": "teacache", "argv": flags}
+    return out, run(WAN, [*jobs, together, compared, three], out, processes=2)
 
 
 @pytest.mark.parametrize("name", TWO)
@@ -325,6 +366,14 @@ def test_a_file_of_jobs_in_two_processes(two_processes):
     assert np.array_equal(frames(out, "jobs.2"), frames(out, "20-steps.all.stock"))
 
 
+def test_two_processes_compare_with_one_load(two_processes):
+    out, _ = two_processes
+    check_comparison(out, "compare", "two")
+    other = left(out, "compare", rank=1)
+    assert (other["exit"], other["error"], other["constructed"]) == (0, None, 1)
+    assert other["steps"] == left(out, "compare")["steps"]
+
+
 def test_processes_that_do_not_fit_the_flags_are_refused_by_both_and_said_by_one(two_processes):
     out, log = two_processes
     assert [left(out, "product", rank)["exit"] for rank in (0, 1)] == [2, 2]
@@ -333,4 +382,4 @@ def test_processes_that_do_not_fit_the_flags_are_refused_by_both_and_said_by_one
 
 def test_only_rank_0_speaks(two_processes):
     said = re.findall(r"TeaCache: computed \d", two_processes[1])
-    assert len(said) == len(TWO) + len(LINES)
+    assert len(said) == len(TWO) + len(LINES) + 1  # the one that is compared with stock
