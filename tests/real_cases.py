@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 HERE = Path(__file__).resolve().parent
 CATS = "Two anthropomorphic cats in comfy boxing gear fight intensely on a spotlighted stage."
@@ -198,3 +199,27 @@ def check(out: Path, name: str, cases: dict[str, Case]) -> None:
     assert report["status"] == "finished"
     assert [step["computed"] for step in report["steps"]] == reference["computed"]
     assert report["computed"] == [i for i, u in enumerate(reference["computed"]) if u]
+
+
+def comparison(flags: list[str], out: Path, name: str) -> list[str]:
+    """Stock, stock with noise and half of the steps, of one prompt and seed."""
+    target = out / f"{name}.compared.{'png' if name == 't2i' else 'mp4'}"
+    ours = ["--teacache_model", "sigma", "--teacache_compare", "2x"]
+    return [*flags, *ours, "--save_file", str(target)]
+
+
+def check_comparison(out: Path, job: str, name: str) -> None:
+    """One load, three videos, and the PSNR of their bytes against stock's."""
+    seen, table = left(out, job), json.loads((out / f"{name}.compared.compare.json").read_text())
+    assert (seen["exit"], seen["error"]) == (0, None)
+    assert (seen["constructed"], seen["restored"], len(seen["decoded"])) == (1, True, 3)
+    assert [row["label"] for row in table] == ["stock", "noise 1e-4", "2x"]
+    assert [row["computed"] for row in table] == [20, 20, 10]
+    videos = [frames(out, f"{job}{n}") for n in ("", ".1", ".2")]
+    as_bytes = [((v.clip(-1, 1) + 1) / 2 * 255).astype(np.uint8).astype(float) for v in videos]
+    for row, video in zip(table[1:], as_bytes[1:], strict=True):
+        error = ((video - as_bytes[0]) ** 2).mean()
+        assert error > 0
+        assert row["psnr"] == pytest.approx(10 * np.log10(255**2 / error), abs=1e-3)
+    assert (out / f"{name}.compared.compare.png").stat().st_size > 0
+    assert (out / f"{name}.compared.compare.mp4").is_file() == (name != "t2i")

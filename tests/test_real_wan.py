@@ -4,11 +4,11 @@
 longer than most of them; the tests then look at what each job left.
 """
 
-import json
 import os
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import imageio
 import numpy as np
@@ -19,6 +19,8 @@ from real_cases import (
     LINES,
     Case,
     check,
+    check_comparison,
+    comparison,
     frames,
     guided_until,
     jobs_file,
@@ -149,35 +151,18 @@ REFUSED = {  # name: (flags, what the one line says)
 }
 
 
+def file_and_lines(out: Path) -> list[dict[str, Any]]:
+    """A file of jobs, and each of its lines as a run of its own."""
+    argv = [*T2V_FEW, "--teacache_jobs", str(jobs_file(out, "jobs"))]
+    singles = [single_of(line, T2V_FEW, out, f"line.{i}") for i, line in enumerate(LINES)]
+    return [{"name": "jobs", "mode": "teacache", "argv": argv}, *singles]
+
+
 COMPARED = {
     "t2v": T2V_FEW,
     "i2v": [*I2V_480P, *FEW],
     "t2i": command("t2i-14B", "1024*1024", *FEW),
 }
-
-
-def comparison(flags: list[str], out: Path, name: str) -> list[str]:
-    """Stock, stock with noise and half of the steps, of one prompt and seed."""
-    target = out / f"{name}.compared.{'png' if name == 't2i' else 'mp4'}"
-    ours = ["--teacache_model", "sigma", "--teacache_compare", "2x"]
-    return [*flags, *ours, "--save_file", str(target)]
-
-
-def check_comparison(out: Path, job: str, name: str) -> None:
-    """One load, three videos, and the PSNR of their bytes against stock's."""
-    seen, table = left(out, job), json.loads((out / f"{name}.compared.compare.json").read_text())
-    assert (seen["exit"], seen["error"]) == (0, None)
-    assert (seen["constructed"], seen["restored"], len(seen["decoded"])) == (1, True, 3)
-    assert [row["label"] for row in table] == ["stock", "noise 1e-4", "2x"]
-    assert [row["computed"] for row in table] == [20, 20, 10]
-    videos = [frames(out, f"{job}{n}") for n in ("", ".1", ".2")]
-    as_bytes = [((v.clip(-1, 1) + 1) / 2 * 255).astype(np.uint8).astype(float) for v in videos]
-    for row, video in zip(table[1:], as_bytes[1:], strict=True):
-        error = ((video - as_bytes[0]) ** 2).mean()
-        assert error > 0
-        assert row["psnr"] == pytest.approx(10 * np.log10(255**2 / error), abs=1e-3)
-    assert (out / f"{name}.compared.compare.png").stat().st_size > 0
-    assert (out / f"{name}.compared.compare.mp4").is_file() == (name != "t2i")
 
 
 @pytest.fixture(scope="module")
@@ -200,8 +185,7 @@ def head(tmp_path_factory) -> tuple[Path, str]:
         teacache(f"{name}.plan", [*case.flags, *case.ours, "--teacache_plan"])
     for name, (argv, _) in REFUSED.items():
         teacache(name, argv)
-    teacache("jobs", [*T2V_FEW, "--teacache_jobs", str(jobs_file(out, "jobs"))])
-    jobs += [single_of(line, T2V_FEW, out, f"line.{i}") for i, line in enumerate(LINES)]
+    jobs += file_and_lines(out)
     for name, flags in COMPARED.items():
         teacache(f"{name}.compare", comparison(flags, out, name))
     for name in ("20-steps", "t2i-14B"):
@@ -228,7 +212,7 @@ def first_release(tmp_path_factory) -> tuple[Path, str]:
     subprocess.run(["tar", "-x", "-C", str(repo)], input=archive.stdout, check=True)
     jobs = jobs_of_all(FIRST, {name: CASES[name] for name in FIRST}, out)
     flags = CASES["i2v-720P"].flags
-    jobs.append({"name": "61-frames", "mode": "teacache", "argv": flags})
+    jobs += [{"name": "61-frames", "mode": "teacache", "argv": flags}, *file_and_lines(out)]
     return out, run(repo, jobs, out)
 
 
@@ -257,8 +241,9 @@ def test_threshold_zero_is_stock_to_the_bit(head, name):
     assert all(map(all, left(out, f"{name}.off")["steps"]))
 
 
-def test_a_file_of_jobs_loads_once_and_makes_the_videos_of_single_runs(head):
-    out, _ = head
+@pytest.mark.parametrize("release", ["head", "first_release"])
+def test_a_file_of_jobs_loads_once_and_makes_the_videos_of_single_runs(request, release):
+    out, _ = request.getfixturevalue(release)
     seen = left(out, "jobs")
     assert (seen["exit"], seen["error"]) == (0, None)
     assert (seen["constructed"], seen["restored"]) == (1, True)

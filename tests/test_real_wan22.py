@@ -13,12 +13,15 @@ from real_cases import (
     LINES,
     Case,
     check,
+    check_comparison,
+    comparison,
     frames,
     guided_until,
     jobs_file,
     jobs_of_all,
     left,
     order_1,
+    printed,
     run,
     single_of,
     with_row,
@@ -66,6 +69,19 @@ CASES = {
 }
 
 
+def other_task(task: str) -> list[str]:
+    return ["--task", task, "--ckpt_dir", ".", "--prompt", CATS]
+
+
+COMPARED = ("t2v", "ti2v-image")
+PLANNED = ("t2v", "i2v-dpm", "ti2v-image-order-1", "t2v-row", "i2v-row-ret")
+REFUSED = {  # name: (flags, what the one line says)
+    "s2v": (other_task("s2v-14B"), "--task s2v-14B: it samples clip after clip"),
+    "animate": (other_task("animate-14B"), "--task animate-14B: it samples clip after clip"),
+    "no ring": ([*T2V, "--ring_size", "2"], "--ring_size"),
+}
+
+
 @pytest.fixture(scope="module")
 def head(tmp_path_factory) -> tuple[Path, str]:
     """All jobs of one process: their folder, and what they printed."""
@@ -80,6 +96,12 @@ def head(tmp_path_factory) -> tuple[Path, str]:
         teacache(f"{name}.off", [*flags, "--teacache_thresh", "0", *video])
     teacache("jobs", [*T2V, "--teacache_jobs", str(jobs_file(out, "jobs"))])
     jobs += [single_of(line, T2V, out, f"line.{i}") for i, line in enumerate(LINES)]
+    for name in COMPARED:
+        teacache(f"{name}.compare", comparison(TASKS[name], out, name))
+    for name in PLANNED:
+        teacache(f"{name}.plan", [*CASES[name].flags, *CASES[name].ours, "--teacache_plan"])
+    for name, (argv, _) in REFUSED.items():
+        teacache(name, argv)
     for name in ("t2v", "ti2v"):
         folder = out / f"decode-{name}"
         folder.mkdir()
@@ -121,6 +143,28 @@ def test_a_file_of_jobs_loads_once_and_makes_the_videos_of_single_runs(head):
     for i in range(len(LINES)):
         together = frames(out, "jobs" if i == 0 else f"jobs.{i}")
         assert np.array_equal(together, frames(out, f"line.{i}"))
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_a_comparison_loads_once_and_tells_the_psnr_of_its_videos(head, name):
+    check_comparison(head[0], f"{name}.compare", name)
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_the_plan_marks_the_schedule_of_the_run(head, name):
+    out, log = head
+    (line,) = [u for u in printed(log, f"{name}.plan").splitlines() if u.startswith(">")]
+    computed = left(out, f"{name}.reference")["computed"]
+    assert [mark == "#" for mark in line.split()[-1]] == computed
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_is_refused_in_one_line_before_anything_is_loaded(head, name):
+    out, log = head
+    assert (left(out, name)["exit"], left(out, name)["constructed"]) == (2, 0)
+    said = [line for line in printed(log, name).splitlines() if "error" in line]
+    assert len(said) == 1
+    assert REFUSED[name][1] in said[0]
 
 
 @pytest.mark.parametrize("name", ["t2v", "ti2v"])
