@@ -90,7 +90,8 @@ class Row:
     solver: str = "unipc"
 
 
-# Published by the authors of TeaCache for Wan2.1, fitted at generate.py's defaults.
+# Published by the authors of TeaCache for Wan2.1, fitted at generate.py's defaults. Which task has
+# which row: TASK_ROWS, and for i2v choose_i2v_row.
 # fmt: off
 ROWS: dict[str, Row] = {
     "t2v-1.3B": Row(
@@ -1006,8 +1007,11 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Release:
-    """What is named otherwise in Wan2.1 and in Wan2.2. All other differences follow from the task's
-    config (``boundary``, ``high_noise_checkpoint``) or from which flags the parser has."""
+    """What is named otherwise in Wan2.1 and in Wan2.2; told apart by the name of the writer.
+
+    All other differences follow from the task's config (``boundary``, ``high_noise_checkpoint``) or
+    from which flags the parser has. A new task has its place in KINDS and ``inputs_of`` too.
+    """
 
     name: str
     video_writer: str  # of generate.py
