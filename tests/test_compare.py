@@ -176,9 +176,8 @@ def test_the_speedup_is_measured_against_the_faster_stock_run_of_this_process(ma
     told = json.loads((made.folder / "report.json").read_text())["videos"]
     seconds = [video["seconds"]["sampling"] for video in told]
     assert [row["seconds"] for row in made.table] == seconds
-    for row in made.table[2:]:
+    for row in made.table:
         assert row["speedup"] * row["seconds"] == pytest.approx(min(seconds[:2]))
-    assert made.table[0]["speedup"] == 1
 
 
 def test_each_video_and_three_files_of_them_all_are_beside_the_target(made):
@@ -225,7 +224,7 @@ def test_a_strip_of_frames_has_a_label_a_row(made):
 def test_the_table_is_printed_last_with_the_floor_under_it(made):
     *rows, floor = made.said[-9:]
     assert [line[: len(label)] for line, label in zip(rows, LABELS, strict=True)] == LABELS
-    assert re.match(r"stock +10/10 +[\d.]+ s +1\.00x +inf +1\.000$", rows[0])
+    assert re.match(r"stock +10/10 +[\d.]+ s +[01]\.\d\dx +inf +1\.000$", rows[0])
     assert re.match(
         r"0\.2 order 0 +\d/10 +[\d.]+ s +[\d.]+x +[\d.]+ % +[\d.]+ +[01]\.\d{3}$", rows[2]
     )
