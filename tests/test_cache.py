@@ -821,6 +821,21 @@ def test_attention_is_the_formula_and_respects_key_lengths():
     torch.testing.assert_close(out[1], softmax_attention(q[1], k[1, :3], v[1, :3]))
 
 
+def test_attention_of_samples_of_one_length_needs_no_mask(monkeypatch):
+    """With one, PyTorch's fast kernels are ruled out: a run of Wan has one sample."""
+    masks, stock = [], nn.functional.scaled_dot_product_attention
+
+    def recorded(q, k, v, mask, *others):
+        masks.append(mask)
+        return stock(q, k, v, mask, *others)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", recorded)
+    q, k, v = torch.randn(3, 1, 6, 4, 8).unbind()
+    out = sdpa_attention(q, k, v, k_lens=torch.tensor([4]))
+    torch.testing.assert_close(out[0], softmax_attention(q[0], k[0, :4], v[0, :4]))
+    assert masks == [None]
+
+
 def test_attention_computes_in_the_dtype_of_v_and_returns_that_of_q():
     q, k, v = torch.randn(3, 1, 6, 4, 8).unbind()
     out = sdpa_attention(q, k, v.bfloat16())
