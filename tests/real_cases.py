@@ -118,17 +118,20 @@ def jobs_of_all(names: Iterable[str], cases: dict[str, Case], out: Path) -> list
     return [job for job in jobs if job["mode"] != "stock" or job["name"] in needed]
 
 
-def jobs_file(out: Path, name: str) -> Path:
+def jobs_file(out: Path, name: str, ending: str = "mp4") -> Path:
     """A file for --teacache_jobs."""
-    lines = ([*line, "--save_file", str(out / f"{name}.{i}.mp4")] for i, line in enumerate(LINES))
+    files = (str(out / f"{name}.{i}.{ending}") for i in range(len(LINES)))
+    lines = ([*line, "--save_file", file] for line, file in zip(LINES, files, strict=True))
     file = out / f"{name}.txt"
     file.write_text("".join(f"{shlex.join(line)}\n" for line in lines))
     return file
 
 
-def single_of(line: list[str], argv: list[str], out: Path, name: str) -> dict[str, Any]:
+def single_of(
+    line: list[str], argv: list[str], out: Path, name: str, ending: str = "mp4"
+) -> dict[str, Any]:
     """A line of a file of jobs, as a run of its own."""
-    video = ["--save_file", str(out / f"{name}.mp4")]
+    video = ["--save_file", str(out / f"{name}.{ending}")]
     return {"name": name, "mode": "teacache", "argv": [*argv, *line, *video]}
 
 

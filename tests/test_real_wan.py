@@ -151,18 +151,21 @@ REFUSED = {  # name: (flags, what the one line says)
 }
 
 
-def file_and_lines(out: Path) -> list[dict[str, Any]]:
-    """A file of jobs, and each of its lines as a run of its own."""
-    argv = [*T2V_FEW, "--teacache_jobs", str(jobs_file(out, "jobs"))]
-    singles = [single_of(line, T2V_FEW, out, f"line.{i}") for i, line in enumerate(LINES)]
-    return [{"name": "jobs", "mode": "teacache", "argv": argv}, *singles]
-
-
-COMPARED = {
+SERVED = {
     "t2v": T2V_FEW,
     "i2v": [*I2V_480P, *FEW],
     "t2i": command("t2i-14B", "1024*1024", *FEW),
 }
+
+
+def file_and_lines(out: Path, task: str) -> list[dict[str, Any]]:
+    """A file of jobs, and each of its lines as a run of its own."""
+    ending, flags = "png" if task == "t2i" else "mp4", SERVED[task]
+    argv = [*flags, "--teacache_jobs", str(jobs_file(out, f"{task}.jobs", ending))]
+    together = {"name": f"{task}.jobs", "mode": "teacache", "argv": argv}
+    names = [f"{task}.line.{i}" for i in range(len(LINES))]
+    singles = zip(LINES, names, strict=True)
+    return [together, *(single_of(line, flags, out, name, ending) for line, name in singles)]
 
 
 @pytest.fixture(scope="module")
@@ -185,8 +188,8 @@ def head(tmp_path_factory) -> tuple[Path, str]:
         teacache(f"{name}.plan", [*case.flags, *case.ours, "--teacache_plan"])
     for name, (argv, _) in REFUSED.items():
         teacache(name, argv)
-    jobs += file_and_lines(out)
-    for name, flags in COMPARED.items():
+    for name, flags in SERVED.items():
+        jobs += file_and_lines(out, name)
         teacache(f"{name}.compare", comparison(flags, out, name))
     for name in ("20-steps", "t2i-14B"):
         folder = out / f"decode-{name}"
@@ -212,7 +215,7 @@ def first_release(tmp_path_factory) -> tuple[Path, str]:
     subprocess.run(["tar", "-x", "-C", str(repo)], input=archive.stdout, check=True)
     jobs = jobs_of_all(FIRST, {name: CASES[name] for name in FIRST}, out)
     flags = CASES["i2v-720P"].flags
-    jobs += [{"name": "61-frames", "mode": "teacache", "argv": flags}, *file_and_lines(out)]
+    jobs += [{"name": "61-frames", "mode": "teacache", "argv": flags}, *file_and_lines(out, "t2v")]
     return out, run(repo, jobs, out)
 
 
@@ -241,22 +244,25 @@ def test_threshold_zero_is_stock_to_the_bit(head, name):
     assert all(map(all, left(out, f"{name}.off")["steps"]))
 
 
-@pytest.mark.parametrize("release", ["head", "first_release"])
-def test_a_file_of_jobs_loads_once_and_makes_the_videos_of_single_runs(request, release):
+@pytest.mark.parametrize(
+    ("release", "task"), [*(("head", task) for task in SERVED), ("first_release", "t2v")]
+)
+def test_a_file_of_jobs_loads_once_and_makes_the_videos_of_single_runs(request, release, task):
     out, _ = request.getfixturevalue(release)
-    seen = left(out, "jobs")
+    seen = left(out, f"{task}.jobs")
     assert (seen["exit"], seen["error"]) == (0, None)
     assert (seen["constructed"], seen["restored"]) == (1, True)
     assert seen["decoded"] == [20, 40, 60]
     for i in range(len(LINES)):
-        alone = left(out, f"line.{i}")
+        alone = left(out, f"{task}.line.{i}")
         assert seen["steps"][20 * i : 20 * (i + 1)] == alone["steps"]
-        together = frames(out, "jobs" if i == 0 else f"jobs.{i}")
-        assert np.array_equal(together, frames(out, f"line.{i}"))
-        assert (out / f"jobs.{i}.mp4").stat().st_size > 0
+        together = frames(out, f"{task}.jobs" if i == 0 else f"{task}.jobs.{i}")
+        assert np.array_equal(together, frames(out, f"{task}.line.{i}"))
+        (file,) = (file for file in out.glob(f"{task}.jobs.{i}.*") if file.suffix != ".npy")
+        assert file.stat().st_size > 0
 
 
-@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("name", SERVED)
 def test_a_comparison_loads_once_and_tells_the_psnr_of_its_videos(head, name):
     check_comparison(head[0], f"{name}.compare", name)
 
