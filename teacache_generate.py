@@ -261,6 +261,24 @@ class Schedule:
         """The numbers of the computed steps."""
         return [i for i, step in enumerate(self.steps) if step.computed]
 
+    def reach(self, bounded: bool) -> float:
+        """For order 1: how far the newest step is beyond the last computed one before it, in units
+        of the gap between that one and the computed one before it. 0 if there are no two.
+
+        In noise levels, along which the residual changes most evenly: on the published norms of the
+        real models a line in them is three times nearer than one in the step's number.
+        bounded: the line is gone for as many steps as its two ends are apart, and no farther.
+        """
+        now = len(self.steps) - 1
+        ends = [i for i in self.computed if i < now][-2:]
+        if len(ends) < 2:
+            return 0.0
+        before, last = ends
+        farthest = min(now, last + (last - before)) if bounded else now
+        levels = [self.steps[i].timestep for i in (farthest, last, before)]
+        gap = levels[1] - levels[2]
+        return (levels[0] - levels[1]) / gap if gap else 0.0
+
     @property
     def passes(self) -> int:
         """How often the blocks run: once or twice on a computed step; 2 * steps for stock."""
@@ -393,16 +411,6 @@ def middle_threshold(schedule: Schedule) -> float:
     return (max(skipped) + min(computed)) / 2 if computed else 2 * max(skipped)
 
 
-def reach(noise: float, last: float, before: float) -> float:
-    """For order 1: how far a step is beyond the last computed one, in units of the gap before that.
-
-    Each is a noise level, along which the residual changes most evenly: on the published norms of
-    the real models a line in it is three times nearer than one in the step's number. 0, to hold,
-    where the two computed steps are at one level.
-    """
-    return (noise - last) / (last - before) if last != before else 0.0
-
-
 # ----------------------------------------------------------------------------------------- cache
 # Owns the residuals of one generation and what stands in for a model's methods during it. Knows
 # WanModel's forward, blocks and time_projection; no flags, files or pipelines.
@@ -469,16 +477,19 @@ def totals(terms: Sequence[Tensor]) -> Tensor:
 
 @dataclass
 class Anchor:
-    """A computed step, and its residuals by branch."""
+    """The residuals of a computed step, by branch."""
 
-    noise: float  # its noise level
     samples: dict[int, Tensor]  # every n-th token in float32, [1, up to 1024, dim]
     residuals: dict[int, Tensor]  # all tokens, [1, tokens, dim]; while a later step may need them
 
 
-def damped(slowing: Tensor, k: float) -> Tensor:
-    """How much of a line is gone over a reach k: all of it, k, at slowing 0; never 1 / slowing."""
-    return k / (1 + slowing * k)
+def way(share: Tensor, k: float) -> Tensor:
+    """How much of a line to go over a reach k, if at k = 1 it is a share of it, from 0 to 1.
+
+    A hyperbola: of share 1 it is k itself, the whole line; of less it bends, and in the end stands
+    still. A share above 0, since 0 over a reach of 0 is not a number.
+    """
+    return share * k / (share + (1 - share) * k)
 
 
 class Residuals:
@@ -486,41 +497,40 @@ class Residuals:
 
     Order 0 holds the newest residual, R'. Order 1, which is ours, goes on along the line through
     the two, to R' + a D, with D = R' - R'':
-        k   how far the step is beyond R', its ``reach``
-        a   k / (1 + s k), how much of D is added
-        s   the slowing: at 0 the line is gone all along, at infinity R' is held; 1 to begin with
-    At each computed step R the gain <R - R', D> / (k <D, D>), clipped to 0 .. 1, is the share of k
-    that would have been right. From it comes the s of the next steps: (1 / gain - 1) / k, by which
-    a is gain * k at this k, and less than that in proportion at a longer one.
+        k   how far the step is beyond R', of the schedule's ``reach``
+        w   the share of the line that is right at k = 1, measured; 1/2 to begin with
+        a   ``way(w, k)``, how much of D is added
+    At each computed step R the gain <R - R', D> / (k <D, D>), clipped to 0 .. 1, is how much of k
+    would have been right. The w by which ``way`` is gain * k there is averaged with the w before,
+    since a single gain tells little of the next one.
 
-    s is measured apart for the conditional residual where it runs alone, for the unconditional one,
+    w is measured apart for the conditional residual where it runs alone, for the unconditional one,
     and for the difference of the two, since guidance multiplies the errors of that.
     """
 
     def __init__(self) -> None:
         self.anchors: list[Anchor] = []
         # by CONDITIONAL, UNCONDITIONAL, DIFFERENCE; tensors, so that nothing waits for the GPU
-        self.slowing = [torch.ones((), dtype=torch.float64) for _ in range(3)]
+        self.shares = [torch.full((), 0.5, dtype=torch.float64) for _ in range(3)]
 
-    def guess(self, noise: float, branch: int, order: int) -> Tensor:
-        """The residual [1, tokens, dim] of a branch for a skipped step at a noise level."""
+    def guess(self, branch: int, order: int, k: float) -> Tensor:
+        """The residual [1, tokens, dim] of a branch for a skipped step, k beyond the newest."""
         if order == 0 or len(self.anchors) < 2:
             return self.anchors[0].residuals[branch]
-        return self.extrapolate(noise, branch, *(anchor.residuals for anchor in self.anchors))
+        return self.extrapolate(k, branch, *(anchor.residuals for anchor in self.anchors))
 
     def extrapolate(
-        self, noise: float, branch: int, newest: dict[int, Tensor], older: dict[int, Tensor]
+        self, k: float, branch: int, newest: dict[int, Tensor], older: dict[int, Tensor]
     ) -> Tensor:
         """Order 1, for the residuals of the two anchors by branch, or for samples of them.
 
         In place where it can be: for 14B at 720P a residual has 1.5 GB.
         """
-        k = reach(noise, *(anchor.noise for anchor in self.anchors))
-        alone, unconditional, difference = (damped(slowing, k) for slowing in self.slowing)
+        alone, unconditional, difference = (way(share, k) for share in self.shares)
         change = newest[branch] - older[branch]
         if branch == UNCONDITIONAL:
             change.mul_(unconditional)
-        elif UNCONDITIONAL in newest:  # C = U + (C - U), each changes by a share of its own
+        elif UNCONDITIONAL in newest:  # C = U + (C - U), and each goes a way of its own
             change.mul_(difference)
             of_unconditional = newest[UNCONDITIONAL] - older[UNCONDITIONAL]
             change.add_(of_unconditional.mul_(unconditional - difference))
@@ -533,13 +543,7 @@ class Residuals:
         for anchor in self.anchors[count:]:
             anchor.residuals.clear()
 
-    def add(self, anchor: Anchor) -> None:
-        """Take a computed step, and measure by it how far order 1 should have gone."""
-        if len(self.anchors) == 2:
-            self.measure(anchor)
-        self.anchors = [anchor, *self.anchors[:1]]
-
-    def errors(self, anchor: Anchor) -> Tensor:
+    def errors(self, anchor: Anchor, k: float) -> Tensor:
         """What both orders would have guessed for a computed step, against what is true.
 
         [sum|R|, sum|R - held|, sum|R - extrapolated|] of the sampled tokens of both branches,
@@ -550,25 +554,29 @@ class Residuals:
         for branch, true in anchor.samples.items():
             held = extrapolated = samples[0][branch]
             if len(samples) == 2:
-                extrapolated = self.extrapolate(anchor.noise, branch, *samples)
+                extrapolated = self.extrapolate(k, branch, *samples)
             terms[0].append(true.abs())
             terms[1].append((true - held).abs())
             terms[2].append((true - extrapolated).abs())
         return totals([torch.stack(of_branches) for of_branches in terms])
 
-    def measure(self, anchor: Anchor) -> None:
-        """The slowing, from the gain at a computed step."""
-        k = reach(anchor.noise, *(other.noise for other in self.anchors))
-        if k == 0:  # both anchors at one noise level, or this step at that of the newest: no line
-            return
+    def add(self, anchor: Anchor, k: float) -> None:
+        """Take a computed step, k beyond the newest, and measure by it how far was right."""
+        if len(self.anchors) == 2 and k != 0:  # at 0 there was no line, or no way to go
+            self.measure(anchor, k)
+        self.anchors = [anchor, *self.anchors[:1]]
+
+    def measure(self, anchor: Anchor, k: float) -> None:
+        """The shares, by the gains at a computed step."""
         now, last, before = map(quantities, (anchor, *self.anchors))
         products = []
         for name in now:
             direction = last[name] - before[name]
             products += [(now[name] - last[name]) * direction, direction * direction]
         for name, (projection, squared) in zip(now, totals(products).view(-1, 2), strict=True):
-            gain = (projection / (k * squared)).nan_to_num(0.0).clamp(1e-9, 1)  # it divides
-            self.slowing[name] = (1 / gain - 1) / k
+            gain = (projection / (k * squared)).nan_to_num(0.0).clamp(0, 1)
+            measured = gain * k / (gain * k + 1 - gain)
+            self.shares[name] = (self.shares[name] + measured) / 2
 
 
 def quantities(anchor: Anchor) -> dict[int, Tensor]:
@@ -591,6 +599,71 @@ class Drift:
         return self.line if order else self.hold
 
 
+class Measurements:
+    """What a run measures of itself, at no cost: marks of time, and drift."""
+
+    def __init__(self, schedule: Schedule):
+        self.schedule = schedule
+        self.times: list[float] = []  # seconds: begin of sampling, each decision, end of sampling
+        self.drifts: list[Drift] = []
+        self.unread: list[tuple[int, Tensor]] = []  # step, and Residuals.errors on the device
+
+    def mark(self) -> None:
+        self.times.append(time.perf_counter())
+
+    def read(self) -> None:
+        """Bring the errors to the host, all at once."""
+        rows = torch.stack([errors for _, errors in self.unread]).tolist() if self.unread else []
+        for (step, _), (size, held, line) in zip(self.unread, rows, strict=True):
+            if size > 0 and math.isfinite(size + held + line):
+                self.drifts.append(Drift(step, held / size, line / size))
+        self.unread.clear()
+
+    @property
+    def seconds(self) -> float:
+        """Of the sampling, so far or in all."""
+        return self.times[-1] - self.times[0] if self.times else 0.0
+
+    @property
+    def speedup(self) -> float:
+        """Against stock's 2 * steps passes, at the median seconds of the passes that were run."""
+        seconds = np.diff(self.times[1:])  # of each step: from its decision to the next
+        config, computed = self.schedule.config, self.schedule.computed
+        whole = [i for i in computed if i < len(seconds)]  # not one that was stopped
+        passes = [seconds[i] / (1 + config.is_guided(i)) for i in whole]
+        return float(np.median(passes)) * 2 * len(seconds) / self.seconds
+
+    def drift(self, order: int) -> float | None:
+        """The mean drift by an order; None if no step was computed after a skipped one."""
+        return float(np.mean([drift.by(order) for drift in self.drifts])) if self.drifts else None
+
+    def summary(self) -> str:
+        """What was computed, how long it took, what it saved and how far off it was, in a line."""
+        schedule, config = self.schedule, self.schedule.config
+        if len(self.times) < 3:  # begin of sampling, a decision, end of sampling
+            return "TeaCache: no step was taken"
+        text = (
+            f"TeaCache: computed {len(schedule.computed)} of {len(schedule.steps)} steps "
+            f"({' '.join(map(str, schedule.computed))}), sampling {self.seconds:.1f} s, "
+            f"about {self.speedup:.2f}x of stock (estimated from the computed steps)"
+        )
+        if config.guided_steps is not None and config.guided_steps < len(schedule.steps):
+            text += f"; {schedule.passes} of {2 * len(schedule.steps)} passes"
+        if not self.drifts:
+            return text
+        order, other = config.order, 1 - config.order
+        worst = max(self.drifts, key=lambda drift: drift.by(order))
+        return (
+            f"{text}; reused residuals were off by {percent(self.drift(order))} (largest "
+            f"{percent(worst.by(order))} at step {worst.step}); by order {other} they would have "
+            f"been by {percent(self.drift(other))}"
+        )
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
 @dataclass(frozen=True)
 class Originals:
     """A model's own methods and blocks, which the stand-ins call."""
@@ -610,16 +683,14 @@ class TeaCache:
 
     def __init__(self, config: TeaCacheConfig):
         self.config, self.schedule = config, Schedule(config)
+        self.measurements = Measurements(self.schedule)
         self.calls = 0  # of the models, so far
-        self.times: list[float] = []  # seconds: begin of sampling, each decision, end of sampling
-        self.drifts: list[Drift] = []
-        self.errors: list[tuple[int, Tensor]] = []  # step, and Residuals.errors; not read yet
         # of the model that is sampling
         self.active: Originals | None = None
         self.residuals = Residuals()
         self.signal: Tensor | None = None  # of the step before
         # of the step
-        self.step, self.noise, self.computes = 0, 1.0, True
+        self.step, self.computes = 0, True
         self.anchor: Anchor | None = None
         self.output: list[Tensor] | None = None  # of the last call that ran
         # of the call
@@ -675,7 +746,8 @@ class TeaCache:
                 "TeaCache needs two calls of the model a step, with the prompt and then without; "
                 "this pipeline's second call has another timestep: it is of a distilled model?"
             )
-        self.times = self.times or [time.perf_counter()]
+        if self.calls == 0:
+            self.measurements.mark()
         self.calls, self.timestep = self.calls + 1, t
         if originals is not self.active:  # the first call of a model
             self.active, self.signal, self.residuals = originals, None, Residuals()
@@ -683,19 +755,9 @@ class TeaCache:
     def end_sampling(self) -> None:
         """Take the time, read what was measured, and let go of all tensors: the VAE is next."""
         synchronize()
-        self.times.append(time.perf_counter())
-        self.read_drifts()
+        self.measurements.mark()
+        self.measurements.read()
         self.release()
-
-    def read_drifts(self) -> None:
-        """Bring the errors to the host."""
-        if not self.errors:
-            return
-        rows = torch.stack([sums for _, sums in self.errors]).tolist()
-        for (step, _), (size, held, line) in zip(self.errors, rows, strict=True):
-            if size > 0 and math.isfinite(size + held + line):
-                self.drifts.append(Drift(step, held / size, line / size))
-        self.errors.clear()
 
     def decide(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         """Forward hook of time_projection, which takes e to e0; both still as the model made them.
@@ -717,8 +779,7 @@ class TeaCache:
         decision = self.schedule.decide(timestep, distance[0] if distance else None)
         self.computes = as_rank_0(decision, self.timestep.device)
         self.schedule.overrule(self.computes)
-        self.noise = timestep / TRAIN_TIMESTEPS
-        self.times.append(time.perf_counter())
+        self.measurements.mark()
 
     def forward_vace(self, originals: Originals, *args: Any, **kwargs: Any) -> list[Tensor] | None:
         """In place of ``model.forward_vace``: its hints are for the blocks that are skipped."""
@@ -734,7 +795,8 @@ class TeaCache:
         if self.computes:
             out = self.compute(originals, h, **kwargs)
         else:
-            out = h + self.residuals.guess(self.noise, self.branch, self.config.order)
+            k = self.schedule.reach(bounded=True)
+            out = h + self.residuals.guess(self.branch, self.config.order, k)
         if self.is_last_branch and not self.config.keeps(self.step):
             self.residuals.free_all_but(0)
         return out
@@ -744,7 +806,7 @@ class TeaCache:
         if self.branch == CONDITIONAL:
             # before the blocks need the memory; order 1 will need the newest as the older of two
             self.residuals.free_all_but(self.config.order)
-            self.anchor = Anchor(self.noise, {}, {})
+            self.anchor = Anchor({}, {})
         out = h
         for block in originals.blocks:
             out = block(out, **kwargs)
@@ -765,58 +827,20 @@ class TeaCache:
             self.anchor.residuals[self.branch] = out - h
         if self.is_last_branch:
             if self.residuals.anchors and not self.schedule.steps[self.step - 1].computed:
-                self.errors.append((self.step, self.residuals.errors(self.anchor)))
-            self.residuals.add(self.anchor)
+                errors = self.residuals.errors(self.anchor, self.schedule.reach(bounded=True))
+                self.measurements.unread.append((self.step, errors))
+            self.residuals.add(self.anchor, self.schedule.reach(bounded=False))
 
     def release(self) -> None:
-        """Let go of models and tensors; decisions, times and drifts stay."""
+        """Let go of models and tensors; decisions and what was measured stay."""
         self.residuals = Residuals()
-        self.errors.clear()
+        self.measurements.unread.clear()
         self.active = self.signal = self.anchor = self.output = None
         self.timestep = self.outer_timestep = None
 
-    @property
-    def seconds(self) -> float:
-        """Of the sampling, so far or in all."""
-        return self.times[-1] - self.times[0] if self.times else 0.0
-
-    @property
-    def speedup(self) -> float:
-        """Against stock's 2 * steps passes, at the median seconds of the passes that were run."""
-        seconds = np.diff(self.times[1:])  # of each step: from its decision to the next
-        whole = [i for i in self.schedule.computed if i < len(seconds)]  # not one that was stopped
-        passes = [seconds[i] / (1 + self.config.is_guided(i)) for i in whole]
-        return float(np.median(passes)) * 2 * len(seconds) / self.seconds
-
-    def drift(self, order: int) -> float | None:
-        """The mean drift by an order; None if no step was computed after a skipped one."""
-        return float(np.mean([drift.by(order) for drift in self.drifts])) if self.drifts else None
-
     def summary(self) -> str:
-        """What was computed, how long it took, what it saved and how far off it was, in a line."""
-        schedule = self.schedule
-        if len(self.times) < 3:  # begin of sampling, a decision, end of sampling
-            return "TeaCache: no step was taken"
-        text = (
-            f"TeaCache: computed {len(schedule.computed)} of {len(schedule.steps)} steps "
-            f"({' '.join(map(str, schedule.computed))}), sampling {self.seconds:.1f} s, "
-            f"about {self.speedup:.2f}x of stock (estimated from the computed steps)"
-        )
-        if self.config.guided_steps is not None and self.config.guided_steps < len(schedule.steps):
-            text += f"; {schedule.passes} of {2 * len(schedule.steps)} passes"
-        if not self.drifts:
-            return text
-        order, other = self.config.order, 1 - self.config.order
-        worst = max(self.drifts, key=lambda drift: drift.by(order))
-        return (
-            f"{text}; reused residuals were off by {percent(self.drift(order))} (largest "
-            f"{percent(worst.by(order))} at step {worst.step}); by order {other} they would have "
-            f"been by {percent(self.drift(other))}"
-        )
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+        """What was computed and measured, in a line."""
+        return self.measurements.summary()
 
 
 @contextmanager
@@ -1789,9 +1813,10 @@ class Run:
             shadow(pipeline.vae, decode=decode),
         ):
             video = generate(*args, **kwargs)
-        if self.cache.times:
-            self.seconds["encode"] = self.cache.times[0] - began
-            self.seconds["sampling"] = self.cache.seconds
+        measurements = self.cache.measurements
+        if measurements.times:
+            self.seconds["encode"] = measurements.times[0] - began
+            self.seconds["sampling"] = measurements.seconds
         if job.config.thresh > 0 or not job.label:  # of stock, in a comparison, there is no news
             log.info(self.cache.summary())
         if job.planned.computed != self.cache.schedule.computed:
@@ -1862,17 +1887,15 @@ class Run:
         }
         if job.label:
             report["label"] = job.label
-        if cache and cache.times:
-            drifts = {
-                drift.step: {"hold": drift.hold, "line": drift.line} for drift in cache.drifts
-            }
-            report["computed"] = cache.schedule.computed
-            report["passes"] = cache.schedule.passes
-            report["drift"] = {"hold": cache.drift(0), "line": cache.drift(1)}
-            report["speedup"] = cache.speedup if self.status == "finished" else None
+        if cache and cache.measurements.times:
+            schedule, measurements = cache.schedule, cache.measurements
+            drifts = {d.step: {"hold": d.hold, "line": d.line} for d in measurements.drifts}
+            report["computed"] = schedule.computed
+            report["passes"] = schedule.passes
+            report["drift"] = {"hold": measurements.drift(0), "line": measurements.drift(1)}
+            report["speedup"] = measurements.speedup if self.status == "finished" else None
             report["steps"] = [
-                {**asdict(step), "drift": drifts.get(i)}
-                for i, step in enumerate(cache.schedule.steps)
+                {**asdict(step), "drift": drifts.get(i)} for i, step in enumerate(schedule.steps)
             ]
         return report
 
@@ -2041,10 +2064,11 @@ def table(runs: Sequence[Run]) -> list[str]:
         if run.status != "finished" or not cache:
             lines.append(f"TeaCache: {run.status[:40]:>36}  {run.job.args.save_file}")
             continue
-        drift = cache.drift(cache.config.order)
+        measurements = cache.measurements
+        drift = measurements.drift(cache.config.order)
         lines.append(
             f"TeaCache: {len(cache.schedule.computed):5}/{len(cache.schedule.steps):<2}  "
-            f"{cache.seconds:6.1f} s  {cache.speedup:7.2f}x  "
+            f"{measurements.seconds:6.1f} s  {measurements.speedup:7.2f}x  "
             f"{percent(drift) if drift is not None else '':>6}  {run.job.args.save_file}"
         )
     return lines
@@ -2111,9 +2135,9 @@ def compare(session: Session, jobs: Sequence[Job], target: Path) -> list[Compare
                 label=job.label,
                 computed=len(cache.schedule.computed),
                 steps=len(cache.schedule.steps),
-                seconds=cache.seconds,
+                seconds=cache.measurements.seconds,
                 speedup=1.0,
-                drift=cache.drift(job.config.order),
+                drift=cache.measurements.drift(job.config.order),
                 psnr=psnr(video, stock),
                 ssim=ssim(video, stock),
             )

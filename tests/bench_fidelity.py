@@ -250,7 +250,7 @@ def measure(ckpt: Path, settings: Sequence[Setting], pair: Pair) -> list[Measure
                 cache.schedule.passes,
                 seconds,
                 stock_seconds / seconds,
-                cache.drift(setting.config.order),
+                cache.measurements.drift(setting.config.order),
                 *fidelity(videos[setting.against], video),
             )
         )

@@ -142,9 +142,9 @@ class ResidualsByIndex(Residuals):
         super().__init__()
         self.cache = cache
 
-    def guess(self, sigma: float, branch: int, order: int) -> Tensor:
+    def guess(self, branch: int, order: int, k: float) -> Tensor:
         if len(self.anchors) < 2:
-            return super().guess(sigma, branch, 0)
+            return super().guess(branch, 0, k)
         newest, older = (anchor.residuals[branch] for anchor in self.anchors)
         before, last = self.cache.schedule.computed[-2:]
         return newest + self.cache.reach(self.cache.step - last, last - before) * (newest - older)

@@ -345,8 +345,9 @@ class Reference:
     Of a job: ``thresh``; ``method``, plain, ret or sigma, the first two with ``coefficients``;
     ``guided_steps`` n, from step n on the unconditional call returns the conditional output;
     ``order`` 1, r goes on along the line through the last two residuals u of the unconditional
-    branch and, apart, along that of the difference c - u, by k / (1 + s k) for k gaps of the noise
-    level, each with the s of the gain g that was measured when the last step was computed.
+    branch and, apart, along that of the difference c - u, over k gaps of the noise level, but no
+    farther than as many steps as that gap has: by k w / (w + k (1 - w)), w the mean of the w before
+    and of that by which the last computed step would have been met, in the direction of the line.
 
     A pipeline may have two models. The schedule is one over both, but nothing of one is of use to
     the other: the first step of each is computed, and its residuals start anew.
@@ -361,6 +362,7 @@ class Reference:
             self.thresh = json.loads(Path(self.thresh).read_text())["config"]["thresh"]
         self.calls, self.accumulated, self.model = 0, 0.0, None
         self.computed: list[bool] = []
+        self.levels: list[float] = []
         for model in models:
             model.register_forward_pre_hook(functools.partial(self.call, model), with_kwargs=True)
             model.register_forward_hook(self.returned)
@@ -380,8 +382,9 @@ class Reference:
         self.s = float(t.flatten()[-1]) / 1000  # ti2v's first frame, the first tokens, may have 0
         self.first_of_model, self.model = model is not self.model, model
         if self.first_of_model:
-            self.past: dict[int, list[tuple[float, Tensor]]] = {0: [], 1: []}
-            self.slowing = {"c": 1.0, "u": 1.0, "c-u": 1.0}
+            self.past: dict[int, list[tuple[int, Tensor]]] = {0: [], 1: []}
+            self.w = {"c": 0.5, "u": 0.5, "c-u": 0.5}
+        self.levels.append(self.s)
         if self.method == "sigma":
             self.decide_by_sigma()
 
@@ -422,7 +425,7 @@ class Reference:
     def leave(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         past = self.past[self.branch]
         if self.computed[-1]:
-            past.append((self.s, output - self.h))
+            past.append((self.step, output - self.h))
             if self.branch == 1 or self.step >= self.guided_steps:
                 self.measure()
             return output
@@ -432,35 +435,39 @@ class Reference:
                 r = self.onward(past, "u" if self.branch == 1 else "c")
             else:
                 both = zip(past, self.past[1], strict=True)
-                apart = [(s, c - u) for (s, c), (_, u) in both]
+                apart = [(step, c - u) for (step, c), (_, u) in both]
                 r = self.onward(self.past[1], "u") + self.onward(apart, "c-u")
         return self.h + r
 
-    def onward(self, past: list[tuple[float, Tensor]], name: str) -> Tensor:
+    def reach(self, step: int, last: int, before: int) -> float:
+        s2, s1, s = (self.levels[i] for i in (before, last, step))
+        return (s - s1) / (s1 - s2) if s1 != s2 else 0.0
+
+    def onward(self, past: list[tuple[int, Tensor]], name: str) -> Tensor:
         """To this step along the line through the last two."""
-        (s2, r2), (s1, r1) = past[-2:]
-        if s1 == s2:
-            return r1
-        k = (self.s - s1) / (s1 - s2)
-        return r1 + k / (1 + self.slowing[name] * k) * (r1 - r2)
+        (before, r2), (last, r1) = past[-2:]
+        k = self.reach(min(self.step, 2 * last - before), last, before)
+        w = self.w[name]
+        return r1 + k * w / (w + k * (1 - w)) * (r1 - r2)
 
     def measure(self) -> None:
-        """The slowing, by what was computed at this step and at the two before it."""
+        """The shares w, by what was computed at this step and at the two before it."""
         c, u = self.past[0], self.past[1]
         series = {"c": c}
         if len(u) == len(c):
-            apart = [(s, one - other) for (s, one), (_, other) in zip(c, u, strict=True)]
+            apart = [(step, one - other) for (step, one), (_, other) in zip(c, u, strict=True)]
             series |= {"u": u, "c-u": apart}
         for name, past in series.items():
             if len(past) < 3:
                 continue
+            k = self.reach(self.step, past[-2][0], past[-3][0])
             every = math.ceil(past[-1][1].size(1) / 1024)
-            (s2, r2), (s1, r1), (_, r) = [(s, x[:, ::every].double()) for s, x in past[-3:]]
+            r2, r1, r = [x[:, ::every].double() for _, x in past[-3:]]
             length = float(((r1 - r2) ** 2).sum())
-            k = (self.s - s1) / (s1 - s2) if s1 != s2 else 0.0
             if k:
-                g = float(((r - r1) * (r1 - r2)).sum()) / (k * length) if length else 0.0
-                self.slowing[name] = (1 / min(max(g, 1e-9), 1.0) - 1) / k
+                a = float(((r - r1) * (r1 - r2)).sum()) / length if length else 0.0
+                a = min(max(a, 0.0), k)  # a = k w / (w + k (1 - w)), solved for w
+                self.w[name] = (self.w[name] + k * a / (k - a + k * a)) / 2
 
     def returned(self, module: nn.Module, args: Any, output: list[Tensor]) -> list[Tensor] | None:
         if self.branch == 0:

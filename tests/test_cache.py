@@ -225,10 +225,14 @@ def test_order_1_measures_each_branch_at_a_computed_step_for_the_skipped_ones_af
     with teacache(model, scripted([0, 1, 3, 6, 7], 8, order=1)) as cache:
         outputs = numbers(sample(model, timesteps))
     # unconditional: 2 + 1/2 * 1, half of the line at first; then the gain is 4 / (2 * 1), clipped
-    # to 1: 6 + 1/2 * 4, 6 + 4
-    assert [out - 100 for out in outputs[1::2]] == pytest.approx([1, 2, 2.5, 6, 8, 10, 9, 9])
-    # difference: 1, 2, 2.5; then -1 where 4 was the line: gain 0, so that it stays
-    assert outputs[::2] == pytest.approx([2, 4, 5, 5, 7, 9, 9, 9])
+    # to 1, and so the share 3/4: of a line of 4, half a gap on 3/7, a gap on 3/4
+    unconditional = [1, 2, 2.5, 6, 6 + 12 / 7, 9, 9, 9]
+    assert [out - 100 for out in outputs[1::2]] == pytest.approx(unconditional)
+    # difference: 1, 2, 2.5; then -1 where 4 was the line: gain 0, and so the share 1/4: of a line
+    # of -3, half a gap on 1/5, a gap on 1/4
+    difference = [1, 2, 2.5, -1, -1 - 3 / 5, -1 - 3 / 4, 0, 0]
+    conditional = [u + d for u, d in zip(unconditional, difference, strict=True)]
+    assert outputs[::2] == pytest.approx(conditional)
     assert cache.schedule.marks() == "##.#..##"
 
 
@@ -237,7 +241,7 @@ def test_it_is_measured_at_a_computed_step_after_a_computed_one_too():
     model = Toy(lambda step, branch: torch.tensor(true[step]))
     with teacache(model, scripted([0, 1, 2, 4], 5, order=1)):
         outputs = numbers(sample(model, [900, 800, 700, 600, 500]))
-    assert outputs[1::2] == pytest.approx([101, 102, 102.25, 102.25 + 0.25 * 0.25, 109])
+    assert outputs[1::2] == pytest.approx([101, 102, 102.25, 102.25 + 0.375 * 0.25, 109])
 
 
 def test_order_1_holds_where_the_computed_steps_are_at_one_place():
@@ -247,9 +251,9 @@ def test_order_1_holds_where_the_computed_steps_are_at_one_place():
     with teacache(model, scripted([0, 1, 3, 5], 6, order=1)) as cache:
         outputs = numbers(sample(model, timesteps))
     assert outputs[4] == 2.0
-    # the slowing is 1 still, since no line was there to be measured: at a reach of 1/2 a third
+    # the share is 1/2 still, since no line was there to be measured: at a reach of 1/2 a third
     assert outputs[8] == pytest.approx(3 + 1 / 3)
-    assert cache.drifts[0] == Drift(3, 1 / 3, 1 / 3)
+    assert cache.measurements.drifts[0] == Drift(3, 1 / 3, 1 / 3)
 
 
 def test_order_1_holds_where_there_is_one_residual_only():
@@ -300,14 +304,17 @@ def test_drift_is_how_far_both_guesses_would_have_been_off_whatever_the_order(or
     model = Toy(lambda step, branch: torch.tensor(float(TRUE[branch][step])))
     with teacache(model, scripted([0, 1, 3, 4, 6], 7, order=order)) as cache:
         sample(model, [900, 800, 700, 600, 500, 400, 300])
-    # at 3: true 3 and -6; held 4 and 2; the line, two gaps on and so 2/3 of D, 16/3 and 8/3
-    # at 4: D is -8 for the unconditional one and 7 for the difference, k 1/2: 10 and -9 are gone,
-    # against both: gains 0. At 6: true 2 and 2, and both guesses 4 and 4
-    assert [drift.step for drift in cache.drifts] == [3, 6]
-    assert [drift.hold for drift in cache.drifts] == pytest.approx([9 / 9, 4 / 4])
-    assert [drift.line for drift in cache.drifts] == pytest.approx([11 / 9, 4 / 4])
-    assert cache.drift(0) == pytest.approx(1.0)
-    assert cache.drift(1) == pytest.approx((11 / 9 + 1) / 2)
+    # at 3: true 3 and -6; held 4 and 2; the line, a step on as its ends are apart, so half of D: 5
+    # and 2.5. Then the shares are 1/4 of the unconditional one and 3/4 of the difference
+    # at 4: D is -8 and 7, but 10 and -9 are gone, against both: the shares are 1/8 and 3/8
+    # at 6: true 2 and 2; held 4 and 4; the line 4 + 10 / 8, and that - 9 * 3/8
+    assert [drift.step for drift in cache.measurements.drifts] == [3, 6]
+    assert [drift.hold for drift in cache.measurements.drifts] == pytest.approx([9 / 9, 4 / 4])
+    assert [drift.line for drift in cache.measurements.drifts] == pytest.approx(
+        [10.5 / 9, 3.375 / 4]
+    )
+    assert cache.measurements.drift(0) == pytest.approx(1.0)
+    assert cache.measurements.drift(1) == pytest.approx((10.5 / 9 + 3.375 / 4) / 2)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +336,7 @@ def test_the_last_line_tells_the_drift_of_both_orders(order, said):
     model = Toy()
     with teacache(model, config(4, order=order)) as cache:
         sample(model, 4)
-    cache.drifts = [Drift(3, 0.25, 0.0), Drift(5, 0.15, 0.15)]
+    cache.measurements.drifts = [Drift(3, 0.25, 0.0), Drift(5, 0.15, 0.15)]
     assert cache.summary().endswith(said)
 
 
@@ -337,8 +344,8 @@ def test_without_a_skipped_step_there_is_no_drift():
     model = Toy()
     with teacache(model, config(4, 1e-9)) as cache:
         sample(model, 4)
-    assert cache.drifts == []
-    assert cache.drift(0) is None
+    assert cache.measurements.drifts == []
+    assert cache.measurements.drift(0) is None
     assert "off by" not in cache.summary()
 
 
@@ -347,7 +354,7 @@ def test_residuals_that_are_nothing_or_no_number_have_no_drift():
         model = Toy(lambda step, branch, value=value: torch.tensor(value))
         with teacache(model, config(4, order=1)) as cache:
             sample(model, 4)
-        assert all(math.isfinite(drift.line) for drift in cache.drifts)
+        assert all(math.isfinite(drift.line) for drift in cache.measurements.drifts)
 
 
 def test_nothing_is_measured_at_threshold_0(monkeypatch):
@@ -356,9 +363,9 @@ def test_nothing_is_measured_at_threshold_0(monkeypatch):
     with teacache(model, config(4, 0.0, order=1)) as cache:
         for step in range(4):
             sample(model, [2.0**-step], begin=step)
-            assert not cache.residuals.anchors and not cache.errors
+            assert not cache.residuals.anchors and not cache.measurements.unread
     assert model.runs == 8
-    assert cache.drifts == []
+    assert cache.measurements.drifts == []
 
 
 class Synchronised(TorchDispatchMode):
@@ -513,7 +520,7 @@ def test_a_residual_never_crosses_from_one_model_to_the_other():
     assert outputs == [10, 10, 10, 53, 53, 53, 53, 57]
     assert cache.schedule.marks() == "#..#...#"
     assert cache.schedule.steps[3].distance is None
-    assert [drift.step for drift in cache.drifts] == [7]
+    assert [drift.step for drift in cache.measurements.drifts] == [7]
     assert (high.runs, low.runs) == (2, 4)
 
 
@@ -624,8 +631,10 @@ def test_more_steps_than_configured_are_an_error_and_fewer_a_warning(caplog):
         sample(model, 3)
     assert "set up for 4 steps, but saw 3" in caplog.text
     assert cache.summary().startswith("TeaCache: computed 2 of 3 steps (0 2)")
-    assert [drift.step for drift in cache.drifts] == [2]  # what was measured is read all the same
-    assert len(cache.times) == 5  # begin, three decisions, end
+    assert [drift.step for drift in cache.measurements.drifts] == [
+        2
+    ]  # what was measured is read all the same
+    assert len(cache.measurements.times) == 5  # begin, three decisions, end
     with teacache(model, config(4)) as cache:
         pass
     assert cache.summary() == "TeaCache: no step was taken"
@@ -670,14 +679,21 @@ def test_drift_after_the_guided_steps_is_of_the_conditional_branch():
     model = Toy(lambda step, branch: torch.tensor(true[branch][step]))
     with teacache(model, config(3, 9.0, guided_steps=2)) as cache:
         sample(model, 3)
-    assert cache.drifts == [Drift(2, 0.5, 0.5)]
+    assert cache.measurements.drifts == [Drift(2, 0.5, 0.5)]
 
 
 def test_the_summary_counts_steps_and_calls_its_speedup_an_estimate():
     model = Toy()
     with teacache(model, config(4)) as cache:
         sample(model, 4)
-    cache.times = [0.0, 1.0, 5.0, 6.0, 10.0, 14.0]  # computed 4, skipped 1, computed 4 and 4 s
+    cache.measurements.times = [
+        0.0,
+        1.0,
+        5.0,
+        6.0,
+        10.0,
+        14.0,
+    ]  # computed 4, skipped 1, computed 4 and 4 s
     assert cache.summary().startswith(
         "TeaCache: computed 3 of 4 steps (0 2 3), sampling 14.0 s, about 1.14x of stock "
         "(estimated from the computed steps); reused residuals were off by "
@@ -688,8 +704,15 @@ def test_an_unguided_step_counts_as_half_a_step_of_stock():
     model = Toy()
     with teacache(model, config(4, guided_steps=2)) as cache:
         sample(model, 4)
-    cache.times = [0.0, 1.0, 5.0, 6.0, 8.0, 10.0]  # 4 s for two passes, 1, 2 and 2 s for one
-    assert cache.speedup == pytest.approx(2 * 2 * 4 / 10)
+    cache.measurements.times = [
+        0.0,
+        1.0,
+        5.0,
+        6.0,
+        8.0,
+        10.0,
+    ]  # 4 s for two passes, 1, 2 and 2 s for one
+    assert cache.measurements.speedup == pytest.approx(2 * 2 * 4 / 10)
 
 
 def test_an_interrupted_sampling_tells_of_its_whole_steps():

@@ -7,93 +7,118 @@ from pathlib import Path
 import pytest
 import torch
 
-from teacache_generate import Anchor, Residuals, damped, reach, residual_norm
+from teacache_generate import Anchor, Residuals, Schedule, Step, TeaCacheConfig, residual_norm, way
 
 NORMS = json.loads((Path(__file__).parent / "wan_residual_norms.json").read_text())["tables"]
 
 
-def anchor(sigma, **residuals):
+def anchor(**residuals):
     """A computed step with residuals of one token: c of the conditional branch, u of the other."""
     tensors = {"cu".index(name): torch.tensor([[value]]) for name, value in residuals.items()}
-    return Anchor(sigma, tensors, dict(tensors))
+    return Anchor(tensors, dict(tensors))
 
 
-def test_the_reach_is_the_way_in_noise_levels_by_the_gap_before():
-    assert reach(0.25, 0.5, 1.0) == 0.5
-    assert reach(0.0, 0.5, 0.75) == 2.0
-    for level in (0.0, 0.5, 1.0):  # two steps at one level: hold
-        assert reach(0.3, level, level) == 0.0
-        assert reach(level, level, level) == 0.0
+def schedule(marks, noise):
+    """As it stands after these steps (# computed, . skipped) at these noise levels."""
+    found = Schedule(TeaCacheConfig(50, 1.0))
+    for mark, level in zip(marks, noise, strict=True):
+        found.steps.append(Step(1000 * level, 0.1, 0.1, 0.1, computed=mark == "#"))
+    return found
 
 
 @pytest.mark.parametrize(
-    ("slowing", "gaps", "way"),
-    [(0.0, 2.5, 2.5), (1.0, 1.0, 0.5), (1.0, 3.0, 0.75), (0.5, 2.0, 1.0), (math.inf, 3.0, 0.0)],
+    ("marks", "noise", "bounded", "reach"),
+    [
+        ("##.", (1.0, 0.75, 0.625), 0.5, 0.5),
+        ("##.", (1.0, 0.875, 0.625), 2.0, 2.0),  # one step on, as the gap has, if a longer one
+        ("##..", (1.0, 0.75, 0.625, 0.25), 0.5, 2.0),  # to the place of the third, and no farther
+        ("#.#....", (1.0, 0.875, 0.75, 0.625, 0.5, 0.25, 0.0), 1.0, 3.0),
+        ("##.#", (1.0, 0.75, 0.625, 0.25), 0.5, 2.0),  # a computed step is not one of its line
+        ("##", (1.0, 0.75), 0.0, 0.0),  # no line
+        ("#.", (1.0, 0.75), 0.0, 0.0),
+        ("##.", (0.5, 0.5, 0.25), 0.0, 0.0),  # its ends at one level: to hold
+        ("##.", (1.0, 0.5, 0.5), 0.0, 0.0),
+    ],
 )
-def test_the_way_along_a_line_is_the_shorter_the_more_it_slows(slowing, gaps, way):
-    assert damped(torch.tensor(slowing, dtype=torch.float64), gaps).item() == pytest.approx(way)
+def test_the_reach_is_the_way_in_noise_levels_by_the_gap_before(marks, noise, bounded, reach):
+    found = schedule(marks, noise)
+    assert found.reach(bounded=True) == bounded
+    assert found.reach(bounded=False) == reach
 
 
-def line(*points):
-    """Residuals after computed steps of one token: (noise level, conditional values)."""
+@pytest.mark.parametrize(
+    ("share", "k", "gone"),
+    [(1.0, 2.5, 2.5), (0.5, 1.0, 0.5), (0.5, 3.0, 0.75), (0.25, 1.0, 0.25), (0.0, 3.0, 0.0)],
+)
+def test_the_way_along_a_line_is_its_share_at_the_next_gap_and_bends(share, k, gone):
+    assert way(torch.tensor(share, dtype=torch.float64), k).item() == pytest.approx(gone)
+
+
+def line(*values, k=1.0):
+    """Residuals after computed steps of one token, each k beyond the one before."""
     residuals = Residuals()
-    for sigma, *values in points:
-        residuals.add(anchor(sigma, c=values))
+    for value in values:
+        residuals.add(anchor(c=value), k)
     return residuals
 
 
-def test_at_first_half_of_the_line_is_gone_and_then_what_was_right():
-    residuals = line((1.0, 8.0, 0.0), (0.75, 4.0, 0.0))
-    # a quarter further down the line says 0
-    assert residuals.guess(0.5, 0, order=1).flatten().tolist() == [2.0, 0.0]
-    assert residuals.guess(0.5, 0, order=0).flatten().tolist() == [4.0, 0.0]
-    residuals.add(anchor(0.5, c=[3.0, 7.0]))  # a quarter of the line, and something beside it
-    assert residuals.slowing[0].item() == 3.0
-    # D is [-1, 7]: a quarter of it to go
-    assert residuals.guess(0.25, 0, order=1).flatten().tolist() == [2.75, 8.75]
+def test_at_first_half_of_the_line_is_gone_and_then_it_nears_what_was_right():
+    residuals = line([8.0, 0.0], [4.0, 0.0])
+    # the line says 0 at the next gap
+    assert residuals.guess(0, order=1, k=1.0).flatten().tolist() == [2.0, 0.0]
+    assert residuals.guess(0, order=0, k=1.0).flatten().tolist() == [4.0, 0.0]
+    residuals.add(anchor(c=[3.0, 7.0]), k=1.0)  # a quarter of the line, and something beside it
+    assert residuals.shares[0].item() == (1 / 2 + 1 / 4) / 2
+    # D is [-1, 7]: 3/8 of it to go
+    assert residuals.guess(0, order=1, k=1.0).flatten().tolist() == [2.625, 9.625]
 
 
-@pytest.mark.parametrize(("c", "way"), [(9.0, 0.0), (6.0, 0.0), (1.0, 1.0)])
-def test_the_gain_is_at_least_0_and_at_most_1(c, way):
-    residuals = line((1.0, 8.0), (0.75, 6.0), (0.5, c))
-    assert residuals.guess(0.25, 0, order=1).item() == pytest.approx(c + way * (c - 6.0))
+@pytest.mark.parametrize(("c", "right"), [(9.0, 0.0), (6.0, 0.0), (1.0, 1.0)])
+def test_a_gain_is_at_least_0_and_at_most_1(c, right):
+    assert line([8.0], [6.0], [c]).shares[0].item() == (1 / 2 + right) / 2
 
 
-def test_at_the_reach_of_the_measurement_the_way_is_gain_times_reach_and_beyond_it_less():
-    residuals = line((1.0, 8.0), (0.75, 6.0), (0.25, 4.0))  # two gaps on, one step down
-    assert residuals.slowing[0].item() == 0.5  # a gain of 1/2 at a reach of 2
-    assert residuals.guess(-0.75, 0, order=1).item() == 2.0  # two gaps on again
-    assert residuals.guess(-1.75, 0, order=1).item() == pytest.approx(4 - 2 * 4 / 3)
+def test_a_line_that_is_of_no_use_is_left_by_halves():
+    residuals = line([8.0], [6.0], [6.0], [8.0], [7.0])
+    assert residuals.shares[0].item() == 1 / 2 / 8
+
+
+def test_a_gain_over_several_gaps_says_what_is_right_at_one():
+    residuals = line([8.0], [6.0])
+    residuals.add(anchor(c=[4.0]), k=2.0)  # two gaps on, one step down: a gain of 1/2
+    right = 2 / 3  # by which the way of two gaps is one
+    assert way(torch.tensor(right), 2.0).item() == pytest.approx(1.0)
+    assert residuals.shares[0].item() == pytest.approx((1 / 2 + right) / 2)
 
 
 def test_residuals_that_do_not_change_are_held():
-    residuals = line((1.0, 8.0), (0.75, 8.0), (0.5, 8.0))
-    assert residuals.guess(0.25, 0, order=1).item() == 8.0
+    assert line([8.0], [8.0], [8.0]).guess(0, order=1, k=1.0).item() == 8.0
 
 
-def test_two_steps_at_one_level_leave_the_slowing():
-    residuals = line((1.0, 8.0), (0.75, 6.0), (0.5, 5.0), (0.5, 4.0))
-    assert residuals.slowing[0].item() == 1.0
-    assert residuals.guess(0.25, 0, order=1).item() == 4.0
+def test_without_a_reach_nothing_is_measured():
+    residuals = line([8.0], [6.0])
+    residuals.add(anchor(c=[5.0]), k=0.0)
+    assert residuals.shares[0].item() == 0.5
+    assert residuals.guess(0, order=1, k=0.0).item() == 5.0
 
 
 def test_the_conditional_residual_is_the_unconditional_one_and_their_difference():
     residuals = Residuals()
-    for sigma, c, u in ((1.0, 9.0, 8.0), (0.75, 9.0, 6.0), (0.5, 5.0, 4.0)):
-        residuals.add(anchor(sigma, c=[c], u=[u]))
-    # u goes on evenly; the difference went from 1 to 3 and back to 1, so that it is held
-    assert residuals.slowing[1].item() == 0.0
-    assert residuals.guess(0.25, 1, order=1).item() == pytest.approx(2.0)
-    assert residuals.guess(0.25, 0, order=1).item() == pytest.approx(3.0)
+    for c, u in ((9.0, 8.0), (9.0, 6.0), (5.0, 4.0)):
+        residuals.add(anchor(c=[c], u=[u]), k=1.0)
+    # u goes on evenly; the difference went from 1 to 3 and back to 1
+    assert [share.item() for share in residuals.shares[1:]] == [0.75, 0.25]
+    assert residuals.guess(1, order=1, k=1.0).item() == pytest.approx(4 - 0.75 * 2)
+    assert residuals.guess(0, order=1, k=1.0).item() == pytest.approx(5 - 0.75 * 2 - 0.25 * 2)
 
 
 def test_errors_are_those_of_what_would_have_been_taken():
-    residuals = line((1.0, 8.0, 8.0))
-    second = anchor(0.75, c=[6.0, 8.0])
-    assert residuals.errors(second).tolist() == [14.0, 2.0, 2.0]
-    residuals.add(second)
+    residuals = line([8.0, 8.0])
+    second = anchor(c=[6.0, 8.0])
+    assert residuals.errors(second, k=0.0).tolist() == [14.0, 2.0, 2.0]
+    residuals.add(second, k=0.0)
     # held 6 and 8, the line, half way at first, 5 and 8; true 5 and -8
-    assert residuals.errors(anchor(0.5, c=[5.0, -8.0])).tolist() == [13.0, 17.0, 16.0]
+    assert residuals.errors(anchor(c=[5.0, -8.0]), k=1.0).tolist() == [13.0, 17.0, 16.0]
 
 
 def sigmas(steps, shift):
@@ -128,12 +153,15 @@ def norm_errors(model: str, computed: list[int]) -> tuple[float, float]:
     """Mean error in per cent of held and of extrapolated norms, on the skipped steps."""
     table = NORMS[model]
     levels, true = sigmas(table["steps"], table["shift"]), norms(table)
-    residuals, errors = Residuals(), []
-    for step, (sigma, norm) in enumerate(zip(levels, true, strict=True)):
+    residuals, errors, marks = Residuals(), [], ""
+    for step, norm in enumerate(true):
+        marks += "#" if step in computed else "."
+        now = schedule(marks, levels[: step + 1])
         if step in computed:
-            residuals.add(anchor(sigma, c=[norm]))
+            residuals.add(anchor(c=[norm]), now.reach(bounded=False))
         else:
-            guesses = [residuals.guess(sigma, 0, order).item() for order in (0, 1)]
+            k = now.reach(bounded=True)
+            guesses = [residuals.guess(0, order, k).item() for order in (0, 1)]
             errors.append([100 * abs(guess / norm - 1) for guess in guesses])
     held, line = torch.tensor(errors).mean(0).tolist()
     return held, line
