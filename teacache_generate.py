@@ -89,6 +89,9 @@ class Row:
     shift: float
     solver: str = "unipc"
 
+    def polynomial(self, use_ret_steps: bool) -> Polynomial:
+        return self.retention if use_ret_steps else self.plain
+
 
 # Published by the authors of TeaCache for Wan2.1, fitted at generate.py's defaults. Which task has
 # which row: TASK_ROWS, and for i2v choose_i2v_row.
@@ -174,7 +177,7 @@ class TeaCacheConfig:
         mode = mode_of(row, use_ret_steps)
         if row is None:
             return cls(steps, 0.0 if thresh is None else thresh, mode, **others)
-        polynomial = row.retention if use_ret_steps else row.plain
+        polynomial = row.polynomial(use_ret_steps)
         thresh = polynomial.thresholds[-1] if thresh is None else thresh
         return cls(steps, thresh, mode, polynomial.coefficients, **others)
 
@@ -187,6 +190,17 @@ class TeaCacheConfig:
         else:
             first, last = 1, self.steps - 1
         return step < first or step >= last or self.thresh == 0
+
+    def increment(self, timestep: float, distance: float, last_computed: float) -> float:
+        """What a step adds to the accumulated value. last_computed: the timestep of that step.
+
+        By the polynomials it is TeaCache's rule (arXiv 2411.19108, section 3): the rescaled
+        distance. By "sigma" it is that of MagCache (arXiv 2506.09045): by how much the residual's
+        norm will have changed, with ``residual_norm`` in place of a table for each model.
+        """
+        if self.mode == SIGMA:
+            return abs(1 - residual_norm(timestep) / residual_norm(last_computed))
+        return float(np.polyval(self.coefficients, distance))
 
     def is_guided(self, step: int) -> bool:
         """Whether the unconditional branch runs on a step."""
@@ -221,12 +235,7 @@ class Step:
 
 
 class Schedule:
-    """The decisions of one generation, step by step.
-
-    By the polynomials it is TeaCache's rule (arXiv 2411.19108, section 3). By "sigma" it is that of
-    MagCache (arXiv 2506.09045): the increment is by how much the residual's norm will have changed
-    since the last computed step, with ``residual_norm`` in place of a table for each model.
-    """
+    """The decisions of one generation, step by step."""
 
     def __init__(self, config: TeaCacheConfig):
         self.config, self.steps = config, list[Step]()
@@ -239,18 +248,12 @@ class Schedule:
         if self.config.always_computes(len(self.steps)) or distance is None:
             self.steps.append(Step(timestep, distance, None, 0.0, computed=True))
             return True
-        increment, before = self.increment(timestep, distance), self.steps[-1]
+        before, last_computed = self.steps[-1], self.steps[self.computed[-1]]
+        increment = self.config.increment(timestep, distance, last_computed.timestep)
         accumulated = increment + (0.0 if before.computed else before.accumulated)
         computed = not accumulated < self.config.thresh  # so not-a-number computes
         self.steps.append(Step(timestep, distance, increment, accumulated, computed))
         return computed
-
-    def increment(self, timestep: float, distance: float | None) -> float:
-        """What a step adds to the accumulated value."""
-        if self.config.mode == SIGMA:
-            last_computed = next(step for step in reversed(self.steps) if step.computed)
-            return abs(1 - residual_norm(timestep) / residual_norm(last_computed.timestep))
-        return float(np.polyval(self.config.coefficients, distance))
 
     def overrule(self, computed: bool) -> None:
         """Put another decision in the place of the last one: that of rank 0."""
@@ -351,18 +354,16 @@ def distinct_thresholds(
     of these, and above the last, one is enough. Sums that differ by rounding alone are one.
     """
     sums = set[float]()
-    norms = np.array([residual_norm(timestep) for timestep in timesteps])
-    known = [math.nan if distance is None else distance for distance in distances]
-    increments = np.polyval(config.coefficients, known) if config.mode != SIGMA else norms
-    for start in range(len(timesteps) - 1):
-        following = increments[start + 1 :]
-        if config.mode == SIGMA:
-            following = np.abs(1 - following / norms[start])
-        totals = np.cumsum(following)  # not-a-number from the first step of another model on
-        sums.update(float(total) for total in totals if total > 0)
-    edges = [0.0, *sorted(sums)]
+    for start, last_computed in enumerate(timesteps):
+        total = 0.0
+        for step in range(start + 1, len(timesteps)):
+            if distances[step] is None:  # another model begins, and the sum anew
+                break
+            total += config.increment(timesteps[step], distances[step], last_computed)
+            sums.add(max(total, 0.0))
+    edges = sorted({0.0, *sums})
     gaps = [(low, high) for low, high in itertools.pairwise(edges) if high - low > 1e-6 * high]
-    above_all = 2 * edges[-1] if sums else 1.0
+    above_all = 2 * edges[-1] or 1.0
     return [*((low + high) / 2 for low, high in gaps), above_all]
 
 
@@ -1134,9 +1135,19 @@ class Wan:
         return timesteps
 
 
+def kind_of(args: argparse.Namespace) -> str:
+    """The first word of a task: "t2v" of "t2v-14B"."""
+    return args.task.split("-")[0]
+
+
 def makes_image(args: argparse.Namespace) -> bool:
     """Whether a task makes one image, not a video."""
-    return args.task.startswith("t2i")
+    return kind_of(args) == "t2i"
+
+
+def ring_size(args: argparse.Namespace) -> int:
+    """1 for Wan2.2, which has no ring."""
+    return getattr(args, "ring_size", 1)
 
 
 def models_of(pipeline: Any) -> list[nn.Module]:
@@ -1160,7 +1171,7 @@ def switch_of(timesteps: Sequence[float], config: dict[str, Any]) -> int | None:
     return switch if 0 < switch < len(timesteps) else None
 
 
-def guided_steps(
+def count_guided_steps(
     scale: float | Sequence[float] | None, steps: int, switch: int | None, until: float
 ) -> int | None:
     """On how many steps guidance needs the unconditional branch; None for all of them.
@@ -1289,12 +1300,13 @@ def signal_distances(folder: Path, timesteps: Sequence[float], mode: str) -> lis
 
     sinusoid = sys.modules["wan.modules.model"].sinusoidal_embedding_1d
     freq_dim = read_tensor(folder, "time_embedding.0.weight")[:1].shape[1]
-    e = linear(sinusoid(freq_dim, torch.tensor(timesteps)).float(), "time_embedding.0")
-    signals = [linear(nn.functional.silu(e), "time_embedding.2")]
+    hidden = linear(sinusoid(freq_dim, torch.tensor(timesteps)).float(), "time_embedding.0")
+    e = linear(nn.functional.silu(hidden), "time_embedding.2")
+    signals = [e]
     if mode == RETENTION:  # e0, one of its six parts at a time: for 14B it has 0.6 GB of weights
-        e, dim = nn.functional.silu(signals[0]), signals[0].size(1)
+        dim, modulation = e.size(1), nn.functional.silu(e)
         sixths = (slice(i * dim, (i + 1) * dim) for i in range(6))
-        signals = (linear(e, "time_projection.1", rows) for rows in sixths)
+        signals = (linear(modulation, "time_projection.1", rows) for rows in sixths)
     change, size = 0.0, 0.0
     for rows in signals:
         change = change + rows.diff(dim=0).abs().sum(1)
@@ -1336,7 +1348,7 @@ def check_numbers(wan: Wan, args: argparse.Namespace) -> None:
     frames, processes = args.frame_num, environment("WORLD_SIZE", 1)
     below = max((frames - 1) // 4, 0) * 4 + 1
     require(frames == below, f"--frame_num {frames}: must be 4n+1, such as {below} or {below + 4}")
-    pipeline = wan.pipelines().get(f"Wan{args.task.split('-')[0].upper()}")
+    pipeline = wan.pipelines().get(f"Wan{kind_of(args).upper()}")
     require(
         frames == 81 or not makes_81_frames_only(pipeline),
         f"--frame_num {frames}: must be 81 for {args.task}, as Wan2.1 has it",
@@ -1351,7 +1363,7 @@ def check_numbers(wan: Wan, args: argparse.Namespace) -> None:
         f"--t5_fsdp {args.t5_fsdp} --dit_fsdp {args.dit_fsdp}: must be started by "
         "torchrun --nproc_per_node=N, N above 1",
     )
-    ulysses, ring = args.ulysses_size, getattr(args, "ring_size", 1)  # Wan2.2 has no ring
+    ulysses, ring = args.ulysses_size, ring_size(args)
     flags = f"--ulysses_size {ulysses}"
     flags += f" --ring_size {ring}" if hasattr(args, "ring_size") else ""
     require(
@@ -1372,7 +1384,7 @@ def makes_81_frames_only(pipeline: type | None) -> bool:
 
 def uses_xfuser(args: argparse.Namespace) -> bool:
     """Whether the tokens are split over the processes by xfuser: Wan2.1 does, Wan2.2 does not."""
-    split = args.ulysses_size * getattr(args, "ring_size", 1) > 1
+    split = args.ulysses_size * ring_size(args) > 1
     return split and importlib.util.find_spec("wan.distributed.xdit_context_parallel") is not None
 
 
@@ -1463,7 +1475,7 @@ def check_transformer(args: argparse.Namespace, folder: Path, config: dict[str, 
         for file in [folder / "config.json", *sorted(set(tensor_files(folder).values()))]:
             check_intact(args, file)
         found = read_json(folder / "config.json")
-        kind = args.task.split("-")[0].replace("t2i", "t2v")
+        kind = "t2v" if makes_image(args) else kind_of(args)
         if kind in KINDS and found.get("model_type", kind) not in KINDS[kind]:
             raise ValueError(f"a {found['model_type']} transformer, not one of --task {args.task}")
         if found.get("dim") != config["dim"]:
@@ -1476,7 +1488,7 @@ INPUTS = ("image", "first_frame", "last_frame", "src_video", "src_mask", "src_re
 
 def inputs_of(args: argparse.Namespace, examples: dict[str, str]) -> dict[str, str]:
     """The flags whose files generate.py will open, with their files."""
-    kind = args.task.split("-")[0]
+    kind = kind_of(args)
     used = {
         "i2v": ("image",),
         "ti2v": ("image",),
@@ -1504,7 +1516,7 @@ def check_inputs(args: argparse.Namespace, examples: dict[str, str]) -> None:
     """Every image and video that generate.py will open is there and can be read."""
     for name in ("ckpt_dir", "save_file", *INPUTS):
         check_named(name, getattr(args, name, None))
-    if args.task.startswith("flf2v"):
+    if kind_of(args) == "flf2v":
         require(
             bool(args.first_frame) == bool(args.last_frame),
             "--first_frame, --last_frame: give both, or Wan2.1 takes its example for both",
@@ -1512,7 +1524,7 @@ def check_inputs(args: argparse.Namespace, examples: dict[str, str]) -> None:
     for name in ("src_video", "src_mask", "src_ref_images"):
         value = getattr(args, name, None)
         require(
-            value is None or args.prompt is not None or not args.task.startswith("vace"),
+            value is None or args.prompt is not None or kind_of(args) != "vace",
             f"--{name} {value}: needs --prompt, or Wan2.1 takes its example instead",
         )
     for name, value in inputs_of(args, examples).items():
@@ -1667,7 +1679,8 @@ class Job:
     row: str  # whose coefficients, and why
     planned: Schedule
     by_default: bool = False  # neither a threshold nor a speed-up was asked for
-    label: str = ""  # in a comparison
+    compared_in: Path | None = None  # the target that a comparison's own files are named after
+    label: str = ""  # in that comparison
     noise: float = 0.0  # added to the latents that the model sees at the first step
 
 
@@ -1718,7 +1731,7 @@ def default_target(args: argparse.Namespace, prompt: str, mark: str) -> str:
 
 
 def latents_path(target: Path) -> Path:
-    return target.with_name(target.name.removesuffix(target.suffix) + LATENTS)
+    return target.with_name(target.stem + LATENTS)
 
 
 def write_ahead(latents: Sequence[Tensor], job: Job, fps: int) -> Path | None:
@@ -2076,6 +2089,7 @@ def table(runs: Sequence[Run]) -> list[str]:
 
 # Comparison: stock, stock with a little noise, and every setting asked for
 
+NOISE_STD = 1e-4
 STOCK, NOISE = "stock", "noise 1e-4"  # the first two rows
 
 
@@ -2116,7 +2130,7 @@ def ssim(frames: np.ndarray, stock: np.ndarray) -> float | None:
     return float(np.mean([similarity(a, b, channel_axis=2, data_range=255) for a, b in pairs]))
 
 
-def compare(session: Session, jobs: Sequence[Job], target: Path) -> list[Compared]:
+def compare(session: Session, jobs: Sequence[Job]) -> list[Compared]:
     """Run the jobs of one prompt and seed, the first of them stock; write what compares them.
     Without stock's video there is nothing to compare with, and the others are not made."""
     compared, shown, stock = [], [], None
@@ -2146,9 +2160,9 @@ def compare(session: Session, jobs: Sequence[Job], target: Path) -> list[Compare
     stock_seconds = [row.seconds for row in compared if row.label in (STOCK, NOISE)]
     compared = [replace(row, speedup=min(stock_seconds) / row.seconds) for row in compared]
     if shown:
+        target, task = jobs[0].compared_in, jobs[0].args.task
         try:
-            fps = session.wan.config(jobs[0].args.task)["sample_fps"]
-            write_comparison(compared, shown, target, fps)
+            write_comparison(compared, shown, target, session.wan.config(task)["sample_fps"])
         except Exception as error:  # the videos are there, and other lines may wait
             session.all_written = False
             log.error(f"TeaCache: the comparison of {target} is not written: {error}")
@@ -2162,8 +2176,8 @@ def write_comparison(
 
     videos: uint8 [F, H, W, 3] of even sides, as ``shrunk`` makes them.
     """
-    name, (length, _, width, _) = target.name.removesuffix(target.suffix), videos[0].shape
-    files = {e: target.with_name(f"{name}.compare.{e}") for e in ("mp4", "png", "json")}
+    length, _, width, _ = videos[0].shape
+    files = {e: target.with_name(f"{target.stem}.compare.{e}") for e in ("mp4", "png", "json")}
     if length > 1:
         head = np.hstack([heading(row.texts, width) for row in compared])
         with imageio.get_writer(files["mp4"], fps=fps, macro_block_size=2) as writer:
@@ -2421,16 +2435,14 @@ def look_ahead(wan: Wan, own: argparse.Namespace, args: argparse.Namespace) -> O
     return Outlook(choice, timesteps, distances_of(wan, args, timesteps, mode))
 
 
-def job_of(
-    wan: Wan, own: argparse.Namespace, args: argparse.Namespace, outlook: Outlook, label: str = ""
-) -> Job:
+def job_of(wan: Wan, own: argparse.Namespace, args: argparse.Namespace, outlook: Outlook) -> Job:
     """The settings of a run and its plan. Refused: they are no good."""
     config = config_of(wan, own, args, outlook)
     planned = outlook.plan(config)
     if not own.teacache_plan:
         check_plan(planned, own, args, outlook.choice)
     by_default = own.teacache_thresh is None and own.teacache_speedup is None
-    return Job(args, config, outlook.choice.text, planned, by_default, label)
+    return Job(args, config, outlook.choice.text, planned, by_default)
 
 
 def config_of(
@@ -2445,7 +2457,7 @@ def config_of(
     until = 1.0 if own.teacache_guide_until is None else own.teacache_guide_until
     scale = None if thresh == 0 else args.sample_guide_scale  # off is stock, which always guides
     switch = switch_of(outlook.timesteps, wan.config(args.task))
-    config = replace(config, guided_steps=guided_steps(scale, steps, switch, until))
+    config = replace(config, guided_steps=count_guided_steps(scale, steps, switch, until))
     return config if speedup is None else for_speedup(config, outlook, speedup)
 
 
@@ -2525,7 +2537,7 @@ def plan_rows(own: argparse.Namespace, job: Job, outlook: Outlook) -> list[Sched
     config, row = job.config, outlook.choice.row
     tried = [config.thresh or 0.1]
     if row is not None:
-        tried = list((row.retention if own.use_ret_steps else row.plain).thresholds)
+        tried = list(row.polynomial(own.use_ret_steps).thresholds)
     ladder = [tried[-1] * factor for factor in (0.25, 0.5, 0.75, 1.5, 2.0, 3.0)]
     by_text = {f"{thresh:.4g}": thresh for thresh in [*ladder, *tried, config.thresh]}
     return [outlook.plan(replace(config, thresh=thresh)) for thresh in sorted(by_text.values())]
@@ -2687,14 +2699,14 @@ def jobs_of_comparison(wan: Wan, own: argparse.Namespace, args: argparse.Namespa
         for order in orders:
             label = f"{entry} order {order}" if len(orders) > 1 else entry
             asked.append((label, of_entry(own, entry, order)))
-    jobs = []
+    jobs, target = [], Path(args.save_file)
     for label, flags in asked:
         try:
-            outlook = look_ahead(wan, flags, args)
-            jobs.append(job_of(wan, flags, named(args, label), outlook, label))
+            job = job_of(wan, flags, named(args, label), look_ahead(wan, flags, args))
         except Refused as error:
             raise Refused(f"--teacache_compare {label}: {error}") from error
-    jobs[1] = replace(jobs[1], noise=1e-4)
+        noise = NOISE_STD if label == NOISE else 0.0
+        jobs.append(replace(job, label=label, compared_in=target, noise=noise))
     files = [job.args.save_file for job in jobs]  # 0.08 and +0.08 have one too
     entries = " ".join(own.teacache_compare)
     require(len(set(files)) == len(files), f"--teacache_compare {entries}: twice the same")
@@ -2727,7 +2739,7 @@ def named(args: argparse.Namespace, label: str) -> argparse.Namespace:
     """generate.py's flags with a target for one video of a comparison: NAME.LABEL.mp4."""
     target = Path(args.save_file)
     words = "-".join(re.findall(r"[\w.]+", label))
-    file = target.with_name(f"{target.name.removesuffix(target.suffix)}.{words}{target.suffix}")
+    file = target.with_name(f"{target.stem}.{words}{target.suffix}")
     return argparse.Namespace(**{**vars(copy.deepcopy(args)), "save_file": str(file)})
 
 
@@ -2788,10 +2800,7 @@ def run_comparison(session: Session, by_line: Sequence[Sequence[Job]]) -> int:
     log.info(f"TeaCache: {session.videos} videos, of which {2 * len(by_line)} stock")
     compared = []
     for jobs in by_line:
-        stock_file = Path(jobs[0].args.save_file)
-        name, ending = stock_file.name, stock_file.suffix
-        target = stock_file.with_name(name.removesuffix(f".stock{ending}") + ending)
-        rows = compare(session, jobs, target)
+        rows = compare(session, jobs)
         if rows:
             compared.append(rows)
     for line in comparison_table(compared) if compared else ():

@@ -23,7 +23,7 @@ from teacache_generate import (
     Wan,
     check_plan,
     choose_row,
-    guided_steps,
+    count_guided_steps,
     job_of,
     look_ahead,
     own_parser,
@@ -424,7 +424,7 @@ def test_a_target_with_a_row_that_cannot_be_trusted_is_refused(make, fitted_for_
     ],
 )
 def test_so_many_of_40_steps_are_guided(scale, switch, until, guided):
-    assert guided_steps(scale, 40, switch, until) == guided
+    assert count_guided_steps(scale, 40, switch, until) == guided
 
 
 # ------------------------------------------------------------------------------- target speed-up
