@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored, and so
-# would the runs that tests interrupt
+# a shell's `&` has one ignored and nohup the other, and so would the runs that tests interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ["OMP_NUM_THREADS"] = "1"  # at these sizes two threads only wait for each other,
 torch.set_num_threads(1)  # in the runs that tests start as in the tests
 

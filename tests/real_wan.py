@@ -274,7 +274,7 @@ def make_model(config: dict[str, Any], seed: int) -> nn.Module:
     """
     models = importlib.import_module("wan.modules.model")
     e_std, e0_bias_std = (0.05, 1.0) if config["dim"] < 2000 else (0.25, 4.0)
-    size = dict(dim=DIM, ffn_dim=2 * DIM, num_heads=4, num_layers=3, text_dim=64)
+    size = dict(dim=DIM, ffn_dim=2 * DIM, num_heads=4, num_layers=2, text_dim=64)
     size |= {name: config[name] for name in ("model_type", "in_dim", "out_dim")}
     if config["model_type"] not in ("i2v", "flf2v"):  # these cut their context at 512
         size["text_len"] = TEXT

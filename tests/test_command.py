@@ -22,11 +22,11 @@ from teacache_generate import ROWS, TeaCacheConfig, choose_row, teacache
 
 
 @pytest.mark.parametrize("mode", [[], ["--use_ret_steps"]], ids=["plain", "ret"])
-def test_a_run_leaves_a_video_a_report_and_two_lines(ckpt, tmp_path, mode):
+def test_a_run_leaves_a_video_a_report_and_two_lines(capsys, caplog, ckpt, tmp_path, mode):
     video, report = tmp_path / "video.mp4", tmp_path / "report.json"
     files = ["--save_file", video, "--teacache_report", report]
-    done = python(SCRIPT, "--wan_repo", NANO, "--ckpt_dir", ckpt, *ROW, *PROMPT, *mode, *files)
-    assert done.returncode == 0, done.stderr
+    with caplog.at_level("INFO"):
+        assert attempt(capsys, "--ckpt_dir", ckpt, *ROW, *PROMPT, *mode, *files)[0] == 0
     assert frames(video).shape == (17, 64, 64, 3)
     told = json.loads(report.read_text())
     computed = [i for i, step in enumerate(told["steps"]) if step["computed"]]
@@ -36,7 +36,7 @@ def test_a_run_leaves_a_video_a_report_and_two_lines(ckpt, tmp_path, mode):
     assert 15 <= len(computed) <= 40
     assert {"encode", "sampling", "decode", "cache_video"} == set(told["seconds"])
     thresh = "0.1" if mode else "0.08"
-    said = done.stdout
+    said = caplog.text
     before, after = (
         said.index(f"TeaCache: row t2v-1.3B (as asked), thresh {thresh} (default)"),
         (
@@ -49,23 +49,19 @@ def test_a_run_leaves_a_video_a_report_and_two_lines(ckpt, tmp_path, mode):
     assert "(estimated from the computed steps)" in said
 
 
-def test_the_script_works_copied_beside_generate_py(ckpt, tmp_path):
+def test_copied_beside_generate_py_it_gives_at_threshold_zero_the_video_of_stock(ckpt, tmp_path):
+    """Both as a user starts them."""
     repo = tmp_path / "Wan2.1"
     shutil.copytree(NANO, repo)
     shutil.copy(SCRIPT, repo)
-    argv = ["--ckpt_dir", ckpt, *ROW, *PROMPT, "--sample_steps", "3", "--save_file", "video.mp4"]
-    done = python("teacache_generate.py", *argv, cwd=repo)
-    assert done.returncode == 0, done.stderr
-    assert frames(repo / "video.mp4").shape[0] == 17
-
-
-def test_threshold_zero_gives_the_video_of_stock_generate_py(ckpt, tmp_path):
     argv = ["--ckpt_dir", ckpt, *PROMPT, "--sample_steps", "6", "--save_file"]
-    stock = python(NANO / "generate.py", *argv, tmp_path / "stock.mp4")
-    off = ["--wan_repo", NANO, *ROW, "--teacache_thresh", "0"]
-    ours = python(SCRIPT, *argv, tmp_path / "ours.mp4", *off)
+    stock = python("generate.py", *argv, "stock.mp4", cwd=repo)
+    off = [*ROW, "--teacache_thresh", "0"]
+    ours = python("teacache_generate.py", *argv, "ours.mp4", *off, cwd=repo)
     assert (stock.returncode, ours.returncode) == (0, 0), stock.stderr + ours.stderr
-    assert np.array_equal(frames(tmp_path / "stock.mp4"), frames(tmp_path / "ours.mp4"))
+    assert "TeaCache: computed 6 of 6 steps" in ours.stdout
+    assert len(frames(repo / "ours.mp4")) == 17
+    assert np.array_equal(frames(repo / "stock.mp4"), frames(repo / "ours.mp4"))
 
 
 def pipelines(wan, ckpt, i2v_ckpt, picture, task):
