@@ -234,6 +234,22 @@ class Step:
     computed: bool
 
 
+@dataclass(frozen=True)
+class Reach:
+    """For order 1: how far a step is beyond the last computed one.
+
+    gaps: in units of the gap between the last two computed steps, by noise level. Along that the
+    residual changes most evenly: on the published norms of the real models a line in it is three
+    times nearer than one in the step's number. steps: in steps.
+    """
+
+    gaps: float
+    steps: int
+
+
+NOWHERE = Reach(0.0, 0)
+
+
 class Schedule:
     """The decisions of one generation, step by step."""
 
@@ -264,23 +280,21 @@ class Schedule:
         """The numbers of the computed steps."""
         return [i for i, step in enumerate(self.steps) if step.computed]
 
-    def reach(self, bounded: bool) -> float:
-        """For order 1: how far the newest step is beyond the last computed one before it, in units
-        of the gap between that one and the computed one before it. 0 if there are no two.
+    def reach(self, bounded: bool) -> Reach:
+        """How far the newest step is beyond the last two computed ones before it.
 
-        In noise levels, along which the residual changes most evenly: on the published norms of the
-        real models a line in them is three times nearer than one in the step's number.
-        bounded: the line is gone for as many steps as its two ends are apart, and no farther.
+        bounded: but no more steps than these two are apart. NOWHERE without two, and where both
+        are at one noise level.
         """
         now = len(self.steps) - 1
         ends = [i for i in self.computed if i < now][-2:]
         if len(ends) < 2:
-            return 0.0
+            return NOWHERE
         before, last = ends
         farthest = min(now, last + (last - before)) if bounded else now
         levels = [self.steps[i].timestep for i in (farthest, last, before)]
         gap = levels[1] - levels[2]
-        return (levels[0] - levels[1]) / gap if gap else 0.0
+        return Reach((levels[0] - levels[1]) / gap, farthest - last) if gap else NOWHERE
 
     @property
     def passes(self) -> int:
@@ -478,19 +492,16 @@ def totals(terms: Sequence[Tensor]) -> Tensor:
 
 @dataclass
 class Anchor:
-    """The residuals of a computed step, by branch."""
+    """A computed step, and its residuals by branch."""
 
+    step: int
     samples: dict[int, Tensor]  # every n-th token in float32, [1, up to 1024, dim]
     residuals: dict[int, Tensor]  # all tokens, [1, tokens, dim]; while a later step may need them
 
 
-def way(share: Tensor, k: float) -> Tensor:
-    """How much of a line to go over a reach k, if at k = 1 it is a share of it, from 0 to 1.
-
-    A hyperbola: of share 1 it is k itself, the whole line; of less it bends, and in the end stands
-    still. A share above 0, since 0 over a reach of 0 is not a number.
-    """
-    return share * k / (share + (1 - share) * k)
+def way(bend: Tensor, reach: Reach) -> Tensor:
+    """How much of a line to go: all of it at bend 0; at 1 half of it after one step."""
+    return reach.gaps / (1 + bend * reach.steps)
 
 
 class Residuals:
@@ -498,36 +509,37 @@ class Residuals:
 
     Order 0 holds the newest residual, R'. Order 1, which is ours, goes on along the line through
     the two, to R' + a D, with D = R' - R'':
-        k   how far the step is beyond R', of the schedule's ``reach``
-        w   the share of the line that is right at k = 1, measured; 1/2 to begin with
-        a   ``way(w, k)``, how much of D is added
-    At each computed step R the gain <R - R', D> / (k <D, D>), clipped to 0 .. 1, is how much of k
-    would have been right. The w by which ``way`` is gain * k there is averaged with the w before,
-    since a single gain tells little of the next one.
+        k, m   how far the step is beyond R', in gaps and in steps: the schedule's ``reach``
+        a      k / (1 + b m): the line bends, and the farther it goes the less it adds
+        b      the bend a step, measured; to begin with 1 / the steps from R'' to R', by which as
+               many steps on half of the line is gone
+    At each computed step R the gain <R - R', D> / (k <D, D>), clipped to 0 .. 1, is how much of the
+    line was right after m steps; 1 / (1 + b m) was expected. From the mean of both comes the b of
+    the steps that follow, since a single gain tells little of the next one.
 
-    w is measured apart for the conditional residual where it runs alone, for the unconditional one,
+    b is measured apart for the conditional residual where it runs alone, for the unconditional one,
     and for the difference of the two, since guidance multiplies the errors of that.
     """
 
     def __init__(self) -> None:
         self.anchors: list[Anchor] = []
         # by CONDITIONAL, UNCONDITIONAL, DIFFERENCE; tensors, so that nothing waits for the GPU
-        self.shares = [torch.full((), 0.5, dtype=torch.float64) for _ in range(3)]
+        self.bends: list[Tensor] = []
 
-    def guess(self, branch: int, order: int, k: float) -> Tensor:
-        """The residual [1, tokens, dim] of a branch for a skipped step, k beyond the newest."""
+    def guess(self, branch: int, order: int, reach: Reach) -> Tensor:
+        """The residual [1, tokens, dim] of a branch for a skipped step."""
         if order == 0 or len(self.anchors) < 2:
             return self.anchors[0].residuals[branch]
-        return self.extrapolate(k, branch, *(anchor.residuals for anchor in self.anchors))
+        return self.extrapolate(reach, branch, *(anchor.residuals for anchor in self.anchors))
 
     def extrapolate(
-        self, k: float, branch: int, newest: dict[int, Tensor], older: dict[int, Tensor]
+        self, reach: Reach, branch: int, newest: dict[int, Tensor], older: dict[int, Tensor]
     ) -> Tensor:
         """Order 1, for the residuals of the two anchors by branch, or for samples of them.
 
         In place where it can be: for 14B at 720P a residual has 1.5 GB.
         """
-        alone, unconditional, difference = (way(share, k) for share in self.shares)
+        alone, unconditional, difference = (way(bend, reach) for bend in self.bends)
         change = newest[branch] - older[branch]
         if branch == UNCONDITIONAL:
             change.mul_(unconditional)
@@ -544,7 +556,7 @@ class Residuals:
         for anchor in self.anchors[count:]:
             anchor.residuals.clear()
 
-    def errors(self, anchor: Anchor, k: float) -> Tensor:
+    def errors(self, anchor: Anchor, reach: Reach) -> Tensor:
         """What both orders would have guessed for a computed step, against what is true.
 
         [sum|R|, sum|R - held|, sum|R - extrapolated|] of the sampled tokens of both branches,
@@ -555,29 +567,32 @@ class Residuals:
         for branch, true in anchor.samples.items():
             held = extrapolated = samples[0][branch]
             if len(samples) == 2:
-                extrapolated = self.extrapolate(k, branch, *samples)
+                extrapolated = self.extrapolate(reach, branch, *samples)
             terms[0].append(true.abs())
             terms[1].append((true - held).abs())
             terms[2].append((true - extrapolated).abs())
         return totals([torch.stack(of_branches) for of_branches in terms])
 
-    def add(self, anchor: Anchor, k: float) -> None:
-        """Take a computed step, k beyond the newest, and measure by it how far was right."""
-        if len(self.anchors) == 2 and k != 0:  # at 0 there was no line, or no way to go
-            self.measure(anchor, k)
+    def add(self, anchor: Anchor, reach: Reach) -> None:
+        """Take a computed step, and measure by it how far was right."""
+        if len(self.anchors) == 1:
+            steps = anchor.step - self.anchors[0].step
+            self.bends = [torch.tensor(1 / steps, dtype=torch.float64)] * 3
+        elif self.anchors and reach.gaps != 0:  # at 0 there was no line, or no way to go
+            self.measure(anchor, reach)
         self.anchors = [anchor, *self.anchors[:1]]
 
-    def measure(self, anchor: Anchor, k: float) -> None:
-        """The shares, by the gains at a computed step."""
+    def measure(self, anchor: Anchor, reach: Reach) -> None:
+        """The bends, by the gains at a computed step."""
         now, last, before = map(quantities, (anchor, *self.anchors))
         products = []
         for name in now:
             direction = last[name] - before[name]
             products += [(now[name] - last[name]) * direction, direction * direction]
         for name, (projection, squared) in zip(now, totals(products).view(-1, 2), strict=True):
-            gain = (projection / (k * squared)).nan_to_num(0.0).clamp(0, 1)
-            measured = gain * k / (gain * k + 1 - gain)
-            self.shares[name] = (self.shares[name] + measured) / 2
+            gain = (projection / (reach.gaps * squared)).nan_to_num(0.0).clamp(0, 1)
+            expected = 1 / (1 + self.bends[name] * reach.steps)  # above 0, and so is the mean
+            self.bends[name] = (2 / (gain + expected) - 1) / reach.steps
 
 
 def quantities(anchor: Anchor) -> dict[int, Tensor]:
@@ -796,8 +811,8 @@ class TeaCache:
         if self.computes:
             out = self.compute(originals, h, **kwargs)
         else:
-            k = self.schedule.reach(bounded=True)
-            out = h + self.residuals.guess(self.branch, self.config.order, k)
+            reach = self.schedule.reach(bounded=True)
+            out = h + self.residuals.guess(self.branch, self.config.order, reach)
         if self.is_last_branch and not self.config.keeps(self.step):
             self.residuals.free_all_but(0)
         return out
@@ -807,7 +822,7 @@ class TeaCache:
         if self.branch == CONDITIONAL:
             # before the blocks need the memory; order 1 will need the newest as the older of two
             self.residuals.free_all_but(self.config.order)
-            self.anchor = Anchor({}, {})
+            self.anchor = Anchor(self.step, {}, {})
         out = h
         for block in originals.blocks:
             out = block(out, **kwargs)

@@ -41,6 +41,7 @@ from teacache_generate import (  # noqa: E402
     PLAIN,
     RELEASES,
     RETENTION,
+    Reach,
     Residuals,
     TeaCache,
     TeaCacheConfig,
@@ -142,9 +143,9 @@ class ResidualsByIndex(Residuals):
         super().__init__()
         self.cache = cache
 
-    def guess(self, branch: int, order: int, k: float) -> Tensor:
+    def guess(self, branch: int, order: int, reach: Reach) -> Tensor:
         if len(self.anchors) < 2:
-            return super().guess(branch, 0, k)
+            return super().guess(branch, 0, reach)
         newest, older = (anchor.residuals[branch] for anchor in self.anchors)
         before, last = self.cache.schedule.computed[-2:]
         return newest + self.cache.reach(self.cache.step - last, last - before) * (newest - older)

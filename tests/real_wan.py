@@ -346,8 +346,8 @@ class Reference:
     ``guided_steps`` n, from step n on the unconditional call returns the conditional output;
     ``order`` 1, r goes on along the line through the last two residuals u of the unconditional
     branch and, apart, along that of the difference c - u, over k gaps of the noise level, but no
-    farther than as many steps as that gap has: by k w / (w + k (1 - w)), w the mean of the w before
-    and of that by which the last computed step would have been met, in the direction of the line.
+    farther than as many steps as that gap has: by k / (1 + b m) in m steps. 1 / (1 + b m) is what
+    of the line is gone; each computed step sets b so that it were the mean of that and of the gain.
 
     A pipeline may have two models. The schedule is one over both, but nothing of one is of use to
     the other: the first step of each is computed, and its residuals start anew.
@@ -383,7 +383,7 @@ class Reference:
         self.first_of_model, self.model = model is not self.model, model
         if self.first_of_model:
             self.past: dict[int, list[tuple[int, Tensor]]] = {0: [], 1: []}
-            self.w = {"c": 0.5, "u": 0.5, "c-u": 0.5}
+            self.b: dict[str, float] = {}
         self.levels.append(self.s)
         if self.method == "sigma":
             self.decide_by_sigma()
@@ -446,12 +446,13 @@ class Reference:
     def onward(self, past: list[tuple[int, Tensor]], name: str) -> Tensor:
         """To this step along the line through the last two."""
         (before, r2), (last, r1) = past[-2:]
-        k = self.reach(min(self.step, 2 * last - before), last, before)
-        w = self.w[name]
-        return r1 + k * w / (w + k * (1 - w)) * (r1 - r2)
+        there = min(self.step, 2 * last - before)
+        k = self.reach(there, last, before)
+        b = self.b.get(name, 1 / (last - before))
+        return r1 + k / (1 + b * (there - last)) * (r1 - r2)
 
     def measure(self) -> None:
-        """The shares w, by what was computed at this step and at the two before it."""
+        """The bends b, by what was computed at this step and at the two before it."""
         c, u = self.past[0], self.past[1]
         series = {"c": c}
         if len(u) == len(c):
@@ -465,9 +466,10 @@ class Reference:
             r2, r1, r = [x[:, ::every].double() for _, x in past[-3:]]
             length = float(((r1 - r2) ** 2).sum())
             if k:
-                a = float(((r - r1) * (r1 - r2)).sum()) / length if length else 0.0
-                a = min(max(a, 0.0), k)  # a = k w / (w + k (1 - w)), solved for w
-                self.w[name] = (self.w[name] + k * a / (k - a + k * a)) / 2
+                m, b = self.step - past[-2][0], self.b.get(name, 1 / (past[1][0] - past[0][0]))
+                gain = float(((r - r1) * (r1 - r2)).sum()) / (k * length) if length else 0.0
+                mean = (1 / (1 + b * m) + min(max(gain, 0.0), 1.0)) / 2
+                self.b[name] = (1 / mean - 1) / m
 
     def returned(self, module: nn.Module, args: Any, output: list[Tensor]) -> list[Tensor] | None:
         if self.branch == 0:

@@ -225,12 +225,13 @@ def test_order_1_measures_each_branch_at_a_computed_step_for_the_skipped_ones_af
     with teacache(model, scripted([0, 1, 3, 6, 7], 8, order=1)) as cache:
         outputs = numbers(sample(model, timesteps))
     # unconditional: 2 + 1/2 * 1, half of the line at first; then the gain is 4 / (2 * 1), clipped
-    # to 1, and so the share 3/4: of a line of 4, half a gap on 3/7, a gap on 3/4
-    unconditional = [1, 2, 2.5, 6, 6 + 12 / 7, 9, 9, 9]
+    # to 1, where 1/3 was expected after two steps: the mean is 2/3, and so the bend 1/4
+    # of a line of 4, a step and half a gap on 4/10, two steps and a gap on 2/3
+    unconditional = [1, 2, 2.5, 6, 6 + 4 * 2 / 5, 6 + 4 * 2 / 3, 9, 9]
     assert [out - 100 for out in outputs[1::2]] == pytest.approx(unconditional)
-    # difference: 1, 2, 2.5; then -1 where 4 was the line: gain 0, and so the share 1/4: of a line
-    # of -3, half a gap on 1/5, a gap on 1/4
-    difference = [1, 2, 2.5, -1, -1 - 3 / 5, -1 - 3 / 4, 0, 0]
+    # difference: 1, 2, 2.5; then -1 where 4 was the line: gain 0, the mean 1/6, the bend 5/2
+    # of a line of -3, half a gap on 1/7, a gap on 1/6
+    difference = [1, 2, 2.5, -1, -1 - 3 / 7, -1 - 3 / 6, 0, 0]
     conditional = [u + d for u, d in zip(unconditional, difference, strict=True)]
     assert outputs[::2] == pytest.approx(conditional)
     assert cache.schedule.marks() == "##.#..##"
@@ -251,8 +252,8 @@ def test_order_1_holds_where_the_computed_steps_are_at_one_place():
     with teacache(model, scripted([0, 1, 3, 5], 6, order=1)) as cache:
         outputs = numbers(sample(model, timesteps))
     assert outputs[4] == 2.0
-    # the share is 1/2 still, since no line was there to be measured: at a reach of 1/2 a third
-    assert outputs[8] == pytest.approx(3 + 1 / 3)
+    # the bend is 1 still, since no line was there to be measured: of half a gap half
+    assert outputs[8] == pytest.approx(3 + 1 / 4)
     assert cache.measurements.drifts[0] == Drift(3, 1 / 3, 1 / 3)
 
 
@@ -305,16 +306,19 @@ def test_drift_is_how_far_both_guesses_would_have_been_off_whatever_the_order(or
     with teacache(model, scripted([0, 1, 3, 4, 6], 7, order=order)) as cache:
         sample(model, [900, 800, 700, 600, 500, 400, 300])
     # at 3: true 3 and -6; held 4 and 2; the line, a step on as its ends are apart, so half of D: 5
-    # and 2.5. Then the shares are 1/4 of the unconditional one and 3/4 of the difference
-    # at 4: D is -8 and 7, but 10 and -9 are gone, against both: the shares are 1/8 and 3/8
-    # at 6: true 2 and 2; held 4 and 4; the line 4 + 10 / 8, and that - 9 * 3/8
+    # and 2.5. Then, after two steps, 1/3 was expected, and the gains are 0 of the unconditional one
+    # and 1 of the difference: the bends are 5/2 and 1/4
+    # at 4: D is -8 and 7, but 10 and -9 are gone, against both, where 2/7 and 4/5 was expected: the
+    # means are 1/7 and 2/5
+    # at 6: true 2 and 2; held 4 and 4; the line, one step and one gap on, 4 + 10 / 7 for the
+    # unconditional one, and that - 9 * 2/5
     assert [drift.step for drift in cache.measurements.drifts] == [3, 6]
     assert [drift.hold for drift in cache.measurements.drifts] == pytest.approx([9 / 9, 4 / 4])
     assert [drift.line for drift in cache.measurements.drifts] == pytest.approx(
-        [10.5 / 9, 3.375 / 4]
+        [10.5 / 9, (24 / 7 + 6 / 35) / 4]
     )
     assert cache.measurements.drift(0) == pytest.approx(1.0)
-    assert cache.measurements.drift(1) == pytest.approx((10.5 / 9 + 3.375 / 4) / 2)
+    assert cache.measurements.drift(1) == pytest.approx((10.5 / 9 + 3.6 / 4) / 2)
 
 
 @pytest.mark.parametrize(

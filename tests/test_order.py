@@ -7,15 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from teacache_generate import Anchor, Residuals, Schedule, Step, TeaCacheConfig, residual_norm, way
+from teacache_generate import (
+    Anchor,
+    Reach,
+    Residuals,
+    Schedule,
+    Step,
+    TeaCacheConfig,
+    residual_norm,
+    way,
+)
 
 NORMS = json.loads((Path(__file__).parent / "wan_residual_norms.json").read_text())["tables"]
 
 
-def anchor(**residuals):
+def anchor(step=0, **residuals):
     """A computed step with residuals of one token: c of the conditional branch, u of the other."""
     tensors = {"cu".index(name): torch.tensor([[value]]) for name, value in residuals.items()}
-    return Anchor(tensors, dict(tensors))
+    return Anchor(step, tensors, dict(tensors))
 
 
 def schedule(marks, noise):
@@ -29,96 +38,104 @@ def schedule(marks, noise):
 @pytest.mark.parametrize(
     ("marks", "noise", "bounded", "reach"),
     [
-        ("##.", (1.0, 0.75, 0.625), 0.5, 0.5),
-        ("##.", (1.0, 0.875, 0.625), 2.0, 2.0),  # one step on, as the gap has, if a longer one
-        ("##..", (1.0, 0.75, 0.625, 0.25), 0.5, 2.0),  # to the place of the third, and no farther
-        ("#.#....", (1.0, 0.875, 0.75, 0.625, 0.5, 0.25, 0.0), 1.0, 3.0),
-        ("##.#", (1.0, 0.75, 0.625, 0.25), 0.5, 2.0),  # a computed step is not one of its line
-        ("##", (1.0, 0.75), 0.0, 0.0),  # no line
-        ("#.", (1.0, 0.75), 0.0, 0.0),
-        ("##.", (0.5, 0.5, 0.25), 0.0, 0.0),  # its ends at one level: to hold
-        ("##.", (1.0, 0.5, 0.5), 0.0, 0.0),
+        ("##.", (1.0, 0.75, 0.625), (0.5, 1), (0.5, 1)),
+        ("##.", (1.0, 0.875, 0.625), (2.0, 1), (2.0, 1)),
+        ("##..", (1.0, 0.75, 0.625, 0.25), (0.5, 1), (2.0, 2)),  # no farther than the third
+        ("#.#....", (1.0, 0.875, 0.75, 0.625, 0.5, 0.25, 0.0), (1.0, 2), (3.0, 4)),
+        ("##.#", (1.0, 0.75, 0.625, 0.25), (0.5, 1), (2.0, 2)),  # computed: not an end of its line
+        ("##", (1.0, 0.75), (0.0, 0), (0.0, 0)),  # no line
+        ("#.", (1.0, 0.75), (0.0, 0), (0.0, 0)),
+        ("##.", (0.5, 0.5, 0.25), (0.0, 0), (0.0, 0)),  # its ends at one level: to hold
+        ("##.", (1.0, 0.5, 0.5), (0.0, 1), (0.0, 1)),
     ],
 )
-def test_the_reach_is_the_way_in_noise_levels_by_the_gap_before(marks, noise, bounded, reach):
+def test_the_reach_is_the_way_beyond_the_last_two_computed_steps(marks, noise, bounded, reach):
     found = schedule(marks, noise)
-    assert found.reach(bounded=True) == bounded
-    assert found.reach(bounded=False) == reach
+    assert found.reach(bounded=True) == Reach(*bounded)
+    assert found.reach(bounded=False) == Reach(*reach)
 
 
 @pytest.mark.parametrize(
-    ("share", "k", "gone"),
-    [(1.0, 2.5, 2.5), (0.5, 1.0, 0.5), (0.5, 3.0, 0.75), (0.25, 1.0, 0.25), (0.0, 3.0, 0.0)],
+    ("bend", "reach", "gone"),
+    [(0.0, (2.5, 2), 2.5), (1.0, (1.0, 1), 0.5), (1.0, (1.5, 2), 0.5), (0.5, (2.0, 2), 1.0)],
 )
-def test_the_way_along_a_line_is_its_share_at_the_next_gap_and_bends(share, k, gone):
-    assert way(torch.tensor(share, dtype=torch.float64), k).item() == pytest.approx(gone)
+def test_of_a_line_that_bends_less_is_gone_the_farther(bend, reach, gone):
+    assert way(torch.tensor(bend), Reach(*reach)).item() == pytest.approx(gone)
 
 
-def line(*values, k=1.0):
-    """Residuals after computed steps of one token, each k beyond the one before."""
+NEXT = Reach(1.0, 1)
+
+
+def line(*values):
+    """Residuals after computed steps of one token, each a step and a gap after the one before."""
     residuals = Residuals()
-    for value in values:
-        residuals.add(anchor(c=value), k)
+    for step, value in enumerate(values):
+        residuals.add(anchor(step, c=value), NEXT)
     return residuals
 
 
 def test_at_first_half_of_the_line_is_gone_and_then_it_nears_what_was_right():
     residuals = line([8.0, 0.0], [4.0, 0.0])
     # the line says 0 at the next gap
-    assert residuals.guess(0, order=1, k=1.0).flatten().tolist() == [2.0, 0.0]
-    assert residuals.guess(0, order=0, k=1.0).flatten().tolist() == [4.0, 0.0]
-    residuals.add(anchor(c=[3.0, 7.0]), k=1.0)  # a quarter of the line, and something beside it
-    assert residuals.shares[0].item() == (1 / 2 + 1 / 4) / 2
-    # D is [-1, 7]: 3/8 of it to go
-    assert residuals.guess(0, order=1, k=1.0).flatten().tolist() == [2.625, 9.625]
+    assert residuals.guess(0, 1, NEXT).flatten().tolist() == [2.0, 0.0]
+    assert residuals.guess(0, 0, NEXT).flatten().tolist() == [4.0, 0.0]
+    residuals.add(anchor(2, c=[3.0, 7.0]), NEXT)  # a quarter of the line, and something beside it
+    # D is [-1, 7]: (1/2 + 1/4) / 2 of it to go
+    assert residuals.guess(0, 1, NEXT).flatten().tolist() == pytest.approx([2.625, 9.625])
 
 
-@pytest.mark.parametrize(("c", "right"), [(9.0, 0.0), (6.0, 0.0), (1.0, 1.0)])
-def test_a_gain_is_at_least_0_and_at_most_1(c, right):
-    assert line([8.0], [6.0], [c]).shares[0].item() == (1 / 2 + right) / 2
+def test_the_first_line_is_half_gone_after_as_many_steps_as_it_has():
+    residuals = line([8.0])
+    residuals.add(anchor(4, c=[4.0]), Reach(0.0, 0))
+    assert residuals.guess(0, 1, Reach(1.0, 4)).item() == 4 - 4 / 2
+    assert residuals.guess(0, 1, Reach(0.25, 1)).item() == pytest.approx(4 - 4 * 0.25 / 1.25)
+
+
+@pytest.mark.parametrize(("c", "gain"), [(9.0, 0.0), (6.0, 0.0), (1.0, 1.0)])
+def test_a_gain_is_at_least_0_and_at_most_1(c, gain):
+    assert way(line([8.0], [6.0], [c]).bends[0], NEXT) == pytest.approx((1 / 2 + gain) / 2)
 
 
 def test_a_line_that_is_of_no_use_is_left_by_halves():
-    residuals = line([8.0], [6.0], [6.0], [8.0], [7.0])
-    assert residuals.shares[0].item() == 1 / 2 / 8
+    assert way(line([8.0], [6.0], [6.0], [8.0], [7.0]).bends[0], NEXT) == pytest.approx(1 / 2 / 8)
 
 
-def test_a_gain_over_several_gaps_says_what_is_right_at_one():
+def test_a_gain_after_several_steps_says_how_the_line_bends():
     residuals = line([8.0], [6.0])
-    residuals.add(anchor(c=[4.0]), k=2.0)  # two gaps on, one step down: a gain of 1/2
-    right = 2 / 3  # by which the way of two gaps is one
-    assert way(torch.tensor(right), 2.0).item() == pytest.approx(1.0)
-    assert residuals.shares[0].item() == pytest.approx((1 / 2 + right) / 2)
+    residuals.add(anchor(4, c=[2.0]), Reach(4.0, 3))  # four gaps on, two down: a gain of 1/2
+    mean = (1 / 2 + 1 / 4) / 2  # of that and of what was expected after three steps
+    assert residuals.bends[0].item() == pytest.approx((1 / mean - 1) / 3)
+    assert way(residuals.bends[0], Reach(4.0, 3)).item() == pytest.approx(4 * mean)
 
 
 def test_residuals_that_do_not_change_are_held():
-    assert line([8.0], [8.0], [8.0]).guess(0, order=1, k=1.0).item() == 8.0
+    assert line([8.0], [8.0], [8.0]).guess(0, 1, NEXT).item() == 8.0
 
 
 def test_without_a_reach_nothing_is_measured():
     residuals = line([8.0], [6.0])
-    residuals.add(anchor(c=[5.0]), k=0.0)
-    assert residuals.shares[0].item() == 0.5
-    assert residuals.guess(0, order=1, k=0.0).item() == 5.0
+    residuals.add(anchor(2, c=[5.0]), Reach(0.0, 1))
+    assert residuals.bends[0].item() == 1.0
+    assert residuals.guess(0, 1, Reach(0.0, 1)).item() == 5.0
 
 
 def test_the_conditional_residual_is_the_unconditional_one_and_their_difference():
     residuals = Residuals()
-    for c, u in ((9.0, 8.0), (9.0, 6.0), (5.0, 4.0)):
-        residuals.add(anchor(c=[c], u=[u]), k=1.0)
+    for step, (c, u) in enumerate(((9.0, 8.0), (9.0, 6.0), (5.0, 4.0))):
+        residuals.add(anchor(step, c=[c], u=[u]), NEXT)
     # u goes on evenly; the difference went from 1 to 3 and back to 1
-    assert [share.item() for share in residuals.shares[1:]] == [0.75, 0.25]
-    assert residuals.guess(1, order=1, k=1.0).item() == pytest.approx(4 - 0.75 * 2)
-    assert residuals.guess(0, order=1, k=1.0).item() == pytest.approx(5 - 0.75 * 2 - 0.25 * 2)
+    assert [way(bend, NEXT).item() for bend in residuals.bends[1:]] == pytest.approx([0.75, 0.25])
+    assert residuals.guess(1, 1, NEXT).item() == pytest.approx(4 - 0.75 * 2)
+    assert residuals.guess(0, 1, NEXT).item() == pytest.approx(5 - 0.75 * 2 - 0.25 * 2)
 
 
 def test_errors_are_those_of_what_would_have_been_taken():
     residuals = line([8.0, 8.0])
-    second = anchor(c=[6.0, 8.0])
-    assert residuals.errors(second, k=0.0).tolist() == [14.0, 2.0, 2.0]
-    residuals.add(second, k=0.0)
+    second = anchor(1, c=[6.0, 8.0])
+    assert residuals.errors(second, NEXT).tolist() == [14.0, 2.0, 2.0]
+    residuals.add(second, NEXT)
     # held 6 and 8, the line, half way at first, 5 and 8; true 5 and -8
-    assert residuals.errors(anchor(c=[5.0, -8.0]), k=1.0).tolist() == [13.0, 17.0, 16.0]
+    assert residuals.errors(anchor(2, c=[5.0, -8.0]), NEXT).tolist() == [13.0, 17.0, 16.0]
 
 
 def sigmas(steps, shift):
@@ -158,10 +175,10 @@ def norm_errors(model: str, computed: list[int]) -> tuple[float, float]:
         marks += "#" if step in computed else "."
         now = schedule(marks, levels[: step + 1])
         if step in computed:
-            residuals.add(anchor(c=[norm]), now.reach(bounded=False))
+            residuals.add(anchor(step, c=[norm]), now.reach(bounded=False))
         else:
-            k = now.reach(bounded=True)
-            guesses = [residuals.guess(0, order, k).item() for order in (0, 1)]
+            reach = now.reach(bounded=True)
+            guesses = [residuals.guess(0, order, reach).item() for order in (0, 1)]
             errors.append([100 * abs(guess / norm - 1) for guess in guesses])
     held, line = torch.tensor(errors).mean(0).tolist()
     return held, line
