@@ -237,7 +237,7 @@ def small(tmp_path_factory) -> tuple[dict, list[str]]:
 def test_a_run_without_cuda_measures_stock_and_each_script(small):
     report, _ = small
     assert report["note"] == "random weights: times, not pictures"
-    assert (report["model"], report["dim"], report["layers"]) == ("14B-720P", 48, 3)
+    assert (report["model"], report["dim"], report["layers"]) == ("14B-720P", 48, 2)
     assert (report["size"], report["frames"], report["tokens"]) == ([160, 96], 81, 1260)
     assert (report["steps"], report["rounds"], report["weights"]) == (10, 1, "float32")
     assert [row["name"] for row in report["rows"]] == ["stock", "5 of 10", "4 of 10", "3 of 10"]
