@@ -147,7 +147,8 @@ class TeaCacheConfig:
         returns the conditional output, as at guidance scale 1. None: on all, as stock.
     order: a skipped step holds the last residual (0, as published), or goes on along the line
         through the last two computed ones (1).
-    ValueError: a threshold that is negative, infinite or not a number.
+    ValueError: a threshold that is negative, infinite or not a number; another mode or order; a
+        polynomial without coefficients.
     """
 
     steps: int
@@ -160,6 +161,12 @@ class TeaCacheConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.thresh < math.inf:
             raise ValueError(f"thresh {self.thresh} must be 0 (off) or a positive number")
+        if self.mode not in (PLAIN, RETENTION, SIGMA):
+            raise ValueError(f"mode {self.mode!r} must be {PLAIN}, {RETENTION} or {SIGMA}")
+        if self.order not in (0, 1):
+            raise ValueError(f"order {self.order} must be 0 or 1")
+        if self.thresh > 0 and self.mode != SIGMA and not len(self.coefficients):
+            raise ValueError(f"mode {self.mode} needs coefficients, such as those of ROWS")
 
     @classmethod
     def from_row(
@@ -905,7 +912,7 @@ def stand_ins(model: nn.Module, cache: TeaCache) -> Iterator[None]:
         raise RuntimeError("this model is in use by another teacache(): leave that one first")
     originals = Originals(model.forward, model.blocks, getattr(model, "forward_vace", None))
     forward = functools.wraps(model.forward)(functools.partial(cache.forward, originals))
-    blocks = (functools.partial(cache.blocks, originals),)
+    blocks = (functools.partial(cache.blocks, originals),)  # one in place of all: called once
     forward_vace = functools.partial(cache.forward_vace, originals)
     hook = model.time_projection.register_forward_hook(cache.decide)
     with hook, shadow(model, forward=forward, blocks=blocks, forward_vace=forward_vace):
@@ -2027,6 +2034,8 @@ class Session:
     def run_all(self, jobs: Sequence[Job]) -> None:
         """One video after the other, and the table of them."""
         self.videos = len(jobs)
+        if not jobs:  # all videos are there: the report is of none
+            self.write_report()
         for job in jobs:
             self.attempt(job)
         if len(jobs) > 1:

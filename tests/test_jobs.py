@@ -487,9 +487,10 @@ def test_a_half_written_video_is_made_again_and_a_whole_one_is_not(batch, decode
 
 def test_nothing_is_loaded_where_all_videos_are_there(batch):
     assert batch(THREE[:1])[0] == 0
-    code, said = batch(THREE[:1])
+    code, said = batch(THREE[:1], "--teacache_report", "report.json")
     assert code == 0
     assert "Creating WanModel" not in said
+    assert json.loads(Path("report.json").read_text())["videos"] == []
 
 
 def test_a_single_video_that_is_there_is_made_again(capsys, ckpt, batch, decoded):

@@ -29,7 +29,7 @@ def anchor(step=0, **residuals):
 
 def schedule(marks, noise):
     """As it stands after these steps (# computed, . skipped) at these noise levels."""
-    found = Schedule(TeaCacheConfig(50, 1.0))
+    found = Schedule(TeaCacheConfig(50, 1.0, "sigma"))
     for mark, level in zip(marks, noise, strict=True):
         found.steps.append(Step(1000 * level, 0.1, 0.1, 0.1, computed=mark == "#"))
     return found

@@ -464,3 +464,16 @@ def test_a_target_reckons_with_wan22s_second_model():
     without, found = (sigma(40, timesteps, switch=switch).computed for switch in (0, 27))
     assert 27 in found and 27 not in without
     assert len(found) == 20
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"mode": "plane"}, "mode 'plane' must be plain, retention or sigma"),
+        ({"order": 2}, "order 2 must be 0 or 1"),
+        ({"coefficients": ()}, "mode plain needs coefficients"),
+    ],
+)
+def test_settings_that_would_skip_nearly_everything_unseen_are_errors(settings, said):
+    with pytest.raises(ValueError, match=said):
+        TeaCacheConfig(**{"steps": 50, "thresh": 0.1, "coefficients": LINE, **settings})
