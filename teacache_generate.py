@@ -7,7 +7,7 @@ Copy it beside Wan's generate.py and run it with generate.py's flags and its own
 
 It reads in the order in which it runs. Each section knows only those above it:
   policy        numbers in, decisions out: which steps are computed, and the plan of all of them
-  cache         tensors: one residual a branch, put in place of the blocks of a model
+  cache         tensors: the last residual or two of a branch, in place of the blocks of a model
   attention     PyTorch's, where flash-attn cannot be had
   Wan           what the script needs of Wan2.1 and Wan2.2, and checks before a weight is loaded
   jobs          runs of Wan's own generate(args), one or many, with one pipeline; comparison
@@ -245,9 +245,10 @@ class Step:
 class Reach:
     """For order 1: how far a step is beyond the last computed one.
 
-    gaps: in units of the gap between the last two computed steps, by noise level. Along that the
-    residual changes most evenly: on the published norms of the real models a line in it is three
-    times nearer than one in the step's number. steps: in steps.
+    gaps: in noise level, by the gap between the last two computed steps. The residual changes most
+        evenly with the noise level: on the published norms of the real models a line over it has
+        a third of the error of a line over the step's number.
+    steps: in steps.
     """
 
     gaps: float
@@ -288,10 +289,11 @@ class Schedule:
         return [i for i, step in enumerate(self.steps) if step.computed]
 
     def reach(self, bounded: bool) -> Reach:
-        """How far the newest step is beyond the last two computed ones before it.
+        """How far the newest step is beyond the last computed one before it.
 
-        bounded: but no more steps than these two are apart. NOWHERE without two, and where both
-        are at one noise level.
+        bounded: but no more steps than lie between the last two. NOWHERE without two, and where
+        both are at one noise level. After Wan2.2's change of models the older one may be of the
+        other model: ``Residuals`` then has one anchor only, and no use for a reach.
         """
         now = len(self.steps) - 1
         ends = [i for i in self.computed if i < now][-2:]
@@ -381,8 +383,9 @@ def distinct_thresholds(
             if distances[step] is None:  # another model begins, and the sum anew
                 break
             total += config.increment(timesteps[step], distances[step], last_computed)
-            sums.add(max(total, 0.0))
-    edges = sorted({0.0, *sums})
+            if total > 0:  # not so for not-a-number
+                sums.add(total)
+    edges = [0.0, *sorted(sums)]
     gaps = [(low, high) for low, high in itertools.pairwise(edges) if high - low > 1e-6 * high]
     above_all = 2 * edges[-1] or 1.0
     return [*((low + high) / 2 for low, high in gaps), above_all]
@@ -507,25 +510,28 @@ class Anchor:
 
 
 def way(bend: Tensor, reach: Reach) -> Tensor:
-    """How much of a line to go: all of it at bend 0; at 1 half of it after one step."""
+    """How much of a line to go: all of it at bend 0, half of it after one step at bend 1."""
     return reach.gaps / (1 + bend * reach.steps)
 
 
 class Residuals:
     """The last two computed steps ("anchors", newest first), and a guess from them.
 
-    Order 0 holds the newest residual, R'. Order 1, which is ours, goes on along the line through
-    the two, to R' + a D, with D = R' - R'':
-        k, m   how far the step is beyond R', in gaps and in steps: the schedule's ``reach``
-        a      k / (1 + b m): the line bends, and the farther it goes the less it adds
-        b      the bend a step, measured; to begin with 1 / the steps from R'' to R', by which as
-               many steps on half of the line is gone
-    At each computed step R the gain <R - R', D> / (k <D, D>), clipped to 0 .. 1, is how much of the
-    line was right after m steps; 1 / (1 + b m) was expected. From the mean of both comes the b of
-    the steps that follow, since a single gain tells little of the next one.
+    Order 0 holds the newest residual, R'. Order 1, which is ours, goes on along the line from the
+    older one, R'', and the line bends, so that the farther it goes the less it adds:
+        guess = R' + D k / (1 + b m)    with D = R' - R''
+    k and m say how far the step is beyond R', in gaps and in steps (``Schedule.reach``): a guess
+    stops after as many steps as lie between R'' and R', and stays there. b is the bend a step. It
+    begins with 1 / n for a first line of n steps; then each computed step R corrects it, with its
+    own k and m, where nothing stops:
+        gain = <R - R', D> / (k <D, D>), clipped to 0 .. 1    what was right of the line
+        mean = (gain + 1 / (1 + b m)) / 2                     a single gain tells little of the next
+        b    = (1 / mean - 1) / m
+    Products are over the sampled tokens of all ranks.
 
-    b is measured apart for the conditional residual where it runs alone, for the unconditional one,
-    and for the difference of the two, since guidance multiplies the errors of that.
+    With guidance U, of the unconditional branch, and C - U have a bend each, since guidance
+    multiplies the error of C - U; the guess of C is the sum of theirs. C has a bend of its own,
+    which is used where it runs alone.
     """
 
     def __init__(self) -> None:

@@ -204,6 +204,24 @@ def check(out: Path, name: str, cases: dict[str, Case]) -> None:
     assert report["computed"] == [i for i, u in enumerate(reference["computed"]) if u]
 
 
+def check_two_ranks(out: Path, name: str, cases: dict[str, Case]) -> None:
+    """Both ranks did what the reference did, at the same steps."""
+    check(out, name, cases)
+    first, second = (left(out, f"{name}.teacache", rank) for rank in (0, 1))
+    assert (second["exit"], second["error"], second["restored"]) == (0, None, True)
+    assert second["steps"] == first["steps"]
+    assert second["vace_steps"] == first["vace_steps"]
+
+
+def check_jobs_of_two_ranks(out: Path, name: str) -> None:
+    """A file of jobs with one load a rank: the first video is that of a case, the last is stock."""
+    for rank in (0, 1):
+        seen = left(out, "jobs", rank)
+        assert (seen["exit"], seen["error"], seen["constructed"]) == (0, None, 1)
+    assert np.array_equal(frames(out, "jobs"), frames(out, f"{name}.teacache"))
+    assert np.array_equal(frames(out, "jobs.2"), frames(out, f"{name}.stock"))
+
+
 def comparison(flags: list[str], out: Path, name: str) -> list[str]:
     """Stock, stock with noise and half of the steps, of one prompt and seed."""
     target = out / f"{name}.compared.{'png' if name == 't2i' else 'mp4'}"

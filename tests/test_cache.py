@@ -635,9 +635,8 @@ def test_more_steps_than_configured_are_an_error_and_fewer_a_warning(caplog):
         sample(model, 3)
     assert "set up for 4 steps, but saw 3" in caplog.text
     assert cache.summary().startswith("TeaCache: computed 2 of 3 steps (0 2)")
-    assert [drift.step for drift in cache.measurements.drifts] == [
-        2
-    ]  # what was measured is read all the same
+    # what was measured is read all the same
+    assert [drift.step for drift in cache.measurements.drifts] == [2]
     assert len(cache.measurements.times) == 5  # begin, three decisions, end
     with teacache(model, config(4)) as cache:
         pass
@@ -690,14 +689,8 @@ def test_the_summary_counts_steps_and_calls_its_speedup_an_estimate():
     model = Toy()
     with teacache(model, config(4)) as cache:
         sample(model, 4)
-    cache.measurements.times = [
-        0.0,
-        1.0,
-        5.0,
-        6.0,
-        10.0,
-        14.0,
-    ]  # computed 4, skipped 1, computed 4 and 4 s
+    # computed 4, skipped 1, computed 4 and 4 s
+    cache.measurements.times = [0.0, 1.0, 5.0, 6.0, 10.0, 14.0]
     assert cache.summary().startswith(
         "TeaCache: computed 3 of 4 steps (0 2 3), sampling 14.0 s, about 1.14x of stock "
         "(estimated from the computed steps); reused residuals were off by "
@@ -708,14 +701,8 @@ def test_an_unguided_step_counts_as_half_a_step_of_stock():
     model = Toy()
     with teacache(model, config(4, guided_steps=2)) as cache:
         sample(model, 4)
-    cache.measurements.times = [
-        0.0,
-        1.0,
-        5.0,
-        6.0,
-        8.0,
-        10.0,
-    ]  # 4 s for two passes, 1, 2 and 2 s for one
+    # 4 s for two passes, 1, 2 and 2 s for one
+    cache.measurements.times = [0.0, 1.0, 5.0, 6.0, 8.0, 10.0]
     assert cache.measurements.speedup == pytest.approx(2 * 2 * 4 / 10)
 
 

@@ -537,7 +537,8 @@ torch.save(seen, "seen." + os.environ["RANK"])
 """
 
 
-def test_two_processes_compare_with_one_load_and_one_noise(recorder, ckpt, tmp_path):
+@pytest.mark.parametrize("flags", [["--ulysses_size", "2"], ["--dit_fsdp"]], ids=" ".join)
+def test_two_processes_compare_with_one_load_and_one_noise(recorder, ckpt, tmp_path, flags):
     program = tmp_path / "program.py"
     program.write_text(RECORDING.format(folder=str(SCRIPT.parent), nano=str(NANO)))
     (tmp_path / "xfuser/core").mkdir(parents=True)  # which the stand-in does without
@@ -547,8 +548,7 @@ def test_two_processes_compare_with_one_load_and_one_noise(recorder, ckpt, tmp_p
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", program]
     few = ["--frame_num", "5", "--sample_steps", "5", *SIGMA]
     argv = ["--wan_repo", NANO, "--ckpt_dir", ckpt, *few, *BALL, "--save_file", "a.mp4"]
-    argv += ["--teacache_compare", "1.5x", "--ulysses_size", "2", "--dit_fsdp"]
-    done = python(*torchrun, *argv, CUDA_VISIBLE_DEVICES="")
+    done = python(*torchrun, *argv, "--teacache_compare", "1.5x", *flags, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Creating WanModel") == 1  # rank 0's; the others say nothing
     assert done.stdout.count("the floor, stock with noise of 1e-4") == 1

@@ -552,7 +552,8 @@ main(sys.argv[1:])
 XFUSER = "init_distributed_environment = initialize_model_parallel = None"
 
 
-def test_two_processes_load_once_and_go_on_after_a_failure(ckpt, batch, capsys, tmp_path):
+@pytest.mark.parametrize("flags", [["--ulysses_size", "2"], ["--dit_fsdp"]], ids=" ".join)
+def test_two_processes_load_once_and_go_on_after_a_failure(ckpt, batch, capsys, tmp_path, flags):
     png = [line.replace(".mp4", ".png") for line in THREE]  # animated, lossless
     Path("jobs.txt").write_text("\n".join(png))
     program = tmp_path / "program.py"
@@ -560,8 +561,7 @@ def test_two_processes_load_once_and_go_on_after_a_failure(ckpt, batch, capsys, 
     (tmp_path / "xfuser/core").mkdir(parents=True)  # which the stand-in does without
     (tmp_path / "xfuser/core/distributed.py").write_text(XFUSER)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", program]
-    argv = ["--wan_repo", NANO, "--ckpt_dir", ckpt, *FEW, "--teacache_jobs", "jobs.txt"]
-    argv += ["--ulysses_size", "2", "--dit_fsdp"]
+    argv = ["--wan_repo", NANO, "--ckpt_dir", ckpt, *FEW, "--teacache_jobs", "jobs.txt", *flags]
     done = python(*torchrun, *argv, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1
     assert done.stdout.count("Creating WanModel") == 1  # rank 0's; the others say nothing

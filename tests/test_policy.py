@@ -12,6 +12,7 @@ from teacache_generate import (
     ROWS,
     Schedule,
     TeaCacheConfig,
+    distinct_thresholds,
     plan,
     plan_speedup,
     ranges,
@@ -477,3 +478,9 @@ def test_a_target_reckons_with_wan22s_second_model():
 def test_settings_that_would_skip_nearly_everything_unseen_are_errors(settings, said):
     with pytest.raises(ValueError, match=said):
         TeaCacheConfig(**{"steps": 50, "thresh": 0.1, "coefficients": LINE, **settings})
+
+
+def test_a_distance_that_is_no_number_gives_no_threshold_of_that_kind():
+    config, timesteps = made(5, 0.0), [1000, 800, 600, 400, 200]
+    found = distinct_thresholds(config, timesteps, [None, 0.25, math.nan, 0.25, 0.25])
+    assert found and all(map(math.isfinite, found))

@@ -14,6 +14,8 @@ from real_cases import (
     Case,
     check,
     check_comparison,
+    check_jobs_of_two_ranks,
+    check_two_ranks,
     comparison,
     frames,
     guided_until,
@@ -204,11 +206,7 @@ def two_processes(tmp_path_factory) -> tuple[Path, str]:
 
 @pytest.mark.parametrize("name", TWO)
 def test_two_processes_skip_alike_and_give_the_frames_of_the_reference(two_processes, name):
-    out, _ = two_processes
-    check(out, name, TWO)
-    first, second = (left(out, f"{name}.teacache", rank) for rank in (0, 1))
-    assert (second["exit"], second["error"], second["restored"]) == (0, None, True)
-    assert second["steps"] == first["steps"]
+    check_two_ranks(two_processes[0], name, TWO)
 
 
 @pytest.mark.parametrize("name", ["t2v", "ti2v-image"])
@@ -220,9 +218,4 @@ def test_ulysses_gives_the_frames_of_one_process(head, two_processes, name):
 
 def test_a_file_of_jobs_in_two_processes(two_processes):
     """Wan2.2 destroys the process group after each video."""
-    out, _ = two_processes
-    for rank in (0, 1):
-        seen = left(out, "jobs", rank)
-        assert (seen["exit"], seen["error"], seen["constructed"]) == (0, None, 1)
-    assert np.array_equal(frames(out, "jobs"), frames(out, "t2v.all.teacache"))
-    assert np.array_equal(frames(out, "jobs.2"), frames(out, "t2v.all.stock"))
+    check_jobs_of_two_ranks(two_processes[0], "t2v.all")

@@ -8,8 +8,9 @@ import pytest
 from real_cases import (
     LINES,
     Case,
-    check,
     check_comparison,
+    check_jobs_of_two_ranks,
+    check_two_ranks,
     comparison,
     frames,
     jobs_file,
@@ -60,12 +61,7 @@ def one_process(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("name", TWO)
 def test_two_processes_skip_alike_and_give_the_frames_of_the_reference(two_processes, name):
-    out, _ = two_processes
-    check(out, name, TWO)
-    first, second = (left(out, f"{name}.teacache", rank) for rank in (0, 1))
-    assert (second["exit"], second["error"], second["restored"]) == (0, None, True)
-    assert second["steps"] == first["steps"]
-    assert second["vace_steps"] == first["vace_steps"]
+    check_two_ranks(two_processes[0], name, TWO)
 
 
 @pytest.mark.parametrize("name", ALIKE)
@@ -76,12 +72,7 @@ def test_ulysses_gives_the_frames_of_one_process(one_process, two_processes, nam
 
 
 def test_a_file_of_jobs_in_two_processes(two_processes):
-    out, _ = two_processes
-    for rank in (0, 1):
-        seen = left(out, "jobs", rank)
-        assert (seen["exit"], seen["error"], seen["constructed"]) == (0, None, 1)
-    assert np.array_equal(frames(out, "jobs"), frames(out, "20-steps.all.teacache"))
-    assert np.array_equal(frames(out, "jobs.2"), frames(out, "20-steps.all.stock"))
+    check_jobs_of_two_ranks(two_processes[0], "20-steps.all")
 
 
 def test_two_processes_compare_with_one_load(two_processes):
