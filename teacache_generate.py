@@ -20,6 +20,7 @@ arXiv 2411.19108. Wan: https://github.com/Wan-Video/Wan2.1 and Wan2.2.
 from __future__ import annotations
 
 import argparse
+import bisect
 import copy
 import functools
 import gc
@@ -62,10 +63,16 @@ log = logging.getLogger("teacache")
 # ---------------------------------------------------------------------------------------- policy
 # Owns the published polynomials, the settings of a run, and the decision of each step. Knows
 # numbers only: no tensors, no models, no files.
+#
+# Published are the modes plain and retention with their polynomials and thresholds (TeaCache), and
+# the rule of mode sigma (MagCache). Ours are residual_norm, which spares that rule a table for each
+# model; order 1; guided_steps; and the threshold for a speed-up.
 
-PLAIN, RETENTION, SIGMA = "plain", "retention", "sigma"  # the modes of a schedule
+PLAIN, RETENTION, SIGMA = "plain", "retention", "sigma"  # the modes
 RETENTION_STEPS = 5
 TRAIN_TIMESTEPS = 1000  # of Wan's schedulers: a timestep is 1000 times the noise level
+
+# What was fitted
 
 
 @dataclass(frozen=True)
@@ -81,20 +88,26 @@ class Polynomial:
 
 @dataclass(frozen=True)
 class Row:
-    """What was fitted for one model: a polynomial for each mode, at these sampling settings."""
+    """What was fitted for one model: a polynomial for each mode, at these sampling settings.
+
+    tasks: those that run this model. Where several rows have a task, the checkpoint's name or the
+        size of the video tells which (``choose_among``).
+    The row "sigma" has nothing fitted: wherever a row may be None, None is that one.
+    """
 
     plain: Polynomial
     retention: Polynomial
     steps: int
     shift: float
     solver: str = "unipc"
+    tasks: Sequence[str] = ()
 
     def polynomial(self, use_ret_steps: bool) -> Polynomial:
         return self.retention if use_ret_steps else self.plain
 
 
-# Published by the authors of TeaCache for Wan2.1, fitted at generate.py's defaults. Which task has
-# which row: TASK_ROWS, and for i2v choose_i2v_row.
+# Published by the authors of TeaCache for Wan2.1, fitted at generate.py's defaults. A new model is
+# one entry more; a task that no row has runs by "sigma".
 # fmt: off
 ROWS: dict[str, Row] = {
     "t2v-1.3B": Row(
@@ -102,34 +115,36 @@ ROWS: dict[str, Row] = {
                    (0.05, 0.07, 0.08)),
         Polynomial((-52186.2437, 9230.41404, -528.275948, 13.6987616, -0.0499875664),
                    (0.05, 0.1)),
-        steps=50, shift=5.0),
+        steps=50, shift=5.0, tasks=("t2v-1.3B",)),
     "t2v-14B": Row(
         Polynomial((-5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404),
                    (0.14, 0.15, 0.2)),
         Polynomial((-303318.725, 49053.7029, -2655.30556, 58.7365115, -0.315583525),
                    (0.1, 0.2)),
-        steps=50, shift=5.0),
+        steps=50, shift=5.0, tasks=("t2v-14B", "t2i-14B")),
     "i2v-14B-480P": Row(
         Polynomial((-302.331670, 223.948934, -52.5463970, 5.87348440, -0.201973289),
                    (0.13, 0.19, 0.26)),
         Polynomial((257151.496, -35422.9917, 1402.86849, -13.5890334, 0.132517977),
                    (0.2, 0.3)),
-        steps=40, shift=3.0),
+        steps=40, shift=3.0, tasks=("i2v-14B",)),
     "i2v-14B-720P": Row(
         Polynomial((-114.36346466, 65.26524496, -18.82220707, 4.91518089, -0.23412683),
                    (0.18, 0.2, 0.3)),
         Polynomial((8107.05460, 2133.93892, -372.934672, 16.6203073, -0.0417769401),
                    (0.2, 0.3)),
-        steps=40, shift=5.0),
+        steps=40, shift=5.0, tasks=("i2v-14B",)),
 }
 # fmt: on
 
 
 def mode_of(row: Row | None, use_ret_steps: bool) -> str:
-    """The mode of a row; None is the row "sigma"."""
     if row is None:
         return SIGMA
     return RETENTION if use_ret_steps else PLAIN
+
+
+# The decision
 
 
 @dataclass(frozen=True)
@@ -146,7 +161,7 @@ class TeaCacheConfig:
     guided_steps: on so many steps, the first ones, the unconditional branch runs; after them it
         returns the conditional output, as at guidance scale 1. None: on all, as stock.
     order: a skipped step holds the last residual (0, as published), or goes on along the line
-        through the last two computed ones (1).
+        through the last two (1, see ``Residuals``).
     ValueError: a threshold that is negative, infinite or not a number; another mode or order; a
         polynomial without coefficients.
     """
@@ -177,7 +192,7 @@ class TeaCacheConfig:
         use_ret_steps: bool = False,
         **others: Any,
     ) -> TeaCacheConfig:
-        """The settings for a row, such as ``ROWS["t2v-1.3B"]``; None is the row "sigma".
+        """The settings for a row, such as ``ROWS["t2v-1.3B"]``.
 
         thresh: the row's default if None; "sigma" has none, see ``plan_speedup``.
         """
@@ -189,7 +204,7 @@ class TeaCacheConfig:
         return cls(steps, thresh, mode, polynomial.coefficients, **others)
 
     def always_computes(self, step: int) -> bool:
-        """Whether a step is computed whatever its increment, as are all beyond the last one."""
+        """Whether a step is computed whatever its increment."""
         if self.mode == RETENTION:
             first, last = RETENTION_STEPS, self.steps
         elif self.mode == SIGMA:
@@ -203,7 +218,7 @@ class TeaCacheConfig:
 
         By the polynomials it is TeaCache's rule (arXiv 2411.19108, section 3): the rescaled
         distance. By "sigma" it is that of MagCache (arXiv 2506.09045): by how much the residual's
-        norm will have changed, with ``residual_norm`` in place of a table for each model.
+        norm will have changed.
         """
         if self.mode == SIGMA:
             return abs(1 - residual_norm(timestep) / residual_norm(last_computed))
@@ -212,13 +227,6 @@ class TeaCacheConfig:
     def is_guided(self, step: int) -> bool:
         """Whether the unconditional branch runs on a step."""
         return self.guided_steps is None or step < self.guided_steps
-
-    def keeps(self, step: int) -> bool:
-        """Whether a later step may use this one's residual: as the newest or, by order 1, as the
-        older of two."""
-        as_newest = not self.always_computes(step + 1)
-        as_older = self.order == 1 and not self.always_computes(step + 2)
-        return as_newest or as_older
 
 
 def residual_norm(timestep: float) -> float:
@@ -231,7 +239,7 @@ def residual_norm(timestep: float) -> float:
 
 
 @dataclass(frozen=True)
-class Step:
+class Decision:
     """What was decided at one step, and from what."""
 
     timestep: float
@@ -248,77 +256,81 @@ class Reach:
     gaps: in noise level, by the gap between the last two computed steps. The residual changes most
         evenly with the noise level: on the published norms of the real models a line over it has
         a third of the error of a line over the step's number.
-    steps: in steps.
+    steps_beyond: in steps.
     """
 
     gaps: float
-    steps: int
+    steps_beyond: int
 
 
 NOWHERE = Reach(0.0, 0)
 
 
 class Schedule:
-    """The decisions of one generation, step by step."""
+    """The decisions of one generation, a step each."""
 
     def __init__(self, config: TeaCacheConfig):
-        self.config, self.steps = config, list[Step]()
+        self.config = config
+        self.decisions: list[Decision] = []
 
     def decide(self, timestep: float, distance: float | None) -> bool:
         """Take the next step: True to compute it, False to reuse the last residual.
 
         distance: None at the first step of a model, which is computed.
         """
-        if self.config.always_computes(len(self.steps)) or distance is None:
-            self.steps.append(Step(timestep, distance, None, 0.0, computed=True))
+        if self.config.always_computes(len(self.decisions)) or distance is None:
+            self.decisions.append(Decision(timestep, distance, None, 0.0, computed=True))
             return True
-        before, last_computed = self.steps[-1], self.steps[self.computed[-1]]
+        previous, last_computed = self.decisions[-1], self.decisions[self.computed_steps[-1]]
         increment = self.config.increment(timestep, distance, last_computed.timestep)
-        accumulated = increment + (0.0 if before.computed else before.accumulated)
+        accumulated = increment + (0.0 if previous.computed else previous.accumulated)
         computed = not accumulated < self.config.thresh  # so not-a-number computes
-        self.steps.append(Step(timestep, distance, increment, accumulated, computed))
+        self.decisions.append(Decision(timestep, distance, increment, accumulated, computed))
         return computed
 
     def overrule(self, computed: bool) -> None:
         """Put another decision in the place of the last one: that of rank 0."""
-        self.steps[-1] = replace(self.steps[-1], computed=computed)
+        self.decisions[-1] = replace(self.decisions[-1], computed=computed)
 
     @property
-    def computed(self) -> list[int]:
-        """The numbers of the computed steps."""
-        return [i for i, step in enumerate(self.steps) if step.computed]
+    def computed_steps(self) -> list[int]:
+        return [i for i, decision in enumerate(self.decisions) if decision.computed]
 
     def reach(self, bounded: bool) -> Reach:
         """How far the newest step is beyond the last computed one before it.
 
         bounded: but no more steps than lie between the last two. NOWHERE without two, and where
         both are at one noise level. After Wan2.2's change of models the older one may be of the
-        other model: ``Residuals`` then has one anchor only, and no use for a reach.
+        other model: ``Residuals`` then has one step only, and no use for a reach.
         """
-        now = len(self.steps) - 1
-        ends = [i for i in self.computed if i < now][-2:]
-        if len(ends) < 2:
+        now = len(self.decisions) - 1
+        earlier = [step for step in self.computed_steps if step < now]
+        if len(earlier) < 2:
             return NOWHERE
-        before, last = ends
-        farthest = min(now, last + (last - before)) if bounded else now
-        levels = [self.steps[i].timestep for i in (farthest, last, before)]
-        gap = levels[1] - levels[2]
-        return Reach((levels[0] - levels[1]) / gap, farthest - last) if gap else NOWHERE
+        older, newer = earlier[-2:]
+        farthest = min(now, newer + (newer - older)) if bounded else now
+        level, level_newer, level_older = (
+            self.decisions[step].timestep for step in (farthest, newer, older)
+        )
+        if level_newer == level_older:
+            return NOWHERE
+        gaps = (level - level_newer) / (level_newer - level_older)
+        return Reach(gaps, farthest - newer)
 
     @property
     def passes(self) -> int:
         """How often the blocks run: once or twice on a computed step; 2 * steps for stock."""
-        return sum(1 + self.config.is_guided(i) for i in self.computed)
+        return sum(1 + self.config.is_guided(step) for step in self.computed_steps)
 
     @property
     def speedup(self) -> float:
         """Of the transformer against stock's 2 * steps passes, if a skipped step took no time."""
-        return 2 * len(self.steps) / self.passes
+        return 2 * len(self.decisions) / self.passes
 
     @property
-    def negative(self) -> list[int]:
-        """The steps with a negative increment, for which the polynomial was not made."""
-        return [i for i, step in enumerate(self.steps) if (step.increment or 0) < 0]
+    def negative_steps(self) -> list[int]:
+        """Those with a negative increment, for which the polynomial was not made."""
+        return [i for i, decision in enumerate(self.decisions) if (decision.increment or 0) < 0]
 
     @property
     def longest_skip(self) -> int:
@@ -326,46 +338,81 @@ class Schedule:
         return max(map(len, self.marks().split("#")))
 
     def marks(self) -> str:
-        """The schedule as a line, # computed and . skipped."""
-        return "".join("#" if step.computed else "." for step in self.steps)
+        """The schedule as text, # computed and . skipped."""
+        return "".join("#" if decision.computed else "." for decision in self.decisions)
 
     def summary(self) -> str:
         """How much is computed: "25 of 50 steps (about 2.0x)"."""
-        steps = f"{len(self.computed)} of {len(self.steps)} steps"
-        if self.passes != 2 * len(self.computed):
-            steps += f", {self.passes} of {2 * len(self.steps)} passes"
-        return f"{steps} (about {self.speedup:.1f}x)"
+        count, steps = len(self.computed_steps), len(self.decisions)
+        text = f"{count} of {steps} steps"
+        if self.passes != 2 * count:
+            text += f", {self.passes} of {2 * steps} passes"
+        return f"{text} (about {self.speedup:.1f}x)"
 
     def faults(self) -> list[str]:
         """Why this schedule should not be run unseen, a phrase each."""
         found = []
-        if self.negative:
-            found.append(f"its increments are negative at steps {ranges(self.negative)}")
-        if self.longest_skip > len(self.steps) / 4:
+        if self.negative_steps:
+            found.append(f"its increments are negative at steps {ranges(self.negative_steps)}")
+        if self.longest_skip > len(self.decisions) / 4:
             found.append(f"it skips {self.longest_skip} steps in a row")
         return found
 
 
 def ranges(steps: Sequence[int]) -> str:
     """Numbers in a few words: 1 2 3 7 is "1-3 7"."""
-    runs: list[list[int]] = []
+    ends: list[list[int]] = []
     for step in steps:
-        if runs and step == runs[-1][1] + 1:
-            runs[-1][1] = step
+        if ends and step == ends[-1][1] + 1:
+            ends[-1][1] = step
         else:
-            runs.append([step, step])
-    return " ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
+            ends.append([step, step])
+    return " ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ends)
+
+
+# All decisions ahead, and the threshold for a speed-up
 
 
 def plan(
     config: TeaCacheConfig, timesteps: Sequence[float], distances: Sequence[float | None]
 ) -> Schedule:
-    """All decisions at once. distances: of each step to the one before, None at the first step of a
-    model; by "sigma" they do not count otherwise."""
+    """All decisions at once.
+
+    distances: of each step to the one before, None at the first step of a model. By "sigma" any
+        number does.
+    """
     schedule = Schedule(config)
     for timestep, distance in zip(timesteps, distances, strict=True):
         schedule.decide(timestep, distance)
     return schedule
+
+
+def plan_speedup(
+    config: TeaCacheConfig,
+    timesteps: Sequence[float],
+    distances: Sequence[float | None],
+    speedup: float,
+) -> Schedule:
+    """The plan that has 2 * steps / speedup passes, or as few more as there is a threshold for.
+
+    Its threshold is the middle of all that give the same plan, so that the rounding of another
+    machine or of bfloat16 does not change it. Where the largest threshold still has more passes,
+    the plan is that one's: see ``Schedule.passes``.
+    ValueError: an increment is negative, and no threshold can be trusted.
+    """
+
+    def at(thresh: float) -> Schedule:
+        return plan(replace(config, thresh=thresh), timesteps, distances)
+
+    thresholds = distinct_thresholds(config, timesteps, distances)
+    fewest = at(thresholds[-1])
+    if fewest.negative_steps:
+        raise ValueError(f"the increments are negative at steps {ranges(fewest.negative_steps)}")
+    least = 2 * config.steps / speedup - 1e-9
+    # passes never grow with the threshold: those with too few are at the end of the list
+    count = bisect.bisect_left(thresholds, True, key=lambda thresh: at(thresh).passes < least)
+    largest = thresholds[count - 1] if count else 0.0  # of those with enough
+    return at(middle_threshold(at(largest)))
 
 
 def distinct_thresholds(
@@ -373,8 +420,8 @@ def distinct_thresholds(
 ) -> list[float]:
     """A threshold for every schedule that there is, in order.
 
-    A decision changes only where the threshold passes a sum of increments in a row: between any two
-    of these, and above the last, one is enough. Sums that differ by rounding alone are one.
+    A decision changes only where the threshold crosses a sum of increments in a row: between any
+    two of these, and above the last, one is enough. Sums that differ by rounding alone are one.
     """
     sums = set[float]()
     for start, last_computed in enumerate(timesteps):
@@ -391,46 +438,11 @@ def distinct_thresholds(
     return [*((low + high) / 2 for low, high in gaps), above_all]
 
 
-def plan_speedup(
-    config: TeaCacheConfig,
-    timesteps: Sequence[float],
-    distances: Sequence[float | None],
-    speedup: float,
-) -> Schedule:
-    """The plan with 2 * steps / speedup passes, or the nearest more that a threshold gives.
-
-    Its threshold is the middle of all that give the same plan, so that the rounding of another
-    machine or of bfloat16 does not change it. Where even the largest threshold has more passes,
-    the plan is that one's: see ``Schedule.passes``.
-    ValueError: an increment is negative, and no threshold can be trusted.
-    """
-
-    def at(thresh: float) -> Schedule:
-        return plan(replace(config, thresh=thresh), timesteps, distances)
-
-    thresholds = distinct_thresholds(config, timesteps, distances)
-    fewest = at(thresholds.pop())
-    if fewest.negative:
-        raise ValueError(f"the increments are negative at steps {ranges(fewest.negative)}")
-    wanted = 2 * config.steps / speedup - 1e-9
-    if fewest.passes >= wanted:
-        return at(middle_threshold(fewest))
-    found, low, high = at(0.0), 0, len(thresholds)
-    while low < high:  # passes never grow with the threshold: bisection
-        middle = (low + high) // 2
-        schedule = at(thresholds[middle])
-        if schedule.passes >= wanted:
-            found, low = schedule, middle + 1
-        else:
-            high = middle
-    return at(middle_threshold(found))
-
-
 def middle_threshold(schedule: Schedule) -> float:
     """The middle of the thresholds that give a schedule; 0 where it skips nothing."""
-    free = [step for step in schedule.steps if step.increment is not None]
-    skipped = [step.accumulated for step in free if not step.computed]
-    computed = [step.accumulated for step in free if step.computed]
+    free = [decision for decision in schedule.decisions if decision.increment is not None]
+    skipped = [decision.accumulated for decision in free if not decision.computed]
+    computed = [decision.accumulated for decision in free if decision.computed]
     if not skipped:
         return 0.0
     return (max(skipped) + min(computed)) / 2 if computed else 2 * max(skipped)
@@ -473,13 +485,15 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+# Several processes
+
+
 def across_ranks() -> bool:
     """Whether several processes make this video together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def here() -> torch.device:
-    """The device that collectives of this process work on."""
+def collective_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -493,29 +507,38 @@ def as_rank_0(decision: bool, device: torch.device) -> bool:
 
 
 def totals(terms: Sequence[Tensor]) -> Tensor:
-    """The sum of each tensor, float64 on the device, over the tokens of all ranks."""
+    """The sum of each tensor, float64 on the device, over the tokens of all ranks.
+
+    Only for ratios: where each rank has all tokens, as without Ulysses and ring, every sum is too
+    large by the number of ranks.
+    """
     sums = torch.stack([term.sum(dtype=torch.float64) for term in terms])
-    if across_ranks():  # where each rank has all tokens, sums are too large by their number, which
-        dist.all_reduce(sums)  # cancels out in every ratio
+    if across_ranks():
+        dist.all_reduce(sums)
     return sums
 
 
+# The residuals, and what a skipped step takes for its own
+
+
 @dataclass
-class Anchor:
+class ComputedStep:
     """A computed step, and its residuals by branch."""
 
     step: int
-    samples: dict[int, Tensor]  # every n-th token in float32, [1, up to 1024, dim]
-    residuals: dict[int, Tensor]  # all tokens, [1, tokens, dim]; while a later step may need them
+    sampled: dict[int, Tensor]  # every n-th token in float32, [1, up to 1024, dim], to measure by
+    residuals: dict[int, Tensor]  # of all tokens, [1, tokens, dim], as long as they are needed
 
-
-def way(bend: Tensor, reach: Reach) -> Tensor:
-    """How much of a line to go: all of it at bend 0, half of it after one step at bend 1."""
-    return reach.gaps / (1 + bend * reach.steps)
+    def sampled_quantities(self) -> dict[int, Tensor]:
+        """What is measured apart: the branches and, with guidance, their difference."""
+        found = dict(self.sampled)
+        if UNCONDITIONAL in found:
+            found[DIFFERENCE] = found[CONDITIONAL] - found[UNCONDITIONAL]
+        return found
 
 
 class Residuals:
-    """The last two computed steps ("anchors", newest first), and a guess from them.
+    """The last two computed steps, and a guess from them.
 
     Order 0 holds the newest residual, R'. Order 1, which is ours, goes on along the line from the
     older one, R'', and the line bends, so that the farther it goes the less it adds:
@@ -535,101 +558,100 @@ class Residuals:
     """
 
     def __init__(self) -> None:
-        self.anchors: list[Anchor] = []
-        # by CONDITIONAL, UNCONDITIONAL, DIFFERENCE; tensors, so that nothing waits for the GPU
-        self.bends: list[Tensor] = []
+        self.newest_first: list[ComputedStep] = []
+        # of each branch and of DIFFERENCE; tensors, so that nothing waits for the GPU
+        self.bends: dict[int, Tensor] = {}
 
     def guess(self, branch: int, order: int, reach: Reach) -> Tensor:
         """The residual [1, tokens, dim] of a branch for a skipped step."""
-        if order == 0 or len(self.anchors) < 2:
-            return self.anchors[0].residuals[branch]
-        return self.extrapolate(reach, branch, *(anchor.residuals for anchor in self.anchors))
+        if order == 0 or len(self.newest_first) < 2:
+            return self.newest_first[0].residuals[branch]
+        return self.extrapolate(reach, branch, *(step.residuals for step in self.newest_first))
 
     def extrapolate(
-        self, reach: Reach, branch: int, newest: dict[int, Tensor], older: dict[int, Tensor]
+        self, reach: Reach, branch: int, newer: dict[int, Tensor], older: dict[int, Tensor]
     ) -> Tensor:
-        """Order 1, for the residuals of the two anchors by branch, or for samples of them.
+        """Order 1, from the residuals of two steps by branch, or from samples of them.
 
         In place where it can be: for 14B at 720P a residual has 1.5 GB.
         """
-        alone, unconditional, difference = (way(bend, reach) for bend in self.bends)
-        change = newest[branch] - older[branch]
-        if branch == UNCONDITIONAL:
-            change.mul_(unconditional)
-        elif UNCONDITIONAL in newest:  # C = U + (C - U), and each goes a way of its own
-            change.mul_(difference)
-            of_unconditional = newest[UNCONDITIONAL] - older[UNCONDITIONAL]
-            change.add_(of_unconditional.mul_(unconditional - difference))
+        change = newer[branch] - older[branch]
+        if branch == CONDITIONAL and UNCONDITIONAL in newer:
+            # C = (C - U) + U: all of the change goes as C - U does, and what is U's of it is mended
+            of_unconditional = newer[UNCONDITIONAL] - older[UNCONDITIONAL]
+            goes, should = self.way(DIFFERENCE, reach), self.way(UNCONDITIONAL, reach)
+            change.mul_(goes).add_(of_unconditional.mul_(should - goes))
         else:
-            change.mul_(alone)
-        return change.add_(newest[branch])
+            change.mul_(self.way(branch, reach))
+        return change.add_(newer[branch])
+
+    def way(self, quantity: int, reach: Reach) -> Tensor:
+        """How much of the line to go, k / (1 + b m)."""
+        return reach.gaps / (1 + self.bends[quantity] * reach.steps_beyond)
 
     def free_all_but(self, count: int) -> None:
-        """Let go of the residuals of all anchors but so many, the newest ones; samples stay."""
-        for anchor in self.anchors[count:]:
-            anchor.residuals.clear()
+        """Let go of all residuals but those of so many steps, the newest ones; samples stay."""
+        for step in self.newest_first[count:]:
+            step.residuals.clear()
 
-    def errors(self, anchor: Anchor, reach: Reach) -> Tensor:
+    def errors(self, computed: ComputedStep, reach: Reach) -> Tensor:
         """What both orders would have guessed for a computed step, against what is true.
 
-        [sum|R|, sum|R - held|, sum|R - extrapolated|] of the sampled tokens of both branches,
-        float64 on the device, over all ranks.
+        [sum|R|, sum|R - guess of order 0|, sum|R - guess of order 1|] of the sampled tokens of both
+        branches, float64 on the device, over all ranks.
         """
-        samples = [anchor.samples for anchor in self.anchors]
-        terms: list[list[Tensor]] = [[], [], []]
-        for branch, true in anchor.samples.items():
+        samples = [step.sampled for step in self.newest_first]
+        sizes, errors_0, errors_1 = [], [], []
+        for branch, true in computed.sampled.items():
             held = extrapolated = samples[0][branch]
             if len(samples) == 2:
                 extrapolated = self.extrapolate(reach, branch, *samples)
-            terms[0].append(true.abs())
-            terms[1].append((true - held).abs())
-            terms[2].append((true - extrapolated).abs())
-        return totals([torch.stack(of_branches) for of_branches in terms])
+            sizes.append(true.abs())
+            errors_0.append((true - held).abs())
+            errors_1.append((true - extrapolated).abs())
+        return totals([torch.stack(terms) for terms in (sizes, errors_0, errors_1)])
 
-    def add(self, anchor: Anchor, reach: Reach) -> None:
-        """Take a computed step, and measure by it how far was right."""
-        if len(self.anchors) == 1:
-            steps = anchor.step - self.anchors[0].step
-            self.bends = [torch.tensor(1 / steps, dtype=torch.float64)] * 3
-        elif self.anchors and reach.gaps != 0:  # at 0 there was no line, or no way to go
-            self.measure(anchor, reach)
-        self.anchors = [anchor, *self.anchors[:1]]
+    def add(self, computed: ComputedStep, reach: Reach) -> None:
+        """Take a computed step, and correct the bends by it. reach: how far it was, unbounded."""
+        if len(self.newest_first) == 1:
+            steps_between = computed.step - self.newest_first[0].step
+            first_bend = torch.tensor(1 / steps_between, dtype=torch.float64)
+            self.bends = dict.fromkeys((CONDITIONAL, UNCONDITIONAL, DIFFERENCE), first_bend)
+        elif self.newest_first and reach.gaps != 0:  # at 0 there was no line, or no way to go
+            self.correct_bends(computed, reach)
+        self.newest_first = [computed, *self.newest_first[:1]]
 
-    def measure(self, anchor: Anchor, reach: Reach) -> None:
-        """The bends, by the gains at a computed step."""
-        now, last, before = map(quantities, (anchor, *self.anchors))
+    def correct_bends(self, computed: ComputedStep, reach: Reach) -> None:
+        """By how much of the line was right at a computed step."""
+        steps = (computed, *self.newest_first)
+        now, newer, older = (step.sampled_quantities() for step in steps)
         products = []
         for name in now:
-            direction = last[name] - before[name]
-            products += [(now[name] - last[name]) * direction, direction * direction]
+            direction = newer[name] - older[name]
+            products += [(now[name] - newer[name]) * direction, direction * direction]
         for name, (projection, squared) in zip(now, totals(products).view(-1, 2), strict=True):
             gain = (projection / (reach.gaps * squared)).nan_to_num(0.0).clamp(0, 1)
-            expected = 1 / (1 + self.bends[name] * reach.steps)  # above 0, and so is the mean
-            self.bends[name] = (2 / (gain + expected) - 1) / reach.steps
+            expected = 1 / (1 + self.bends[name] * reach.steps_beyond)
+            mean = (gain + expected) / 2  # above 0, since what was expected is
+            self.bends[name] = (1 / mean - 1) / reach.steps_beyond
 
 
-def quantities(anchor: Anchor) -> dict[int, Tensor]:
-    """The samples of what is measured apart."""
-    found = dict(anchor.samples)
-    if UNCONDITIONAL in found:
-        found[DIFFERENCE] = found[CONDITIONAL] - found[UNCONDITIONAL]
-    return found
+# What a run measures of itself
 
 
 @dataclass(frozen=True)
 class Drift:
-    """How far reused residuals were off, measured at the computed step that came after them."""
+    """How far the guesses were off at a computed step that came after skipped ones.
+
+    by_order: mean|true - guess| / mean|true| of the residuals, of order 0 and of order 1.
+    """
 
     step: int
-    hold: float  # mean|true - last| / mean|true|
-    line: float  # the same for the line through the last two
-
-    def by(self, order: int) -> float:
-        return self.line if order else self.hold
+    by_order: tuple[float, float]
 
 
 class Measurements:
-    """What a run measures of itself, at no cost: marks of time, and drift."""
+    """Marks of time and drift, at no cost: nothing waits for the GPU that would not anyway."""
 
     def __init__(self, schedule: Schedule):
         self.schedule = schedule
@@ -642,10 +664,10 @@ class Measurements:
 
     def read(self) -> None:
         """Bring the errors to the host, all at once."""
-        rows = torch.stack([errors for _, errors in self.unread]).tolist() if self.unread else []
-        for (step, _), (size, held, line) in zip(self.unread, rows, strict=True):
-            if size > 0 and math.isfinite(size + held + line):
-                self.drifts.append(Drift(step, held / size, line / size))
+        read = torch.stack([errors for _, errors in self.unread]).tolist() if self.unread else []
+        for (step, _), (size, error_0, error_1) in zip(self.unread, read, strict=True):
+            if size > 0 and math.isfinite(size + error_0 + error_1):
+                self.drifts.append(Drift(step, (error_0 / size, error_1 / size)))
         self.unread.clear()
 
     @property
@@ -657,40 +679,46 @@ class Measurements:
     def speedup(self) -> float:
         """Against stock's 2 * steps passes, at the median seconds of the passes that were run."""
         seconds = np.diff(self.times[1:])  # of each step: from its decision to the next
-        config, computed = self.schedule.config, self.schedule.computed
-        whole = [i for i in computed if i < len(seconds)]  # not one that was stopped
-        passes = [seconds[i] / (1 + config.is_guided(i)) for i in whole]
-        return float(np.median(passes)) * 2 * len(seconds) / self.seconds
+        schedule = self.schedule
+        finished = [step for step in schedule.computed_steps if step < len(seconds)]
+        of_a_pass = [seconds[step] / (1 + schedule.config.is_guided(step)) for step in finished]
+        return float(np.median(of_a_pass)) * 2 * len(seconds) / self.seconds
 
     def drift(self, order: int) -> float | None:
         """The mean drift by an order; None if no step was computed after a skipped one."""
-        return float(np.mean([drift.by(order) for drift in self.drifts])) if self.drifts else None
+        if not self.drifts:
+            return None
+        return float(np.mean([drift.by_order[order] for drift in self.drifts]))
 
     def summary(self) -> str:
-        """What was computed, how long it took, what it saved and how far off it was, in a line."""
+        """What was computed, how long it took, what it saved and how far off it was."""
         schedule, config = self.schedule, self.schedule.config
         if len(self.times) < 3:  # begin of sampling, a decision, end of sampling
             return "TeaCache: no step was taken"
+        computed, steps = schedule.computed_steps, len(schedule.decisions)
         text = (
-            f"TeaCache: computed {len(schedule.computed)} of {len(schedule.steps)} steps "
-            f"({' '.join(map(str, schedule.computed))}), sampling {self.seconds:.1f} s, "
+            f"TeaCache: computed {len(computed)} of {steps} steps "
+            f"({' '.join(map(str, computed))}), sampling {self.seconds:.1f} s, "
             f"about {self.speedup:.2f}x of stock (estimated from the computed steps)"
         )
-        if config.guided_steps is not None and config.guided_steps < len(schedule.steps):
-            text += f"; {schedule.passes} of {2 * len(schedule.steps)} passes"
+        if config.guided_steps is not None and config.guided_steps < steps:
+            text += f"; {schedule.passes} of {2 * steps} passes"
         if not self.drifts:
             return text
         order, other = config.order, 1 - config.order
-        worst = max(self.drifts, key=lambda drift: drift.by(order))
+        worst = max(self.drifts, key=lambda drift: drift.by_order[order])
         return (
             f"{text}; reused residuals were off by {percent(self.drift(order))} (largest "
-            f"{percent(worst.by(order))} at step {worst.step}); by order {other} they would have "
-            f"been by {percent(self.drift(other))}"
+            f"{percent(worst.by_order[order])} at step {worst.step}); by order {other} they would "
+            f"have been by {percent(self.drift(other))}"
         )
 
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
+
+
+# In place of the models' methods
 
 
 @dataclass(frozen=True)
@@ -705,7 +733,16 @@ class Originals:
 class TeaCache:
     """The state of one generation, and what stands in place of the models' methods during it.
 
-    Wan calls a model twice a step: first with the prompt (branch 0), then without (branch 1).
+    Wan calls a model twice a step, first with the prompt (the conditional branch), then without.
+    In each call come, in this order:
+        forward       counts the call, and calls the model's own; once guidance has ended, the
+                      unconditional call gets the conditional output instead
+        decide        after time_projection: whether the step is computed, for both its calls
+        forward_vace  calls VACE's own, on a computed step
+        blocks        on a computed step calls the model's own blocks and keeps their residual, on
+                      a skipped one adds a guess of it
+    After the last call, before the VAE, all tensors are let go of.
+
     Wan2.2 begins with one model and goes on with another: the first step of each is computed, and
     nothing that was kept of the one is of use to the other.
     """
@@ -720,7 +757,7 @@ class TeaCache:
         self.signal: Tensor | None = None  # of the step before
         # of the step
         self.step, self.computes = 0, True
-        self.anchor: Anchor | None = None
+        self.computing: ComputedStep | None = None
         self.output: list[Tensor] | None = None  # of the last call that ran
         # of the call
         self.branch = CONDITIONAL
@@ -748,7 +785,7 @@ class TeaCache:
 
     def check_stand_ins(self) -> None:
         """RuntimeError: a forward had its way without them."""
-        if not self.blocks_were_called or len(self.schedule.steps) != self.step + 1:
+        if not self.blocks_were_called or len(self.schedule.decisions) != self.step + 1:
             raise RuntimeError(
                 "TeaCache: this model's forward went past the stand-in for its blocks, so "
                 "nothing would be skipped: wrap blocks, not the model, in torch.compile"
@@ -780,13 +817,6 @@ class TeaCache:
         self.calls, self.timestep = self.calls + 1, t
         if originals is not self.active:  # the first call of a model
             self.active, self.signal, self.residuals = originals, None, Residuals()
-
-    def end_sampling(self) -> None:
-        """Take the time, read what was measured, and let go of all tensors: the VAE is next."""
-        synchronize()
-        self.measurements.mark()
-        self.measurements.read()
-        self.release()
 
     def decide(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         """Forward hook of time_projection, which takes e to e0; both still as the model made them.
@@ -822,20 +852,16 @@ class TeaCache:
         """
         self.blocks_were_called = True
         if self.computes:
-            out = self.compute(originals, h, **kwargs)
-        else:
-            reach = self.schedule.reach(bounded=True)
-            out = h + self.residuals.guess(self.branch, self.config.order, reach)
-        if self.is_last_branch and not self.config.keeps(self.step):
-            self.residuals.free_all_but(0)
-        return out
+            return self.compute(originals, h, **kwargs)
+        reach = self.schedule.reach(bounded=True)
+        return h + self.residuals.guess(self.branch, self.config.order, reach)
 
     def compute(self, originals: Originals, h: Tensor, **kwargs: Any) -> Tensor:
         """B(h), and what is to be remembered of it."""
         if self.branch == CONDITIONAL:
             # before the blocks need the memory; order 1 will need the newest as the older of two
             self.residuals.free_all_but(self.config.order)
-            self.anchor = Anchor(self.step, {}, {})
+            self.computing = ComputedStep(self.step, {}, {})
         out = h
         for block in originals.blocks:
             out = block(out, **kwargs)
@@ -843,28 +869,31 @@ class TeaCache:
             self.learn(h, out)
         return out
 
-    @property
-    def is_last_branch(self) -> bool:
-        """Whether the step's last call of the blocks is this one."""
-        return self.branch == UNCONDITIONAL or not self.config.is_guided(self.step)
-
     def learn(self, h: Tensor, out: Tensor) -> None:
-        """Take a computed step's residual and, after skipped ones, hold the guesses against it."""
+        """Keep a computed step's residual and, after skipped steps, hold the guesses against it."""
         every = math.ceil(h.size(1) / SAMPLE_TOKENS)
-        self.anchor.samples[self.branch] = (out[:, ::every] - h[:, ::every]).float()
-        if self.config.keeps(self.step):
-            self.anchor.residuals[self.branch] = out - h
-        if self.is_last_branch:
-            if self.residuals.anchors and not self.schedule.steps[self.step - 1].computed:
-                errors = self.residuals.errors(self.anchor, self.schedule.reach(bounded=True))
-                self.measurements.unread.append((self.step, errors))
-            self.residuals.add(self.anchor, self.schedule.reach(bounded=False))
+        self.computing.sampled[self.branch] = (out[:, ::every] - h[:, ::every]).float()
+        self.computing.residuals[self.branch] = out - h
+        is_last_call = self.branch == UNCONDITIONAL or not self.config.is_guided(self.step)
+        if not is_last_call:
+            return
+        if self.residuals.newest_first and not self.schedule.decisions[self.step - 1].computed:
+            errors = self.residuals.errors(self.computing, self.schedule.reach(bounded=True))
+            self.measurements.unread.append((self.step, errors))
+        self.residuals.add(self.computing, self.schedule.reach(bounded=False))
+
+    def end_sampling(self) -> None:
+        """Take the time, read what was measured, and let go of all tensors: the VAE is next."""
+        synchronize()
+        self.measurements.mark()
+        self.measurements.read()
+        self.release()
 
     def release(self) -> None:
         """Let go of models and tensors; decisions and what was measured stay."""
         self.residuals = Residuals()
         self.measurements.unread.clear()
-        self.active = self.signal = self.anchor = self.output = None
+        self.active = self.signal = self.computing = self.output = None
         self.timestep = self.outer_timestep = None
 
     def summary(self) -> str:
@@ -904,9 +933,9 @@ def teacache(models: nn.Module | Sequence[nn.Module], config: TeaCacheConfig) ->
             cache.release()
     if cache.calls != 2 * config.steps:
         log.warning(f"TeaCache: set up for {config.steps} steps, but saw {cache.calls / 2:g}")
-    if cache.schedule.negative:
+    if cache.schedule.negative_steps:
         log.warning(
-            f"TeaCache: negative increments at steps {ranges(cache.schedule.negative)}: the "
+            f"TeaCache: negative increments at steps {ranges(cache.schedule.negative_steps)}: the "
             "coefficients are not made for these distances, and too many steps may be skipped"
         )
 
@@ -1063,7 +1092,7 @@ class Release:
     """What is named otherwise in Wan2.1 and in Wan2.2; told apart by the name of the writer.
 
     All other differences follow from the task's config (``boundary``, ``high_noise_checkpoint``) or
-    from which flags the parser has. A new task has its place in KINDS and ``inputs_of`` too.
+    from which flags the parser has.
     """
 
     name: str
@@ -1083,6 +1112,34 @@ RELEASES = (
         no_cache=("s2v-14B", "animate-14B"),
     ),
 )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the tasks of one kind need, before a weight is loaded."""
+
+    transformers: Sequence[str]  # the model_type of those that will do
+    inputs: Sequence[str] = ()  # the flags whose files generate.py opens
+
+
+KINDS = {  # by the first word of a task, such as t2v of t2v-14B
+    "t2v": Kind(("t2v",)),
+    "t2i": Kind(("t2v",)),
+    "i2v": Kind(("i2v",), ("image",)),
+    "flf2v": Kind(("flf2v", "i2v"), ("first_frame", "last_frame")),
+    "vace": Kind(("vace",), ("src_video", "src_mask", "src_ref_images")),
+    "ti2v": Kind(("ti2v",), ("image",)),
+}
+INPUTS = tuple(dict.fromkeys(flag for kind in KINDS.values() for flag in kind.inputs))
+
+
+def kind_of(args: argparse.Namespace) -> str:
+    return args.task.split("-")[0]
+
+
+def makes_image(args: argparse.Namespace) -> bool:
+    """Whether a task makes one image, not a video."""
+    return kind_of(args) == "t2i"
 
 
 class Wan:
@@ -1163,16 +1220,6 @@ class Wan:
         return timesteps
 
 
-def kind_of(args: argparse.Namespace) -> str:
-    """The first word of a task: "t2v" of "t2v-14B"."""
-    return args.task.split("-")[0]
-
-
-def makes_image(args: argparse.Namespace) -> bool:
-    """Whether a task makes one image, not a video."""
-    return kind_of(args) == "t2i"
-
-
 def ring_size(args: argparse.Namespace) -> int:
     """1 for Wan2.2, which has no ring."""
     return getattr(args, "ring_size", 1)
@@ -1191,27 +1238,28 @@ def transformer_folders(ckpt_dir: str, config: dict[str, Any]) -> list[Path]:
     return [Path(ckpt_dir) / name for name in names if name] or [Path(ckpt_dir)]
 
 
-def switch_of(timesteps: Sequence[float], config: dict[str, Any]) -> int | None:
-    """The first step of the second of two transformers, None if only one samples."""
+def steps_of_first(timesteps: Sequence[float], config: dict[str, Any]) -> int:
+    """How many steps the first transformer of a pipeline samples: all, where it has one only."""
     if "boundary" not in config:
-        return None
-    switch = sum(timestep >= config["boundary"] * TRAIN_TIMESTEPS for timestep in timesteps)
-    return switch if 0 < switch < len(timesteps) else None
+        return len(timesteps)
+    return sum(timestep >= config["boundary"] * TRAIN_TIMESTEPS for timestep in timesteps)
 
 
 def count_guided_steps(
-    scale: float | Sequence[float] | None, steps: int, switch: int | None, until: float
+    scale: float | Sequence[float] | None, steps: int, of_first: int, until: float
 ) -> int | None:
     """On how many steps guidance needs the unconditional branch; None for all of them.
 
     scale: Wan's guide_scale, of Wan2.2 a pair (low noise, high noise). At 1 the unconditional
-    output is multiplied by 0; None runs it all the same. until: the share that is asked for.
+        output is multiplied by 0; None runs it all the same.
+    of_first: ``steps_of_first``, which are those of high noise.
+    until: the share of the steps that is asked for.
     """
     low, high = scale if isinstance(scale, (tuple, list)) else (scale, scale)
     if low != 1:
         guided = steps
     elif high != 1:
-        guided = steps if switch is None else switch
+        guided = of_first
     else:
         guided = 0
     guided = min(guided, round(until * steps))
@@ -1322,8 +1370,8 @@ def read_tensor(folder: Path, name: str) -> Any:
 def signal_distances(folder: Path, timesteps: Sequence[float], mode: str) -> list[float]:
     """The relative L1 distances of one transformer's signal, one less than timesteps."""
 
-    def linear(x: Tensor, layer: str, rows: slice = slice(None)) -> Tensor:
-        weight, bias = (read_tensor(folder, f"{layer}.{n}")[rows] for n in ("weight", "bias"))
+    def linear(x: Tensor, layer: str, outputs: slice = slice(None)) -> Tensor:
+        weight, bias = (read_tensor(folder, f"{layer}.{n}")[outputs] for n in ("weight", "bias"))
         return nn.functional.linear(x, weight.float(), bias.float())
 
     sinusoid = sys.modules["wan.modules.model"].sinusoidal_embedding_1d
@@ -1334,11 +1382,11 @@ def signal_distances(folder: Path, timesteps: Sequence[float], mode: str) -> lis
     if mode == RETENTION:  # e0, one of its six parts at a time: for 14B it has 0.6 GB of weights
         dim, modulation = e.size(1), nn.functional.silu(e)
         sixths = (slice(i * dim, (i + 1) * dim) for i in range(6))
-        signals = (linear(modulation, "time_projection.1", rows) for rows in sixths)
+        signals = (linear(modulation, "time_projection.1", sixth) for sixth in sixths)
     change, size = 0.0, 0.0
-    for rows in signals:
-        change = change + rows.diff(dim=0).abs().sum(1)
-        size = size + rows[:-1].abs().sum(1)
+    for values in signals:  # [timesteps, dim]
+        change = change + values.diff(dim=0).abs().sum(1)
+        size = size + values[:-1].abs().sum(1)
     return (change / size).tolist()
 
 
@@ -1353,17 +1401,17 @@ def distances_of(
     key = (args.ckpt_dir, mode, *timesteps)
     if key not in wan.known_distances:
         config, distances = wan.config(args.task), []
-        switch = switch_of(timesteps, config)
-        folders = transformer_folders(args.ckpt_dir, config)
-        halves = [timesteps[:switch], timesteps[switch:]] if switch else [timesteps]
-        for folder, half in zip(folders, halves, strict=False):
-            with refusing(
-                f"--ckpt_dir {folder}: its time embedding cannot be read",
-                "download it again, or take --teacache_model sigma, which needs none",
-            ):
-                unread = [math.nan] * (len(half) - 1)
-                read = unread if mode == SIGMA else signal_distances(folder, half, mode)
-                distances += [None, *read]
+        of_first = steps_of_first(timesteps, config)
+        parts = (timesteps[:of_first], timesteps[of_first:])  # the second is empty of one model
+        for folder, part in zip(transformer_folders(args.ckpt_dir, config), parts, strict=False):
+            if part and mode == SIGMA:
+                distances += [None, *[math.nan] * (len(part) - 1)]
+            elif part:
+                with refusing(
+                    f"--ckpt_dir {folder}: its time embedding cannot be read",
+                    "download it again, or take --teacache_model sigma, which needs none",
+                ):
+                    distances += [None, *signal_distances(folder, part, mode)]
         wan.known_distances[key] = distances
     return wan.known_distances[key]
 
@@ -1487,15 +1535,6 @@ def check_intact(args: argparse.Namespace, path: Path) -> None:
         require(not fault, f"--ckpt_dir {args.ckpt_dir}: {file.name} {fault}")
 
 
-KINDS = {  # the transformers that will do, by the first word of Wan's tasks
-    "t2v": ("t2v",),
-    "i2v": ("i2v",),
-    "flf2v": ("flf2v", "i2v"),
-    "vace": ("vace",),
-    "ti2v": ("ti2v",),
-}
-
-
 def check_transformer(args: argparse.Namespace, folder: Path, config: dict[str, Any]) -> None:
     """A transformer's files are there and whole, and it is of the task's kind and size."""
     what = f"--ckpt_dir {folder}: damaged, incomplete or not of --task {args.task}"
@@ -1503,33 +1542,25 @@ def check_transformer(args: argparse.Namespace, folder: Path, config: dict[str, 
         for file in [folder / "config.json", *sorted(set(tensor_files(folder).values()))]:
             check_intact(args, file)
         found = read_json(folder / "config.json")
-        kind = "t2v" if makes_image(args) else kind_of(args)
-        if kind in KINDS and found.get("model_type", kind) not in KINDS[kind]:
-            raise ValueError(f"a {found['model_type']} transformer, not one of --task {args.task}")
+        kind, model_type = KINDS.get(kind_of(args)), found.get("model_type")
+        if kind and model_type and model_type not in kind.transformers:
+            raise ValueError(f"a {model_type} transformer, not one of --task {args.task}")
         if found.get("dim") != config["dim"]:
             dims = f"dim {found.get('dim')}, that of --task {args.task} {config['dim']}"
             raise ValueError(f"its transformer has {dims} (1536 is 1.3B, 3072 5B, 5120 14B)")
 
 
-INPUTS = ("image", "first_frame", "last_frame", "src_video", "src_mask", "src_ref_images")
-
-
 def inputs_of(args: argparse.Namespace, examples: dict[str, str]) -> dict[str, str]:
     """The flags whose files generate.py will open, with their files."""
     kind = kind_of(args)
-    used = {
-        "i2v": ("image",),
-        "ti2v": ("image",),
-        "flf2v": ("first_frame", "last_frame"),
-        "vace": ("src_video", "src_mask", "src_ref_images"),
-    }.get(kind, ())
+    takes_examples = kind != "vace" or args.prompt is None  # for what is not given
     found = {}
-    for name in used:
-        value = getattr(args, name, None)
-        if value is None and (kind != "vace" or args.prompt is None):
-            value = examples.get(name)
-        if value is not None:
-            found[name] = value
+    for name in KINDS[kind].inputs if kind in KINDS else ():
+        file = getattr(args, name, None)
+        if file is None and takes_examples:
+            file = examples.get(name)
+        if file is not None:
+            found[name] = file
     return found
 
 
@@ -1729,13 +1760,14 @@ def stopped_by_signals() -> Iterator[None]:
 
     numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
     before = {n: signal.getsignal(n) for n in numbers if n is not None}
+    # None is one that Python did not set, and cannot put back
+    ours = {n: handler for n, handler in before.items() if handler not in (signal.SIG_IGN, None)}
     try:
-        for number, handler in before.items():
-            if handler != signal.SIG_IGN:
-                signal.signal(number, stop)
+        for number in ours:
+            signal.signal(number, stop)
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in ours.items():
             signal.signal(number, handler)
 
 
@@ -1747,7 +1779,7 @@ def numbered(path: Path) -> Iterator[Path]:
     yield path
     ending = LATENTS if path.name.endswith(LATENTS) else path.suffix
     stem = path.name.removesuffix(ending)
-    for i in range(2, 1000):
+    for i in itertools.count(2):
         yield path.with_name(f"{stem}.{i}{ending}")
 
 
@@ -1789,7 +1821,7 @@ def write_ahead(latents: Sequence[Tensor], job: Job, fps: int) -> Path | None:
 
 def write_exclusively(content: dict[str, Any], path: Path) -> Path:
     """torch.save under a name that nobody has: a second run gets another one."""
-    for free in numbered(path):
+    for free in numbered(path):  # without an end
         try:
             file = free.open("xb")
         except FileExistsError:
@@ -1801,7 +1833,6 @@ def write_exclusively(content: dict[str, Any], path: Path) -> Path:
             free.unlink()
             raise
         return free
-    raise OSError(f"{path} and 998 more are there")
 
 
 def decode_command(wan: Wan, latents: Path) -> str:
@@ -1860,10 +1891,11 @@ class Run:
             self.seconds["sampling"] = measurements.seconds
         if job.config.thresh > 0 or not job.label:  # of stock, in a comparison, there is no news
             log.info(self.cache.summary())
-        if job.planned.computed != self.cache.schedule.computed:
+        planned, taken = job.planned, self.cache.schedule
+        if planned.computed_steps != taken.computed_steps:
             log.warning(
-                f"TeaCache: planned were {len(job.planned.computed)} steps, {job.planned.marks()}, "
-                f"and computed {len(self.cache.schedule.computed)}, {self.cache.schedule.marks()}"
+                f"TeaCache: planned were {len(planned.computed_steps)} steps, {planned.marks()}, "
+                f"and computed {len(taken.computed_steps)}, {taken.marks()}"
             )
         return video
 
@@ -1930,15 +1962,21 @@ class Run:
             report["label"] = job.label
         if cache and cache.measurements.times:
             schedule, measurements = cache.schedule, cache.measurements
-            drifts = {d.step: {"hold": d.hold, "line": d.line} for d in measurements.drifts}
-            report["computed"] = schedule.computed
+            drifts = {drift.step: by_order(drift.by_order) for drift in measurements.drifts}
+            report["computed"] = schedule.computed_steps
             report["passes"] = schedule.passes
-            report["drift"] = {"hold": measurements.drift(0), "line": measurements.drift(1)}
+            report["drift"] = by_order([measurements.drift(0), measurements.drift(1)])
             report["speedup"] = measurements.speedup if self.status == "finished" else None
             report["steps"] = [
-                {**asdict(step), "drift": drifts.get(i)} for i, step in enumerate(schedule.steps)
+                {**asdict(decision), "drift": drifts.get(step)}
+                for step, decision in enumerate(schedule.decisions)
             ]
         return report
+
+
+def by_order(drifts: Sequence[float | None]) -> dict[str, float | None]:
+    """For the report."""
+    return {f"order {order}": drift for order, drift in enumerate(drifts)}
 
 
 def to_bytes(video: Tensor) -> np.ndarray:
@@ -1968,7 +2006,7 @@ class Session:
 
     def __init__(self, wan: Wan, report: str | None, flags: dict[str, Any]):
         self.wan, self.flags = wan, flags
-        self.report = Path(report) if report and is_rank_0() else None
+        self.report_file = Path(report) if report and is_rank_0() else None
         self.runs = list[Run]()
         self.videos = 1  # that this command is to make
         self.pipelines = {name: once(kind) for name, kind in wan.pipelines().items()}
@@ -2006,7 +2044,7 @@ class Session:
         pipeline.generate = functools.partial(run.sample, pipeline, generate)
         return pipeline
 
-    def run(self, job: Job, keep_frames: bool = False) -> Run:
+    def make(self, job: Job, keep_frames: bool = False) -> Run:
         """One video. Whatever goes wrong is raised, when all ranks are past it."""
         run = Run(self.wan, job, keep_frames)
         self.runs.append(run)
@@ -2037,7 +2075,7 @@ class Session:
     def writer(run: Run, write: Callable) -> Callable:
         return functools.wraps(write)(functools.partial(run.write, write))
 
-    def run_all(self, jobs: Sequence[Job]) -> None:
+    def make_all(self, jobs: Sequence[Job]) -> None:
         """One video after the other, and the table of them."""
         self.videos = len(jobs)
         if not jobs:  # all videos are there: the report is of none
@@ -2045,8 +2083,8 @@ class Session:
         for job in jobs:
             self.attempt(job)
         if len(jobs) > 1:
-            for line in table(self.runs):
-                log.info(line)
+            for text in batch_table(self.runs):
+                log.info(text)
 
     def attempt(self, job: Job, keep_frames: bool = False) -> Run:
         """One video. Its failure is said, and is in the run's status; it is raised where it may
@@ -2054,7 +2092,7 @@ class Session:
         if self.videos > 1:
             log.info(f"TeaCache: {self.progress()}: {job.args.save_file}")
         try:
-            self.run(job, keep_frames)
+            self.make(job, keep_frames)
         except Exception as error:
             in_step = error is self.runs[-1].failure  # of decoder or writer: all ranks are past it
             if isinstance(error, Refused) or (across_ranks() and not in_step):
@@ -2080,7 +2118,7 @@ class Session:
 
     def write_report(self) -> None:
         """For --teacache_report; what cannot be written is said, and hides nothing."""
-        if not self.report:
+        if not self.report_file:
             return
         cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
         common = {
@@ -2094,12 +2132,12 @@ class Session:
         if len(reports) == 1:
             content |= reports[0]
         try:
-            self.report.write_text(json.dumps(content, indent=1, default=str))
+            self.report_file.write_text(json.dumps(content, indent=1, default=str))
         except OSError as error:
-            log.error(f"TeaCache: --teacache_report {self.report}: {error}")
+            log.error(f"TeaCache: --teacache_report {self.report_file}: {error}")
 
 
-def table(runs: Sequence[Run]) -> list[str]:
+def batch_table(runs: Sequence[Run]) -> list[str]:
     """What a batch made, a line a video."""
     lines = ["TeaCache: computed  sampling  speed-up   drift  file"]
     for run in runs:
@@ -2110,7 +2148,7 @@ def table(runs: Sequence[Run]) -> list[str]:
         measurements = cache.measurements
         drift = measurements.drift(cache.config.order)
         lines.append(
-            f"TeaCache: {len(cache.schedule.computed):5}/{len(cache.schedule.steps):<2}  "
+            f"TeaCache: {len(cache.schedule.computed_steps):5}/{len(cache.schedule.decisions):<2}  "
             f"{measurements.seconds:6.1f} s  {measurements.speedup:7.2f}x  "
             f"{percent(drift) if drift is not None else '':>6}  {run.job.args.save_file}"
         )
@@ -2120,12 +2158,12 @@ def table(runs: Sequence[Run]) -> list[str]:
 # Comparison: stock, stock with a little noise, and every setting asked for
 
 NOISE_STD = 1e-4
-STOCK, NOISE = "stock", "noise 1e-4"  # the first two rows
+STOCK, NOISE = "stock", "noise 1e-4"  # the labels of the first two
 
 
 @dataclass(frozen=True)
-class Compared:
-    """One video, held against stock's of the same prompt and seed."""
+class Outcome:
+    """What came of one job of a comparison: its video, held against stock's."""
 
     label: str
     computed: int
@@ -2160,25 +2198,25 @@ def ssim(frames: np.ndarray, stock: np.ndarray) -> float | None:
     return float(np.mean([similarity(a, b, channel_axis=2, data_range=255) for a, b in pairs]))
 
 
-def compare(session: Session, jobs: Sequence[Job]) -> list[Compared]:
+def compare(session: Session, jobs: Sequence[Job]) -> list[Outcome]:
     """Run the jobs of one prompt and seed, the first of them stock; write what compares them.
     Without stock's video there is nothing to compare with, and the others are not made."""
-    compared, shown, stock = [], [], None
+    outcomes, shown, stock = [], [], None
     for job in jobs:
         run = session.attempt(job, keep_frames=True)
         cache, video, run.frames = run.cache, run.frames, None
         if job is jobs[0]:
             stock = video
-            if not as_rank_0(run.status == "finished", here()):
+            if not as_rank_0(run.status == "finished", collective_device()):
                 break
         if video is None:  # it has failed, or this is not rank 0
             continue
         shown.append(shrunk(video))
-        compared.append(
-            Compared(
+        outcomes.append(
+            Outcome(
                 label=job.label,
-                computed=len(cache.schedule.computed),
-                steps=len(cache.schedule.steps),
+                computed=len(cache.schedule.computed_steps),
+                steps=len(cache.schedule.decisions),
                 seconds=cache.measurements.seconds,
                 speedup=1.0,
                 drift=cache.measurements.drift(job.config.order),
@@ -2187,20 +2225,20 @@ def compare(session: Session, jobs: Sequence[Job]) -> list[Compared]:
             )
         )
     # the first run warms up, so that the faster of the two is stock's time
-    stock_seconds = [row.seconds for row in compared if row.label in (STOCK, NOISE)]
-    compared = [replace(row, speedup=min(stock_seconds) / row.seconds) for row in compared]
+    stock_seconds = [one.seconds for one in outcomes if one.label in (STOCK, NOISE)]
+    outcomes = [replace(one, speedup=min(stock_seconds) / one.seconds) for one in outcomes]
     if shown:
         target, task = jobs[0].compared_in, jobs[0].args.task
         try:
-            write_comparison(compared, shown, target, session.wan.config(task)["sample_fps"])
+            write_comparison(outcomes, shown, target, session.wan.config(task)["sample_fps"])
         except Exception as error:  # the videos are there, and other lines may wait
             session.all_written = False
             log.error(f"TeaCache: the comparison of {target} is not written: {error}")
-    return compared
+    return outcomes
 
 
 def write_comparison(
-    compared: Sequence[Compared], videos: Sequence[np.ndarray], target: Path, fps: int
+    outcomes: Sequence[Outcome], videos: Sequence[np.ndarray], target: Path, fps: int
 ) -> None:
     """NAME.compare.mp4, all side by side; .png, a strip of frames; .json, the table.
 
@@ -2209,15 +2247,16 @@ def write_comparison(
     length, _, width, _ = videos[0].shape
     files = {e: target.with_name(f"{target.stem}.compare.{e}") for e in ("mp4", "png", "json")}
     if length > 1:
-        head = np.hstack([heading(row.texts, width) for row in compared])
+        head = np.hstack([heading(one.texts, width) for one in outcomes])
         with imageio.get_writer(files["mp4"], fps=fps, macro_block_size=2) as writer:
             for frames in zip(*videos, strict=True):
                 writer.append_data(np.vstack([head, np.hstack(frames)]))
         check_written(str(files["mp4"]), length)
     moments = np.linspace(0, length - 1, min(6, length)).round().astype(int)
-    Image.fromarray(strip(compared, videos, moments)).save(files["png"])
-    rows = [asdict(row) | {"psnr": row.psnr if row.psnr < math.inf else None} for row in compared]
-    files["json"].write_text(json.dumps(rows, indent=1))
+    Image.fromarray(strip(outcomes, videos, moments)).save(files["png"])
+    # JSON has no infinity
+    told = [asdict(o) | {"psnr": o.psnr if o.psnr < math.inf else None} for o in outcomes]
+    files["json"].write_text(json.dumps(told, indent=1))
     log.info(f"TeaCache: side by side in {', '.join(str(f) for f in files.values() if f.exists())}")
 
 
@@ -2239,45 +2278,46 @@ def heading(texts: Sequence[str], width: int) -> np.ndarray:
 
 
 def strip(
-    compared: Sequence[Compared], videos: Sequence[np.ndarray], moments: Sequence[int]
+    outcomes: Sequence[Outcome], videos: Sequence[np.ndarray], moments: Sequence[int]
 ) -> np.ndarray:
-    """A row a video, a column a moment, and over each row which it is."""
-    rows = []
-    for row, video in zip(compared, videos, strict=True):
+    """One video above the other, a column a moment, and over each which it is."""
+    parts = []
+    for outcome, video in zip(outcomes, videos, strict=True):
         frames = np.hstack([video[moment] for moment in moments])
-        rows += [heading(["    ".join(row.texts).rstrip()], frames.shape[1]), frames]
-    return np.vstack(rows)
+        parts += [heading(["    ".join(outcome.texts).rstrip()], frames.shape[1]), frames]
+    return np.vstack(parts)
 
 
-def comparison_table(by_line: Sequence[Sequence[Compared]]) -> list[str]:
-    """The mean over the lines, with the standard deviation where there are several."""
-    by_label: dict[str, list[Compared]] = {}
-    for line in by_line:
-        for row in line:
-            by_label.setdefault(row.label, []).append(row)
+def comparison_table(by_line: Sequence[Sequence[Outcome]]) -> list[str]:
+    """The mean over the lines of the jobs file; of several, with the standard deviation."""
+    by_label: dict[str, list[Outcome]] = {}
+    for outcomes in by_line:
+        for outcome in outcomes:
+            by_label.setdefault(outcome.label, []).append(outcome)
     with_ssim = by_line[0][0].ssim is not None
     head = ["", "computed", "sampling", "speed-up", "drift", "PSNR", "SSIM"]
-    cells = [head, *(comparison_cells(rows) for rows in by_label.values())]
+    cells = [head, *(comparison_cells(outcomes) for outcomes in by_label.values())]
+    if not with_ssim:
+        cells = [texts[:-1] for texts in cells]
     wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
+    table = []
     for label, *others in cells:
-        shown = others if with_ssim else others[:-1]
-        aligned = [cell.rjust(n) for cell, n in zip(shown, wide[1:], strict=False)]
-        lines.append("  ".join([label.ljust(wide[0]), *aligned]))
-    by_label.pop(STOCK)
-    if NOISE not in by_label:
-        return [*lines, "no floor: stock with noise of 1e-4 has failed"]
-    floor = np.mean([row.psnr for row in by_label.pop(NOISE)])
-    above = [k for k, rows in by_label.items() if np.mean([row.psnr for row in rows]) >= floor]
-    lines.append(
+        aligned = [text.rjust(width) for text, width in zip(others, wide[1:], strict=True)]
+        table.append("  ".join([label.ljust(wide[0]), *aligned]))
+    psnr_of = {label: np.mean([o.psnr for o in outcomes]) for label, outcomes in by_label.items()}
+    if NOISE not in psnr_of:
+        return [*table, "no floor: stock with noise of 1e-4 has failed"]
+    floor = psnr_of[NOISE]
+    above = [k for k, mean in psnr_of.items() if mean >= floor and k not in (STOCK, NOISE)]
+    table.append(
         f"the floor, stock with noise of 1e-4: {floor:.1f} dB; at it or above: "
         f"{', '.join(above) or 'none'}"
     )
-    return lines if with_ssim else [*lines, "for the SSIM: pip install scikit-image"]
+    return table if with_ssim else [*table, "for the SSIM: pip install scikit-image"]
 
 
-def comparison_cells(rows: Sequence[Compared]) -> list[str]:
-    """One label's line of the table, over all lines of the jobs file."""
+def comparison_cells(outcomes: Sequence[Outcome]) -> list[str]:
+    """What the table says of one label."""
 
     def mean(values: Sequence[float | None], digits: int, unit: str = "") -> str:
         known = [value for value in values if value is not None]
@@ -2287,22 +2327,21 @@ def comparison_cells(rows: Sequence[Compared]) -> list[str]:
         deviation = f" ± {np.std(known):.{digits}f}" if spread else ""
         return f"{np.mean(known):.{digits}f}{deviation}{unit}"
 
-    computed, steps = np.mean([(row.computed, row.steps) for row in rows], axis=0)
+    computed, steps = np.mean([(o.computed, o.steps) for o in outcomes], axis=0)
     return [
-        rows[0].label,
+        outcomes[0].label,
         f"{computed:.0f}/{steps:.0f}",
-        mean([row.seconds for row in rows], 1, " s"),
-        mean([row.speedup for row in rows], 2, "x"),
-        mean([row.drift and 100 * row.drift for row in rows], 1, " %"),
-        mean([row.psnr for row in rows], 1),
-        mean([row.ssim for row in rows], 3),
+        mean([o.seconds for o in outcomes], 1, " s"),
+        mean([o.speedup for o in outcomes], 2, "x"),
+        mean([o.drift and 100 * o.drift for o in outcomes], 1, " %"),
+        mean([o.psnr for o in outcomes], 1),
+        mean([o.ssim for o in outcomes], 3),
     ]
 
 
 # ---------------------------------------------------------------------------------- command line
 # Owns our flags, what becomes of them, and main.
 
-TASK_ROWS = {"t2v-1.3B": "t2v-1.3B", "t2v-14B": "t2v-14B", "t2i-14B": "t2v-14B"}
 FOR_ALL_LINES = (  # what the loaded model depends on
     *("task", "ckpt_dir", "ulysses_size", "ring_size", "t5_fsdp", "dit_fsdp", "t5_cpu"),
     *("convert_model_dtype", "prompt_extend_method", "prompt_extend_model"),
@@ -2359,7 +2398,7 @@ def own_parser() -> Parser:
 
 @dataclass(frozen=True)
 class Choice:
-    """Whose coefficients a run uses. row: None is "sigma"."""
+    """Whose coefficients a run uses."""
 
     row: Row | None
     name: str
@@ -2379,21 +2418,24 @@ def choose_row(own: argparse.Namespace, args: argparse.Namespace) -> Choice:
     if own.teacache_coefficients or file.is_file():
         file = Path(own.teacache_coefficients or file)
         return Choice(read_coefficients(file), file.name, f"of {file.absolute().parent.name}")
-    if args.task == "i2v-14B":
-        return choose_i2v_row(args)
-    if args.task in TASK_ROWS:
-        return Choice(ROWS[TASK_ROWS[args.task]], TASK_ROWS[args.task], f"task {args.task}")
-    return Choice(None, SIGMA, f"nobody has fitted {args.task}")
+    rows = [name for name, row in ROWS.items() if args.task in row.tasks]
+    if not rows:
+        return Choice(None, SIGMA, f"nobody has fitted {args.task}")
+    if len(rows) == 1:
+        return Choice(ROWS[rows[0]], rows[0], f"task {args.task}")
+    return choose_among(rows, args)
 
 
-def choose_i2v_row(args: argparse.Namespace) -> Choice:
-    """By the name that the checkpoint was downloaded as, else by the size of the video."""
+def choose_among(rows: Sequence[str], args: argparse.Namespace) -> Choice:
+    """Of rows such as i2v-14B-480P and -720P: by the name that the checkpoint was downloaded as,
+    else by the size of the video."""
+    by_size = {row.split("-")[-1].lower(): row for row in rows}
     for name in download_names(Path(args.ckpt_dir)):
-        sizes = {"480p", "720p"} & set(re.split("[^0-9a-z]+", name.lower()))
+        sizes = by_size.keys() & set(re.split("[^0-9a-z]+", name.lower()))
         if len(sizes) == 1:
-            row = f"i2v-14B-{sizes.pop().upper()}"
+            row = by_size[sizes.pop()]
             return Choice(ROWS[row], row, f"checkpoint {name}")
-    row = "i2v-14B-480P" if args.size in ("832*480", "480*832") else "i2v-14B-720P"
+    row = by_size["480p" if args.size in ("832*480", "480*832") else "720p"]
     why = f"a guess from the size {args.size}: name it by --teacache_model"
     return Choice(ROWS[row], row, why)
 
@@ -2486,8 +2528,8 @@ def config_of(
         config = outlook.plan_speedup(config, 2.0).config  # before guidance ends: half of the steps
     until = 1.0 if own.teacache_guide_until is None else own.teacache_guide_until
     scale = None if thresh == 0 else args.sample_guide_scale  # off is stock, which always guides
-    switch = switch_of(outlook.timesteps, wan.config(args.task))
-    config = replace(config, guided_steps=count_guided_steps(scale, steps, switch, until))
+    of_first = steps_of_first(outlook.timesteps, wan.config(args.task))
+    config = replace(config, guided_steps=count_guided_steps(scale, steps, of_first, until))
     return config if speedup is None else for_speedup(config, outlook, speedup)
 
 
@@ -2518,7 +2560,7 @@ def check_plan(
     skipped ones is soon more than a quarter.
     """
     faults, row = planned.faults(), choice.row
-    if not faults or (row is None and 2 * len(planned.computed) >= len(planned.steps)):
+    if not faults or (row is None and 2 * len(planned.computed_steps) >= len(planned.decisions)):
         return
     what = f"{choice.text} would compute {planned.summary()}: {' and '.join(faults)}"
     if choice.insisted or (row is not None and is_fitted(row, args)):
@@ -2579,7 +2621,7 @@ def print_plan(own: argparse.Namespace, job: Job, outlook: Outlook) -> None:
     print(f"TeaCache plan: {job.row}, {job.config.mode}, {job.config.steps} steps")
     print("   thresh  computed  skipped  speed-up  longest skip  schedule (# computed, . skipped)")
     for schedule in rows:
-        thresh, computed = schedule.config.thresh, len(schedule.computed)
+        thresh, computed = schedule.config.thresh, len(schedule.computed_steps)
         mark = ">" if thresh == current else " "
         print(
             f"{mark} {thresh:7.4g}  {computed:8}  {job.config.steps - computed:7}  "
@@ -2590,7 +2632,7 @@ def print_plan(own: argparse.Namespace, job: Job, outlook: Outlook) -> None:
         print(f"warning: at {current:.4g} {fault}")
     if own.teacache_report:
         report = {"status": "planned", "row": job.row, "config": asdict(job.config)}
-        report["computed"] = job.planned.computed
+        report["computed"] = job.planned.computed_steps
         report["plan"] = [plan_report(schedule) for schedule in rows]
         what = f"--teacache_report {own.teacache_report}: cannot be written"
         with refusing(what, "see its folder"):
@@ -2601,7 +2643,7 @@ def plan_report(schedule: Schedule) -> dict[str, Any]:
     """One threshold's plan, for the report."""
     return {
         "thresh": schedule.config.thresh,
-        "computed": schedule.computed,
+        "computed": schedule.computed_steps,
         "passes": schedule.passes,
         "speedup": schedule.speedup,
         "longest_skip": schedule.longest_skip,
@@ -2799,9 +2841,11 @@ def jobs_of_command(wan: Wan, own: argparse.Namespace, argv: list[str]) -> list[
 def is_done(job: Job) -> bool:
     """Whether a video is there already, and whole."""
     file = job.args.save_file
+    # VACE makes no more frames than its video has
+    frames = 1 if getattr(job.args, "src_video", None) else job.args.frame_num
     try:
         if Path(file).is_file():
-            check_written(file, job.args.frame_num)
+            check_written(file, frames)
             return True
     except OSError:
         pass
@@ -2824,17 +2868,14 @@ def exit_status(session: Session) -> int:
     return 1 if session.failed or not session.all_written else 0
 
 
-def run_comparison(session: Session, by_line: Sequence[Sequence[Job]]) -> int:
+def run_comparison(session: Session, jobs_by_line: Sequence[Sequence[Job]]) -> int:
     """Compare on each line, and print the table."""
-    session.videos = sum(map(len, by_line))
-    log.info(f"TeaCache: {session.videos} videos, of which {2 * len(by_line)} stock")
-    compared = []
-    for jobs in by_line:
-        rows = compare(session, jobs)
-        if rows:
-            compared.append(rows)
-    for line in comparison_table(compared) if compared else ():
-        print(line)
+    session.videos = sum(map(len, jobs_by_line))
+    log.info(f"TeaCache: {session.videos} videos, of which {2 * len(jobs_by_line)} stock")
+    by_line = [outcomes for jobs in jobs_by_line if (outcomes := compare(session, jobs))]
+    with suppress(BrokenPipeError):  # of `... | head`: a failure is in the exit status all the same
+        for text in comparison_table(by_line) if by_line else ():
+            print(text)
     return exit_status(session)
 
 
@@ -2877,7 +2918,7 @@ def decode_latents(own: argparse.Namespace, argv: Sequence[str]) -> None:
 # main
 
 
-def run(argv: Sequence[str]) -> int:
+def command(argv: Sequence[str]) -> int:
     """The command line; the exit status. Refused: what is wrong, before a weight is loaded."""
     own, rest = own_parser().parse_known_args(argv)
     for name, value in vars(own).items():
@@ -2897,10 +2938,11 @@ def run(argv: Sequence[str]) -> int:
         if is_rank_0():
             print_plan(own, job, outlook)
         return 0
-    return generate(wan, own, rest)
+    # with --help too: generate.py's parser prints its own, and leaves
+    return make_videos(wan, own, rest)
 
 
-def generate(wan: Wan, own: argparse.Namespace, argv: list[str]) -> int:
+def make_videos(wan: Wan, own: argparse.Namespace, argv: list[str]) -> int:
     """All videos of a command; the exit status."""
     by_line = jobs_of_command(wan, own, argv)
     jobs = [job for line in by_line for job in line]
@@ -2910,12 +2952,12 @@ def generate(wan: Wan, own: argparse.Namespace, argv: list[str]) -> int:
         announce(job)
     with refusing(f"--teacache_report {own.teacache_report}: cannot be written", "see its folder"):
         session = Session(wan, own.teacache_report, vars(own))
-        if session.report:
-            session.report.write_text('{"status": "started"}')
+        if session.report_file:
+            session.report_file.write_text('{"status": "started"}')
     with session.opened(uses_xfuser(by_line[0][0].args)):
         if own.teacache_compare:
             return run_comparison(session, by_line)
-        session.run_all(jobs)
+        session.make_all(jobs)
         return exit_status(session)
 
 
@@ -2927,7 +2969,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # a log line to a closed pipe is no reason for a traceback
         with stopped_by_signals(), shadow(logging, raiseExceptions=False):
             try:
-                status = run(sys.argv[1:] if argv is None else argv)
+                status = command(sys.argv[1:] if argv is None else argv)
             except SystemExit as leaving:  # of --help
                 status = leaving.code or 0
             sys.stdout.flush()

@@ -246,7 +246,7 @@ def measure(ckpt: Path, settings: Sequence[Setting], pair: Pair) -> list[Measure
             videos[setting.name] = video
         measured.append(
             Measured(
-                len(cache.schedule.computed),
+                len(cache.schedule.computed_steps),
                 cache.schedule.passes,
                 seconds,
                 stock_seconds / seconds,

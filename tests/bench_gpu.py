@@ -171,7 +171,7 @@ def run(
                 *("a prompt", size, FRAMES), sampling_steps=steps, seed=0, offload_model=False
             )
         hook.remove()
-    return probe.result(script if cache is None else cache.schedule.computed)
+    return probe.result(script if cache is None else cache.schedule.computed_steps)
 
 
 def in_turns(

@@ -144,10 +144,10 @@ class ResidualsByIndex(Residuals):
         self.cache = cache
 
     def guess(self, branch: int, order: int, reach: Reach) -> Tensor:
-        if len(self.anchors) < 2:
+        if len(self.newest_first) < 2:
             return super().guess(branch, 0, reach)
-        newest, older = (anchor.residuals[branch] for anchor in self.anchors)
-        before, last = self.cache.schedule.computed[-2:]
+        newest, older = (step.residuals[branch] for step in self.newest_first)
+        before, last = self.cache.schedule.computed_steps[-2:]
         return newest + self.cache.reach(self.cache.step - last, last - before) * (newest - older)
 
 
@@ -207,7 +207,7 @@ def schedules(setting: Setting, folder: Path) -> Iterator[tuple[str, str, TeaCac
     for mode, (share, part) in itertools.product((PLAIN, RETENTION), SHARES.items()):
         base = TeaCacheConfig.from_row(row, steps, use_ret_steps=mode == RETENTION)
         plan = plan_speedup(base, timesteps, distances_of(WAN, args, timesteps, mode), 1 / part)
-        yield mode, share, plan.config, len(plan.computed)
+        yield mode, share, plan.config, len(plan.computed_steps)
     scripts = [("even", n, every(steps, n)) for n in (2, 3, 4)]
     scripts += [("early", n, every(steps, n, steps // 5)) for n in (3, 4, 5, 6, 7)]
     for family, n, script in scripts:

@@ -156,7 +156,7 @@ def test_order_0_is_as_published_to_the_bit(mode, thresh):
     model = Toy(lambda step, branch: given[step, branch])
     with teacache(model, settings) as cache:
         outputs = sample(model, timesteps, (1, 7, 5))
-    assert (len(cache.schedule.computed) < 20) == (thresh > 0)
+    assert (len(cache.schedule.computed_steps) < 20) == (thresh > 0)
     for ours, theirs in zip(outputs, published(model, settings, timesteps, (1, 7, 5)), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -166,7 +166,7 @@ def test_a_skipped_step_adds_the_residual_of_its_own_branch():
     with teacache(model, config(4)) as cache:
         outputs = numbers(sample(model, 4))
     assert outputs == [6.0, 107.0, 6.0, 107.0, 1.5, 102.5, 0.75, 101.75]
-    assert cache.schedule.computed == [0, 2, 3]
+    assert cache.schedule.computed_steps == [0, 2, 3]
     assert [block.runs for block in model.blocks] == [6, 6]
 
 
@@ -191,8 +191,8 @@ def test_the_distance_is_taken_to_the_step_before_skipped_or_not(mode):
     model = Toy()
     with teacache(model, config(7, 9.0, mode)) as cache:
         sample(model, 7)
-    assert [step.distance for step in cache.schedule.steps] == [None, *[0.5] * 6]
-    assert [step.timestep for step in cache.schedule.steps] == [2.0**-i for i in range(7)]
+    assert [step.distance for step in cache.schedule.decisions] == [None, *[0.5] * 6]
+    assert [step.timestep for step in cache.schedule.decisions] == [2.0**-i for i in range(7)]
 
 
 def test_the_relative_distance_is_the_mean_change_over_the_mean_size():
@@ -254,7 +254,7 @@ def test_order_1_holds_where_the_computed_steps_are_at_one_place():
     assert outputs[4] == 2.0
     # the bend is 1 still, since no line was there to be measured: of half a gap half
     assert outputs[8] == pytest.approx(3 + 1 / 4)
-    assert cache.measurements.drifts[0] == Drift(3, 1 / 3, 1 / 3)
+    assert cache.measurements.drifts[0] == Drift(3, (1 / 3, 1 / 3))
 
 
 def test_order_1_holds_where_there_is_one_residual_only():
@@ -280,18 +280,19 @@ def test_about_a_thousand_tokens_are_measured_all_of_them_in_small_models(tokens
     model = Toy()
     with teacache(model, config(3)) as cache:
         sample(model, 1, (1, tokens, 3))
-        (anchor,) = cache.residuals.anchors
-        assert anchor.samples[0].shape == (1, measured, 3)
-        assert anchor.samples[0].untyped_storage().nbytes() == measured * 3 * 4  # nothing behind it
-        assert anchor.residuals[0].shape == (1, tokens, 3)
+        (computed,) = cache.residuals.newest_first
+        sampled = computed.sampled[0]
+        assert sampled.shape == (1, measured, 3)
+        assert sampled.untyped_storage().nbytes() == measured * 3 * 4  # nothing behind it
+        assert computed.residuals[0].shape == (1, tokens, 3)
 
 
 def test_measured_are_every_nth_tokens():
     model = Toy(lambda step, branch: torch.arange(2049.0)[None, :, None])
     with teacache(model, config(3)) as cache:
         sample(model, 1, (1, 2049, 1))
-        (anchor,) = cache.residuals.anchors
-        assert anchor.samples[0].flatten().tolist() == list(range(0, 2049, 3))
+        (computed,) = cache.residuals.newest_first
+        assert computed.sampled[0].flatten().tolist() == list(range(0, 2049, 3))
 
 
 # ------------------------------------------------------------------------------------------- drift
@@ -313,10 +314,9 @@ def test_drift_is_how_far_both_guesses_would_have_been_off_whatever_the_order(or
     # at 6: true 2 and 2; held 4 and 4; the line, one step and one gap on, 4 + 10 / 7 for the
     # unconditional one, and that - 9 * 2/5
     assert [drift.step for drift in cache.measurements.drifts] == [3, 6]
-    assert [drift.hold for drift in cache.measurements.drifts] == pytest.approx([9 / 9, 4 / 4])
-    assert [drift.line for drift in cache.measurements.drifts] == pytest.approx(
-        [10.5 / 9, (24 / 7 + 6 / 35) / 4]
-    )
+    held, extrapolated = zip(*(drift.by_order for drift in cache.measurements.drifts), strict=True)
+    assert held == pytest.approx([9 / 9, 4 / 4])
+    assert extrapolated == pytest.approx([10.5 / 9, (24 / 7 + 6 / 35) / 4])
     assert cache.measurements.drift(0) == pytest.approx(1.0)
     assert cache.measurements.drift(1) == pytest.approx((10.5 / 9 + 3.6 / 4) / 2)
 
@@ -340,7 +340,7 @@ def test_the_last_line_tells_the_drift_of_both_orders(order, said):
     model = Toy()
     with teacache(model, config(4, order=order)) as cache:
         sample(model, 4)
-    cache.measurements.drifts = [Drift(3, 0.25, 0.0), Drift(5, 0.15, 0.15)]
+    cache.measurements.drifts = [Drift(3, (0.25, 0.0)), Drift(5, (0.15, 0.15))]
     assert cache.summary().endswith(said)
 
 
@@ -358,7 +358,7 @@ def test_residuals_that_are_nothing_or_no_number_have_no_drift():
         model = Toy(lambda step, branch, value=value: torch.tensor(value))
         with teacache(model, config(4, order=1)) as cache:
             sample(model, 4)
-        assert all(math.isfinite(drift.line) for drift in cache.measurements.drifts)
+        assert all(math.isfinite(drift.by_order[1]) for drift in cache.measurements.drifts)
 
 
 def test_nothing_is_measured_at_threshold_0(monkeypatch):
@@ -367,7 +367,7 @@ def test_nothing_is_measured_at_threshold_0(monkeypatch):
     with teacache(model, config(4, 0.0, order=1)) as cache:
         for step in range(4):
             sample(model, [2.0**-step], begin=step)
-            assert not cache.residuals.anchors and not cache.measurements.unread
+            assert not cache.residuals.newest_first and not cache.measurements.unread
     assert model.runs == 8
     assert cache.measurements.drifts == []
 
@@ -430,32 +430,15 @@ def test_so_many_tensors_are_alive_while_the_blocks_run(order, most):
 
 
 @pytest.mark.parametrize("order", [0, 1])
-def test_residuals_live_as_long_as_they_may_be_used(order):
-    """With retention steps; computed are then 6, 8 and 10."""
+def test_kept_are_the_residuals_of_the_last_step_and_by_order_1_of_the_one_before(order):
     model, kept = Toy(), []
     with teacache(model, config(12, mode="retention", order=order)) as cache:
         for step in range(12):
             sample(model, [2.0**-step], begin=step)
-            kept.append([len(anchor.residuals) for anchor in cache.residuals.anchors])
+            kept.append([len(one.residuals) for one in cache.residuals.newest_first])
         assert cache.schedule.marks() == "#####.#.#.#."
     older = 2 * order
-    assert kept == [
-        *([0], [0, 0], [0, 0], [older, 0]),  # by order 1 step 3 is the older one of step 5's line
-        *([[2, older]] * 7),
-        [],
-    ]
-
-
-@pytest.mark.parametrize("order", [0, 1])
-@pytest.mark.parametrize("steps", [8, 9])
-def test_before_the_last_step_which_is_computed_all_residuals_go(steps, order):
-    """Of 8 steps the one before the last is computed too, of 9 it is skipped."""
-    model, kept = Toy(), []
-    with teacache(model, config(steps, order=order)) as cache:
-        for step in range(steps - 1):
-            sample(model, [2.0**-step], begin=step)
-            kept.append(sum(len(anchor.residuals) for anchor in cache.residuals.anchors))
-    assert kept[-2:] == [2 * (1 + order), 0]
+    assert kept == [[2], *[[2, older]] * 10, []]
 
 
 def test_after_the_guided_steps_no_unconditional_residual_is_kept():
@@ -463,8 +446,8 @@ def test_after_the_guided_steps_no_unconditional_residual_is_kept():
     with teacache(model, config(8, 0.5, guided_steps=4)) as cache:
         for step in range(8):
             sample(model, [2.0**-step], begin=step)
-            kept.append([sorted(anchor.residuals) for anchor in cache.residuals.anchors[:1]])
-    assert kept == [[[0, 1]]] * 4 + [[[0]]] * 2 + [[[]], []]
+            kept.append([sorted(one.residuals) for one in cache.residuals.newest_first[:1]])
+    assert kept == [[[0, 1]]] * 4 + [[[0]]] * 3 + [[]]
 
 
 @pytest.mark.parametrize("ending", ["whole", "short", "error"])
@@ -487,7 +470,7 @@ def test_no_tensor_and_no_model_outlives_the_sampling(ending):
     del model, other
     gc.collect()
     assert [ref() for ref in models] == [None, None]
-    assert cache.schedule.steps
+    assert cache.schedule.decisions
 
 
 class Tokens(Toy):
@@ -508,8 +491,8 @@ def test_of_a_timestep_for_each_token_the_last_token_tells(mode):
                 model([torch.zeros(1, 5, 3)], t=t)
             size = 2 if mode == "plain" else 12
             assert cache.signal.untyped_storage().nbytes() == 4 * size  # not of all tokens
-    assert [step.distance for step in cache.schedule.steps] == [None, *[0.5] * 4]
-    assert [step.timestep for step in cache.schedule.steps] == [2.0**-step for step in range(5)]
+    assert [step.distance for step in cache.schedule.decisions] == [None, *[0.5] * 4]
+    assert [step.timestep for step in cache.schedule.decisions] == [2.0**-step for step in range(5)]
 
 
 # ------------------------------------------------------------------------------- Wan2.2: two models
@@ -519,11 +502,11 @@ def test_a_residual_never_crosses_from_one_model_to_the_other():
     high, low = (Toy(lambda step, branch, by=by: torch.tensor(by + step)) for by in (10.0, 50.0))
     with teacache([high, low], config(8, 9.0, order=1)) as cache:
         outputs = numbers(sample(high, 3)[::2])
-        assert len(cache.residuals.anchors) == 1
+        assert len(cache.residuals.newest_first) == 1
         outputs += numbers(sample(low, [2.0**-step for step in range(3, 8)], begin=3)[::2])
     assert outputs == [10, 10, 10, 53, 53, 53, 53, 57]
     assert cache.schedule.marks() == "#..#...#"
-    assert cache.schedule.steps[3].distance is None
+    assert cache.schedule.decisions[3].distance is None
     assert [drift.step for drift in cache.measurements.drifts] == [7]
     assert (high.runs, low.runs) == (2, 4)
 
@@ -598,7 +581,7 @@ def test_where_compiling_goes_through_the_cache_it_skips_as_it_says(compiler, in
         called = model
     with teacache(model, config(3)) as cache:
         assert numbers(sample(called, 3)) == [6.0, 106.0, 6.0, 106.0, 1.5, 101.5]
-    assert cache.schedule.computed == [0, 2]
+    assert cache.schedule.computed_steps == [0, 2]
     assert model.runs == 4
 
 
@@ -624,7 +607,7 @@ def test_two_calls_may_have_a_timestep_of_their_own_each():
         for timestep in (1.0, 0.5):
             for _ in (0, 1):
                 model([torch.zeros(1, 1, 1)], t=torch.tensor([timestep]))
-    assert cache.schedule.computed == [0, 1]
+    assert cache.schedule.computed_steps == [0, 1]
 
 
 def test_more_steps_than_configured_are_an_error_and_fewer_a_warning(caplog):
@@ -658,7 +641,7 @@ def test_without_guidance_the_unconditional_call_returns_the_conditional_output(
     model = Toy()
     with teacache(model, config(4, guided_steps=guided)) as cache:
         outputs = sample(model, 4)
-    assert cache.schedule.computed == [0, 2, 3]
+    assert cache.schedule.computed_steps == [0, 2, 3]
     assert model.runs == runs == cache.schedule.passes
     for step, (conditional, unconditional) in enumerate(
         zip(outputs[::2], outputs[1::2], strict=True)
@@ -682,7 +665,7 @@ def test_drift_after_the_guided_steps_is_of_the_conditional_branch():
     model = Toy(lambda step, branch: torch.tensor(true[branch][step]))
     with teacache(model, config(3, 9.0, guided_steps=2)) as cache:
         sample(model, 3)
-    assert cache.measurements.drifts == [Drift(2, 0.5, 0.5)]
+    assert cache.measurements.drifts == [Drift(2, (0.5, 0.5))]
 
 
 def test_the_summary_counts_steps_and_calls_its_speedup_an_estimate():
@@ -744,7 +727,7 @@ def test_the_models_are_left_as_they_were_on_every_way_out(kind, error):
     models[1].residual = models[0].residual
     before[1][0]["residual"] = models[0].residual
     assert [attributes(model) for model in models] == before
-    assert not cache.residuals.anchors
+    assert not cache.residuals.newest_first
     assert [numbers(sample(model, 4)) for model in models] == [stock, stock]
 
 
@@ -788,7 +771,7 @@ def test_two_models_can_be_nested_and_one_cannot():
         with pytest.raises(RuntimeError, match="leave that one first"), teacache(outer, config(4)):
             pass
         assert "forward" in vars(outer)
-    assert (one.schedule.computed, two.schedule.computed) == ([0, 2, 3], [0, 1, 2, 3])
+    assert (one.schedule.computed_steps, two.schedule.computed_steps) == ([0, 2, 3], [0, 1, 2, 3])
 
 
 def test_the_model_in_an_fsdp_wrapper_is_served():
@@ -797,7 +780,7 @@ def test_the_model_in_an_fsdp_wrapper_is_served():
     wrapper.module = model
     with teacache(wrapper, config(4)) as cache:
         sample(model, 4)
-    assert cache.schedule.computed == [0, 2, 3]
+    assert cache.schedule.computed_steps == [0, 2, 3]
 
 
 def test_the_patched_forward_keeps_name_and_signature():

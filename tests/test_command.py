@@ -105,7 +105,7 @@ def test_the_video_is_that_of_the_method_written_plainly(
     method |= {"guided_steps": 0} if guide_scale == 1 else {}
     reference = Reference([pipeline.model], steps, method)
     expected = pipeline.generate(*inputs, **settings)
-    assert [step.computed for step in cache.schedule.steps] == reference.computed
+    assert [step.computed for step in cache.schedule.decisions] == reference.computed
     assert 10 < sum(reference.computed) < 45
     # At guidance scale 1 stock computes u + (c - u), which is c but for the rounding.
     assert (ours - expected).abs().max() <= (1e-5 if guide_scale == 1 else 0)
@@ -594,7 +594,7 @@ def test_runs_of_other_seeds_have_other_default_names(capsys, ckpt, tmp_path, mo
     monkeypatch.setattr(teacache_generate.time, "strftime", lambda *args: "NOW")
     monkeypatch.setattr(
         teacache_generate.Session,
-        "run_all",
+        "make_all",
         lambda self, jobs: names.add(jobs[0].args.save_file) or [],
     )
     for seed in ("1", "2"):

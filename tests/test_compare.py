@@ -17,7 +17,7 @@ from PIL import Image
 
 import teacache_generate
 from teacache_generate import (
-    Compared,
+    Outcome,
     comparison_table,
     heading,
     main,
@@ -237,7 +237,7 @@ def test_the_table_is_printed_last_with_the_floor_under_it(made):
 
 def row(label, psnr, ssim=0.9, drift=0.05, **others):
     values = {"computed": 25, "steps": 50, "seconds": 10.0, "speedup": 2.0, **others}
-    return Compared(label=label, psnr=psnr, ssim=ssim, drift=drift, **values)
+    return Outcome(label=label, psnr=psnr, ssim=ssim, drift=drift, **values)
 
 
 def two_lines(with_ssim=True):
@@ -394,6 +394,20 @@ def test_an_entry_that_fails_is_left_out_and_the_rest_is_compared(recorder, ckpt
     assert Path("a.2x.latents.pt").is_file()
     assert "the floor, stock with noise of 1e-4" in said
     assert "not made: a.2x.mp4: failed: RuntimeError('a decoder')" in caplog.text
+
+
+def test_a_failure_is_in_the_exit_status_where_nobody_reads_the_table(
+    recorder, ckpt, capsys, monkeypatch
+):
+    """As with ``| head``: printing to it raises."""
+
+    def closed(*args):
+        raise BrokenPipeError
+
+    recorder.fails = 2
+    monkeypatch.setattr(teacache_generate, "print", closed, raising=False)
+    argv = ["--ckpt_dir", ckpt, *FEW, *BALL, "--save_file", "a.mp4"]
+    assert attempt(capsys, *argv, "--teacache_compare", "2x")[0] == 1
 
 
 def test_without_stock_there_is_no_comparison_and_it_is_said(recorder, ckpt, capsys, caplog):

@@ -1,5 +1,6 @@
 """Many videos from one load: --teacache_jobs, on the stand-in ``wan_nano``."""
 
+import argparse
 import json
 import logging
 import os
@@ -7,12 +8,13 @@ import re
 import signal
 from pathlib import Path
 
+import imageio
 import numpy as np
 import pytest
 import torch
 from nano import NANO, SCRIPT, attempt, frames, python
 
-from teacache_generate import read_jobs
+from teacache_generate import Job, is_done, read_jobs
 
 FEW = ["--sample_steps", "5", "--frame_num", "5", "--teacache_model", "sigma"]
 THREE = [
@@ -374,9 +376,9 @@ def test_a_table_ends_a_batch_and_is_in_the_report(batch):
     for row, video in zip(rows, told, strict=True):
         assert row[2] == f"{video['seconds']['sampling']:.1f}"
         assert row[3] == f"{video['speedup']:.2f}"
-    assert rows[0][4] == f"{100 * told[0]['drift']['hold']:.1f}"
+    assert rows[0][4] == f"{100 * told[0]['drift']['order 0']:.1f}"
     assert rows[1][4] == ""
-    assert told[1]["drift"]["hold"] is None
+    assert told[1]["drift"]["order 0"] is None
     assert [video["status"] for video in told] == ["finished"] * 2
 
 
@@ -483,6 +485,15 @@ def test_a_half_written_video_is_made_again_and_a_whole_one_is_not(batch, decode
     assert "one.mp4 is there: skipped" in said
     assert Path("two.mp4").read_bytes() == whole
     assert len(frames(Path("three.mp4"))) == 5
+
+
+@pytest.mark.parametrize(("src_video", "done"), [(None, False), ("in.mp4", True)])
+def test_a_video_made_of_another_may_be_shorter_than_asked_for(tmp_path, src_video, done):
+    """VACE makes no more frames than its video has."""
+    file = tmp_path / "five.mp4"
+    imageio.mimwrite(file, np.zeros((5, 64, 64, 3), np.uint8))
+    args = argparse.Namespace(save_file=str(file), frame_num=81, src_video=src_video)
+    assert is_done(Job(args, None, "", None)) == done
 
 
 def test_nothing_is_loaded_where_all_videos_are_there(batch):

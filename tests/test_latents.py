@@ -593,6 +593,15 @@ def test_signals_are_handled_as_before_when_the_run_is_over(ckpt, tmp_path, monk
     assert [signal.getsignal(name) for name in names] == before
 
 
+def test_a_handler_that_python_did_not_set_is_left_alone(monkeypatch):
+    """It is told as None, and could not be put back."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(teacache_generate.signal, "getsignal", lambda number: None)
+    with teacache_generate.stopped_by_signals():
+        monkeypatch.undo()
+        assert signal.getsignal(signal.SIGTERM) == before
+
+
 # ---------------------------------------------------------------------------- not a number
 
 

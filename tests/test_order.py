@@ -8,30 +8,29 @@ import pytest
 import torch
 
 from teacache_generate import (
-    Anchor,
+    ComputedStep,
+    Decision,
     Reach,
     Residuals,
     Schedule,
-    Step,
     TeaCacheConfig,
     residual_norm,
-    way,
 )
 
 NORMS = json.loads((Path(__file__).parent / "wan_residual_norms.json").read_text())["tables"]
 
 
-def anchor(step=0, **residuals):
+def computed_step(step=0, **residuals):
     """A computed step with residuals of one token: c of the conditional branch, u of the other."""
     tensors = {"cu".index(name): torch.tensor([[value]]) for name, value in residuals.items()}
-    return Anchor(step, tensors, dict(tensors))
+    return ComputedStep(step, tensors, dict(tensors))
 
 
 def schedule(marks, noise):
     """As it stands after these steps (# computed, . skipped) at these noise levels."""
     found = Schedule(TeaCacheConfig(50, 1.0, "sigma"))
     for mark, level in zip(marks, noise, strict=True):
-        found.steps.append(Step(1000 * level, 0.1, 0.1, 0.1, computed=mark == "#"))
+        found.decisions.append(Decision(1000 * level, 0.1, 0.1, 0.1, computed=mark == "#"))
     return found
 
 
@@ -60,7 +59,9 @@ def test_the_reach_is_the_way_beyond_the_last_two_computed_steps(marks, noise, b
     [(0.0, (2.5, 2), 2.5), (1.0, (1.0, 1), 0.5), (1.0, (1.5, 2), 0.5), (0.5, (2.0, 2), 1.0)],
 )
 def test_of_a_line_that_bends_less_is_gone_the_farther(bend, reach, gone):
-    assert way(torch.tensor(bend), Reach(*reach)).item() == pytest.approx(gone)
+    residuals = Residuals()
+    residuals.bends = {0: torch.tensor(bend)}
+    assert residuals.way(0, Reach(*reach)).item() == pytest.approx(gone)
 
 
 NEXT = Reach(1.0, 1)
@@ -70,7 +71,7 @@ def line(*values):
     """Residuals after computed steps of one token, each a step and a gap after the one before."""
     residuals = Residuals()
     for step, value in enumerate(values):
-        residuals.add(anchor(step, c=value), NEXT)
+        residuals.add(computed_step(step, c=value), NEXT)
     return residuals
 
 
@@ -79,33 +80,34 @@ def test_at_first_half_of_the_line_is_gone_and_then_it_nears_what_was_right():
     # the line says 0 at the next gap
     assert residuals.guess(0, 1, NEXT).flatten().tolist() == [2.0, 0.0]
     assert residuals.guess(0, 0, NEXT).flatten().tolist() == [4.0, 0.0]
-    residuals.add(anchor(2, c=[3.0, 7.0]), NEXT)  # a quarter of the line, and something beside it
+    # a quarter of the line, and something beside it
+    residuals.add(computed_step(2, c=[3.0, 7.0]), NEXT)
     # D is [-1, 7]: (1/2 + 1/4) / 2 of it to go
     assert residuals.guess(0, 1, NEXT).flatten().tolist() == pytest.approx([2.625, 9.625])
 
 
 def test_the_first_line_is_half_gone_after_as_many_steps_as_it_has():
     residuals = line([8.0])
-    residuals.add(anchor(4, c=[4.0]), Reach(0.0, 0))
+    residuals.add(computed_step(4, c=[4.0]), Reach(0.0, 0))
     assert residuals.guess(0, 1, Reach(1.0, 4)).item() == 4 - 4 / 2
     assert residuals.guess(0, 1, Reach(0.25, 1)).item() == pytest.approx(4 - 4 * 0.25 / 1.25)
 
 
 @pytest.mark.parametrize(("c", "gain"), [(9.0, 0.0), (6.0, 0.0), (1.0, 1.0)])
 def test_a_gain_is_at_least_0_and_at_most_1(c, gain):
-    assert way(line([8.0], [6.0], [c]).bends[0], NEXT) == pytest.approx((1 / 2 + gain) / 2)
+    assert line([8.0], [6.0], [c]).way(0, NEXT) == pytest.approx((1 / 2 + gain) / 2)
 
 
 def test_a_line_that_is_of_no_use_is_left_by_halves():
-    assert way(line([8.0], [6.0], [6.0], [8.0], [7.0]).bends[0], NEXT) == pytest.approx(1 / 2 / 8)
+    assert line([8.0], [6.0], [6.0], [8.0], [7.0]).way(0, NEXT) == pytest.approx(1 / 2 / 8)
 
 
 def test_a_gain_after_several_steps_says_how_the_line_bends():
     residuals = line([8.0], [6.0])
-    residuals.add(anchor(4, c=[2.0]), Reach(4.0, 3))  # four gaps on, two down: a gain of 1/2
+    residuals.add(computed_step(4, c=[2.0]), Reach(4.0, 3))  # four gaps on, two down: a gain of 1/2
     mean = (1 / 2 + 1 / 4) / 2  # of that and of what was expected after three steps
     assert residuals.bends[0].item() == pytest.approx((1 / mean - 1) / 3)
-    assert way(residuals.bends[0], Reach(4.0, 3)).item() == pytest.approx(4 * mean)
+    assert residuals.way(0, Reach(4.0, 3)).item() == pytest.approx(4 * mean)
 
 
 def test_residuals_that_do_not_change_are_held():
@@ -114,7 +116,7 @@ def test_residuals_that_do_not_change_are_held():
 
 def test_without_a_reach_nothing_is_measured():
     residuals = line([8.0], [6.0])
-    residuals.add(anchor(2, c=[5.0]), Reach(0.0, 1))
+    residuals.add(computed_step(2, c=[5.0]), Reach(0.0, 1))
     assert residuals.bends[0].item() == 1.0
     assert residuals.guess(0, 1, Reach(0.0, 1)).item() == 5.0
 
@@ -122,20 +124,20 @@ def test_without_a_reach_nothing_is_measured():
 def test_the_conditional_residual_is_the_unconditional_one_and_their_difference():
     residuals = Residuals()
     for step, (c, u) in enumerate(((9.0, 8.0), (9.0, 6.0), (5.0, 4.0))):
-        residuals.add(anchor(step, c=[c], u=[u]), NEXT)
+        residuals.add(computed_step(step, c=[c], u=[u]), NEXT)
     # u goes on evenly; the difference went from 1 to 3 and back to 1
-    assert [way(bend, NEXT).item() for bend in residuals.bends[1:]] == pytest.approx([0.75, 0.25])
+    assert [residuals.way(name, NEXT).item() for name in (1, 2)] == pytest.approx([0.75, 0.25])
     assert residuals.guess(1, 1, NEXT).item() == pytest.approx(4 - 0.75 * 2)
     assert residuals.guess(0, 1, NEXT).item() == pytest.approx(5 - 0.75 * 2 - 0.25 * 2)
 
 
 def test_errors_are_those_of_what_would_have_been_taken():
     residuals = line([8.0, 8.0])
-    second = anchor(1, c=[6.0, 8.0])
+    second = computed_step(1, c=[6.0, 8.0])
     assert residuals.errors(second, NEXT).tolist() == [14.0, 2.0, 2.0]
     residuals.add(second, NEXT)
     # held 6 and 8, the line, half way at first, 5 and 8; true 5 and -8
-    assert residuals.errors(anchor(2, c=[5.0, -8.0]), NEXT).tolist() == [13.0, 17.0, 16.0]
+    assert residuals.errors(computed_step(2, c=[5.0, -8.0]), NEXT).tolist() == [13.0, 17.0, 16.0]
 
 
 def sigmas(steps, shift):
@@ -175,7 +177,7 @@ def norm_errors(model: str, computed: list[int]) -> tuple[float, float]:
         marks += "#" if step in computed else "."
         now = schedule(marks, levels[: step + 1])
         if step in computed:
-            residuals.add(anchor(step, c=[norm]), now.reach(bounded=False))
+            residuals.add(computed_step(step, c=[norm]), now.reach(bounded=False))
         else:
             reach = now.reach(bounded=True)
             guesses = [residuals.guess(0, order, reach).item() for order in (0, 1)]

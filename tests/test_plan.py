@@ -72,10 +72,17 @@ def make(capsys, caplog, ckpt, tmp_path):
     return run
 
 
+def give_row(monkeypatch, name):
+    """The stand-in's task runs by this row alone."""
+    for other, row in teacache_generate.ROWS.items():
+        tasks = ("t2v-nano",) if other == name else ()
+        monkeypatch.setitem(teacache_generate.ROWS, other, replace(row, tasks=tasks))
+
+
 @pytest.fixture
 def fitted_for_14b(monkeypatch):
     """The stand-in's task has the published row of t2v-14B, and its checkpoint no other."""
-    monkeypatch.setitem(teacache_generate.TASK_ROWS, "t2v-nano", "t2v-14B")
+    give_row(monkeypatch, "t2v-14B")
 
 
 # ------------------------------------------------------------------------------ plan and run agree
@@ -247,7 +254,7 @@ def test_the_last_line_tells_passes_and_drift_and_the_report_has_each_step(make)
     after_skipped = [i for i in told["computed"] if i and i - 1 not in told["computed"]]
     drifts = {i: step["drift"] for i, step in enumerate(told["steps"]) if step["drift"]}
     assert list(drifts) == after_skipped
-    for name, said in (("hold", "off by"), ("line", "they would have been by")):
+    for name, said in (("order 0", "off by"), ("order 1", "they would have been by")):
         mean = np.mean([drift[name] for drift in drifts.values()])
         assert told["drift"][name] == pytest.approx(mean)
         assert f"{said} {100 * mean:.1f} %" in line
@@ -357,7 +364,7 @@ def test_the_cures_cure(make, fitted_for_14b):
 
 
 def test_a_long_run_of_skipped_steps_is_refused_too(make, fitted_for_14b, monkeypatch):
-    monkeypatch.setitem(teacache_generate.TASK_ROWS, "t2v-nano", "t2v-1.3B")
+    give_row(monkeypatch, "t2v-1.3B")
     code, said, _ = make("--sample_steps", "20", "--teacache_thresh", "9")
     assert code == 2
     assert "--teacache_thresh 9: row t2v-1.3B (task t2v-nano) would compute 2 of 20 steps" in said
@@ -404,27 +411,53 @@ def test_a_target_with_a_row_that_cannot_be_trusted_is_refused(make, fitted_for_
     assert "take --teacache_model sigma" in said
 
 
+@pytest.mark.parametrize(
+    ("timesteps", "read"),
+    [
+        ((950, 900, 500, 100), [("high", 2), ("low", 2)]),
+        ((950, 900), [("high", 2)]),
+        ((500, 100), [("low", 2)]),  # below the boundary all are of the second
+    ],
+)
+def test_the_distances_are_of_the_transformer_that_samples(monkeypatch, timesteps, read):
+    asked = []
+
+    def distances(folder, timesteps, mode):
+        asked.append((folder.name, len(timesteps)))
+        return [0.1] * (len(timesteps) - 1)
+
+    monkeypatch.setattr(teacache_generate, "signal_distances", distances)
+    config = {"boundary": 0.875, "high_noise_checkpoint": "high", "low_noise_checkpoint": "low"}
+    wan = SimpleNamespace(config=lambda task: config, known_distances={})
+    args = SimpleNamespace(task="t2v-A14B", ckpt_dir=".")
+    found = teacache_generate.distances_of(wan, args, timesteps, "plain")
+    assert asked == read
+    assert found == [None, 0.1] * len(read)
+
+
 # --------------------------------------------------------------------------------------- guidance
 
 
 @pytest.mark.parametrize(
-    ("scale", "switch", "until", "guided"),
+    ("scale", "of_first", "until", "guided"),
     [
-        (5.0, None, 1.0, None),
-        (5.0, None, 0.6, 24),
-        (5.0, None, 0.0, 0),
-        (1.0, None, 1.0, 0),  # the unconditional output is multiplied by 0
-        (1.0, None, 0.5, 0),
-        (None, None, 1.0, None),  # off: as stock, whatever the scale
+        (5.0, 40, 1.0, None),
+        (5.0, 40, 0.6, 24),
+        (5.0, 40, 0.0, 0),
+        (1.0, 40, 1.0, 0),  # the unconditional output is multiplied by 0
+        (1.0, 40, 0.5, 0),
+        (None, 40, 1.0, None),  # off: as stock, whatever the scale
         ((3.0, 4.0), 26, 1.0, None),  # Wan2.2: of the low and of the high noise
         ((1.0, 4.0), 26, 1.0, 26),  # the second model runs unguided
         ((1.0, 4.0), 26, 0.5, 20),
         ((3.0, 1.0), 26, 1.0, None),
         ((1.0, 1.0), 26, 1.0, 0),
+        ((1.0, 4.0), 40, 1.0, None),  # the model of high noise runs alone
+        ((1.0, 4.0), 0, 1.0, 0),  # or the other
     ],
 )
-def test_so_many_of_40_steps_are_guided(scale, switch, until, guided):
-    assert count_guided_steps(scale, 40, switch, until) == guided
+def test_so_many_of_40_steps_are_guided(scale, of_first, until, guided):
+    assert count_guided_steps(scale, 40, of_first, until) == guided
 
 
 # ------------------------------------------------------------------------------- target speed-up
@@ -518,7 +551,7 @@ def test_a_target_keeps_its_promise_where_the_time_embedding_is_rounded_to_bfloa
             found = plan_speedup(config, timesteps, exact, speedup)
             promised = found.passes
             largest = min(
-                step.accumulated for step in found.steps if step.computed and step.increment
+                step.accumulated for step in found.decisions if step.computed and step.increment
             )
             edge = replace(config, thresh=largest)
             assert plan(edge, timesteps, exact).passes == promised

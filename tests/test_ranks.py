@@ -61,11 +61,11 @@ def run(model: Toy, order: int = 1) -> dict:
                 zeros = torch.zeros(1, model.part.stop - model.part.start, 3)
                 outputs.append(model([zeros], t)[0])
             if cache.residuals.bends:  # two steps are computed
-                bends.append([float(bend) for bend in cache.residuals.bends])
-    drifts = [(drift.step, drift.hold, drift.line) for drift in cache.measurements.drifts]
+                bends.append([float(bend) for bend in cache.residuals.bends.values()])
+    drifts = [(drift.step, *drift.by_order) for drift in cache.measurements.drifts]
     return {
-        "computed": cache.schedule.computed,
-        "own": [step.accumulated for step in cache.schedule.steps],
+        "computed": cache.schedule.computed_steps,
+        "own": [step.accumulated for step in cache.schedule.decisions],
         "bends": bends,
         "drifts": drifts,
         "outputs": torch.stack(outputs)[:, 0],

@@ -62,7 +62,7 @@ class Changes(list[float]):
 def fit(schedule: Schedule, changes: np.ndarray, axes: Axes) -> dict[str, Any]:
     """A polynomial as teacache.json has it, and its picture. changes: [video, step, branch]."""
     mode = schedule.config.mode
-    timesteps, distances = zip(*((u.timestep, u.distance) for u in schedule.steps), strict=True)
+    timesteps, distances = zip(*((u.timestep, u.distance) for u in schedule.decisions), strict=True)
     x = np.broadcast_to(np.array(distances[1:])[:, None], changes.shape).flatten()
     y, line = changes.flatten(), np.linspace(x.min(), x.max(), 400)
     coefficients = np.polyfit(x, y, 4).tolist()
