@@ -9,9 +9,14 @@ It reads in the order in which it runs. Each section knows only those above it:
   policy        numbers in, decisions out: which steps are computed, and the plan of all of them
   cache         tensors: the last residual or two of a branch, in place of the blocks of a model
   attention     PyTorch's, where flash-attn cannot be had
-  Wan           what the script needs of Wan2.1 and Wan2.2, and checks before a weight is loaded
-  jobs          runs of Wan's own generate(args), one or many, with one pipeline; comparison
-  command line  flags, what is refused, main
+  Wan           what the script needs of Wan2.1 and Wan2.2
+  checks        what is refused before a weight is loaded
+  jobs          runs of Wan's own generate(args), one or many, with one pipeline
+  comparison    of several settings with stock, on the user's own model
+  command line  flags, the settings and jobs that they mean, main
+The method is in TeaCacheConfig, Schedule.decide, Residuals and TeaCache; a run, from its flags to
+its video, in command, job_of, Session.make and Run. A fitted model is added to ROWS, a kind of task
+to KINDS, and a Wan whose generate.py has other names to RELEASES.
 
 TeaCache: Liu et al., "Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model",
 arXiv 2411.19108. Wan: https://github.com/Wan-Video/Wan2.1 and Wan2.2.
@@ -1041,8 +1046,9 @@ def install_attention(usable: Sequence[str]) -> None:
 
 # ------------------------------------------------------------------------------------------- Wan
 # Owns what the script needs of a checkout of Wan2.1 or Wan2.2 (import, parser, timesteps, models
-# of a pipeline, VAE) and of a checkpoint (time embedding), and the checks before a weight is
-# loaded. Knows no jobs.
+# of a pipeline, VAE, writers) and of a checkpoint (time embedding). Knows no jobs.
+
+# What is wrong with a command
 
 
 class Refused(Exception):
@@ -1070,6 +1076,16 @@ def refusing(what: str, cure: str) -> Iterator[None]:
         raise Refused(f"{what}: {reason.splitlines()[0][:200]}: {cure}") from error
 
 
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that objects in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise Refused(f"{message.removeprefix('argument ')} (see --help)")
+
+
+# What torchrun tells
+
+
 def environment(name: str, default: int) -> int:
     """A number that torchrun sets for its processes."""
     return int(os.getenv(name) or default)
@@ -1080,11 +1096,7 @@ def is_rank_0() -> bool:
     return environment("RANK", 0) == 0
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that objects in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise Refused(f"{message.removeprefix('argument ')} (see --help)")
+# A checkout
 
 
 @dataclass(frozen=True)
@@ -1225,6 +1237,9 @@ def ring_size(args: argparse.Namespace) -> int:
     return getattr(args, "ring_size", 1)
 
 
+# The transformers of a task, and when they run
+
+
 def models_of(pipeline: Any) -> list[nn.Module]:
     """The transformers of a pipeline, in the order in which they sample."""
     if hasattr(pipeline, "high_noise_model"):
@@ -1265,6 +1280,8 @@ def count_guided_steps(
     guided = min(guided, round(until * steps))
     return None if guided == steps else guided
 
+
+# Importing it
 
 PACKAGES = {"cv2": "opencv-python", "PIL": "pillow", "skimage": "scikit-image"}  # by other names
 
@@ -1402,21 +1419,99 @@ def distances_of(
     if key not in wan.known_distances:
         config, distances = wan.config(args.task), []
         of_first = steps_of_first(timesteps, config)
-        parts = (timesteps[:of_first], timesteps[of_first:])  # the second is empty of one model
-        for folder, part in zip(transformer_folders(args.ckpt_dir, config), parts, strict=False):
-            if part and mode == SIGMA:
-                distances += [None, *[math.nan] * (len(part) - 1)]
-            elif part:
+        by_model = (timesteps[:of_first], timesteps[of_first:])  # of one model all are the first
+        folders = transformer_folders(args.ckpt_dir, config)
+        for folder, sampled in zip(folders, by_model, strict=False):
+            if sampled and mode == SIGMA:
+                distances += [None, *[math.nan] * (len(sampled) - 1)]
+            elif sampled:
                 with refusing(
                     f"--ckpt_dir {folder}: its time embedding cannot be read",
                     "download it again, or take --teacache_model sigma, which needs none",
                 ):
-                    distances += [None, *signal_distances(folder, part, mode)]
+                    distances += [None, *signal_distances(folder, sampled, mode)]
         wan.known_distances[key] = distances
     return wan.known_distances[key]
 
 
-# Checks before a weight is loaded
+# Writing, and reading back what was written
+
+
+def write_video(wan: Wan, video: Tensor, file: str, fps: int, image: bool) -> None:
+    """A video [3, F, H, W] in [-1, 1], or its one frame, by Wan's writer. OSError: not all."""
+    options = {"nrow": 1, "normalize": True, "value_range": (-1, 1)}
+    if image:
+        write = getattr(wan.generate_py, wan.release.image_writer)
+        checked(write, tensor=video.squeeze(1)[None], save_file=file, **options)
+    else:
+        write = getattr(wan.generate_py, wan.release.video_writer)
+        checked(write, tensor=video[None], save_file=file, fps=fps, **options)
+
+
+def checked(write: Callable, *args: Any, **kwargs: Any) -> str:
+    """Call a writer of Wan, which hides its errors. OSError: the file does not hold the frames."""
+    call = inspect.signature(write).bind(*args, **kwargs)
+    if "retry" in inspect.signature(write).parameters:
+        call.arguments["retry"] = 1  # a second try of Wan2.1's overwrites the reason of the first
+    arguments = {**call.arguments, **call.kwargs}  # a fork's may take **kwargs
+    tensor, file = arguments["tensor"], str(arguments["save_file"])
+    with logged_and_printed() as printed:
+        write(*call.args, **call.kwargs)
+    try:
+        check_written(file, tensor.size(2) if tensor.dim() == 5 else 1)
+    except OSError as error:
+        raise OSError(f"{error}: {why_not_written(file, printed.getvalue())}") from error
+    return file
+
+
+@contextmanager
+def logged_and_printed() -> Iterator[io.StringIO]:
+    """What is printed and logged meanwhile: Wan2.1's writer prints its error, Wan2.2's logs it."""
+    text = io.StringIO()
+    handler = logging.StreamHandler(text)
+    logging.getLogger().addHandler(handler)
+    try:
+        with redirect_stdout(text):
+            yield text
+    finally:
+        logging.getLogger().removeHandler(handler)
+
+
+def why_not_written(file: str, printed: str) -> str:
+    """The reason, as far as anybody tells it."""
+    folder = Path(file).absolute().parent
+    if folder.is_dir() and shutil.disk_usage(folder).free < 2**20:
+        return "the disk is full (No space left on device)"
+    try:
+        if Path(file).exists():
+            open(file, "ab").close()
+        else:
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        return str(error)
+    return printed.strip() or "its writer gives no reason"
+
+
+def check_written(file: str, frames: int) -> None:
+    """OSError: the file does not hold the frames, since the disk was full, or ffmpeg failed."""
+    try:
+        image_format = Image.registered_extensions().get(Path(file).suffix.lower())
+        if image_format not in (None, "MPEG"):  # of MPEG Pillow knows the name only
+            with Image.open(file) as picture:
+                found = sum(frame.load() is not None for frame in ImageSequence.Iterator(picture))
+            found = frames if found else 0  # equal frames are merged into one
+        else:
+            with imageio.get_reader(file) as reader:
+                found = sum(1 for _ in reader)
+    except Exception as error:  # each decoder has its own
+        raise OSError(f"{file} does not hold {frames} frames: {error!r:.200}") from error
+    if found < frames:
+        raise OSError(f"{file} does not hold {frames} frames, but {found}")
+
+
+# ---------------------------------------------------------------------------------------- checks
+# Owns what is looked at before a weight is loaded: numbers, checkpoint, inputs, target. Each check
+# raises Refused with one line, and changes nothing.
 
 
 def check_numbers(wan: Wan, args: argparse.Namespace) -> None:
@@ -1649,84 +1744,12 @@ def check_target(wan: Wan, args: argparse.Namespace) -> None:
     wan.good_targets.add((target.parent, target.suffix))
 
 
-# Writing, and reading back what was written
-
-
-def write_video(wan: Wan, video: Tensor, file: str, fps: int, image: bool) -> None:
-    """A video [3, F, H, W] in [-1, 1], or its one frame, by Wan's writer. OSError: not all."""
-    options = {"nrow": 1, "normalize": True, "value_range": (-1, 1)}
-    if image:
-        write = getattr(wan.generate_py, wan.release.image_writer)
-        checked(write, tensor=video.squeeze(1)[None], save_file=file, **options)
-    else:
-        write = getattr(wan.generate_py, wan.release.video_writer)
-        checked(write, tensor=video[None], save_file=file, fps=fps, **options)
-
-
-def checked(write: Callable, *args: Any, **kwargs: Any) -> str:
-    """Call a writer of Wan, which hides its errors. OSError: the file does not hold the frames."""
-    call = inspect.signature(write).bind(*args, **kwargs)
-    if "retry" in inspect.signature(write).parameters:
-        call.arguments["retry"] = 1  # a second try of Wan2.1's overwrites the reason of the first
-    arguments = {**call.arguments, **call.kwargs}  # a fork's may take **kwargs
-    tensor, file = arguments["tensor"], str(arguments["save_file"])
-    with logged_and_printed() as printed:
-        write(*call.args, **call.kwargs)
-    try:
-        check_written(file, tensor.size(2) if tensor.dim() == 5 else 1)
-    except OSError as error:
-        raise OSError(f"{error}: {why_not_written(file, printed.getvalue())}") from error
-    return file
-
-
-@contextmanager
-def logged_and_printed() -> Iterator[io.StringIO]:
-    """What is printed and logged meanwhile: Wan2.1's writer prints its error, Wan2.2's logs it."""
-    text = io.StringIO()
-    handler = logging.StreamHandler(text)
-    logging.getLogger().addHandler(handler)
-    try:
-        with redirect_stdout(text):
-            yield text
-    finally:
-        logging.getLogger().removeHandler(handler)
-
-
-def why_not_written(file: str, printed: str) -> str:
-    """The reason, as far as anybody tells it."""
-    folder = Path(file).absolute().parent
-    if folder.is_dir() and shutil.disk_usage(folder).free < 2**20:
-        return "the disk is full (No space left on device)"
-    try:
-        if Path(file).exists():
-            open(file, "ab").close()
-        else:
-            tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        return str(error)
-    return printed.strip() or "its writer gives no reason"
-
-
-def check_written(file: str, frames: int) -> None:
-    """OSError: the file does not hold the frames, since the disk was full, or ffmpeg failed."""
-    try:
-        image_format = Image.registered_extensions().get(Path(file).suffix.lower())
-        if image_format not in (None, "MPEG"):  # of MPEG Pillow knows the name only
-            with Image.open(file) as picture:
-                found = sum(frame.load() is not None for frame in ImageSequence.Iterator(picture))
-            found = frames if found else 0  # equal frames are merged into one
-        else:
-            with imageio.get_reader(file) as reader:
-                found = sum(1 for _ in reader)
-    except Exception as error:  # each decoder has its own
-        raise OSError(f"{file} does not hold {frames} frames: {error!r:.200}") from error
-    if found < frames:
-        raise OSError(f"{file} does not hold {frames} frames, but {found}")
-
-
 # ------------------------------------------------------------------------------------------ jobs
 # Owns runs of Wan's own generate(args), one or many with one pipeline: latents on disk before they
 # are decoded, the table, the comparison, the report. Knows no flags of ours but as settings.
+
+
+# A job, and what stops it
 
 
 @dataclass
@@ -1770,6 +1793,8 @@ def stopped_by_signals() -> Iterator[None]:
         for number, handler in ours.items():
             signal.signal(number, handler)
 
+
+# Names, and latents on disk
 
 LATENTS = ".latents.pt"  # the ending of latents that are kept
 
@@ -1841,6 +1866,9 @@ def decode_command(wan: Wan, latents: Path) -> str:
     flags = ["--wan_repo", str(wan.folder), "--teacache_decode", str(latents)]
     argv = [sys.executable, script, *flags]
     return subprocess.list2cmdline(argv) if os.name == "nt" else shlex.join(argv)
+
+
+# One run of generate(args)
 
 
 @contextmanager
@@ -1983,6 +2011,9 @@ def to_bytes(video: Tensor) -> np.ndarray:
     """[3, F, H, W] in [-1, 1] to uint8 [F, H, W, 3] in the CPU's memory, as Wan's writer does."""
     levels = (video.cpu().clamp(-1, 1) + 1) / 2 * 255
     return levels.byte().permute(1, 2, 3, 0).numpy()
+
+
+# Many runs, with one pipeline
 
 
 def once(make: Callable) -> Callable:
@@ -2155,7 +2186,9 @@ def batch_table(runs: Sequence[Run]) -> list[str]:
     return lines
 
 
-# Comparison: stock, stock with a little noise, and every setting asked for
+# ------------------------------------------------------------------------------------ comparison
+# Owns the videos of one prompt and seed side by side (stock, stock with a little noise, and each
+# setting asked for), their pictures and their table.
 
 NOISE_STD = 1e-4
 STOCK, NOISE = "stock", "noise 1e-4"  # the labels of the first two
@@ -2255,8 +2288,8 @@ def write_comparison(
     moments = np.linspace(0, length - 1, min(6, length)).round().astype(int)
     Image.fromarray(strip(outcomes, videos, moments)).save(files["png"])
     # JSON has no infinity
-    told = [asdict(o) | {"psnr": o.psnr if o.psnr < math.inf else None} for o in outcomes]
-    files["json"].write_text(json.dumps(told, indent=1))
+    entries = [asdict(o) | {"psnr": o.psnr if o.psnr < math.inf else None} for o in outcomes]
+    files["json"].write_text(json.dumps(entries, indent=1))
     log.info(f"TeaCache: side by side in {', '.join(str(f) for f in files.values() if f.exists())}")
 
 
@@ -2281,11 +2314,11 @@ def strip(
     outcomes: Sequence[Outcome], videos: Sequence[np.ndarray], moments: Sequence[int]
 ) -> np.ndarray:
     """One video above the other, a column a moment, and over each which it is."""
-    parts = []
+    pictures = []
     for outcome, video in zip(outcomes, videos, strict=True):
         frames = np.hstack([video[moment] for moment in moments])
-        parts += [heading(["    ".join(outcome.texts).rstrip()], frames.shape[1]), frames]
-    return np.vstack(parts)
+        pictures += [heading(["    ".join(outcome.texts).rstrip()], frames.shape[1]), frames]
+    return np.vstack(pictures)
 
 
 def comparison_table(by_line: Sequence[Sequence[Outcome]]) -> list[str]:
@@ -2351,6 +2384,9 @@ WHOSE = ("teacache_model", "teacache_coefficients")  # either
 OF_A_LINE = (*HOW_MUCH, *WHOSE, "use_ret_steps", "teacache_order", "teacache_guide_until")
 
 
+# Our flags
+
+
 def at_least(low: float, allowed: str, high: float = math.inf) -> Callable[[str], float]:
     """The type of a flag: a finite number from ``low`` to ``high``."""
 
@@ -2394,6 +2430,9 @@ def own_parser() -> Parser:
     add("--teacache_report", metavar="FILE", help="write what was decided and measured, as JSON")
     add("--wan_repo", metavar="DIR", help="Wan; default: this script's folder, else the current")
     return parser
+
+
+# Whose coefficients
 
 
 @dataclass(frozen=True)
@@ -2478,6 +2517,9 @@ def read_coefficients(file: Path) -> Row:
         if not isinstance(row.solver, str):
             raise ValueError("solver must be a name")
         return row
+
+
+# From flags to the settings of a run, and its plan
 
 
 @dataclass(frozen=True)
@@ -2601,10 +2643,10 @@ def announce(job: Job) -> None:
     )
 
 
-# Plan
+# Printing a plan
 
 
-def plan_rows(own: argparse.Namespace, job: Job, outlook: Outlook) -> list[Schedule]:
+def plans_around(own: argparse.Namespace, job: Job, outlook: Outlook) -> list[Schedule]:
     """What the thresholds around the current one do, and those that were tried by others."""
     config, row = job.config, outlook.choice.row
     tried = [config.thresh or 0.1]
@@ -2617,10 +2659,10 @@ def plan_rows(own: argparse.Namespace, job: Job, outlook: Outlook) -> list[Sched
 
 def print_plan(own: argparse.Namespace, job: Job, outlook: Outlook) -> None:
     """For --teacache_plan, on rank 0; as JSON too, for --teacache_report."""
-    rows, current = plan_rows(own, job, outlook), job.config.thresh
+    schedules, current = plans_around(own, job, outlook), job.config.thresh
     print(f"TeaCache plan: {job.row}, {job.config.mode}, {job.config.steps} steps")
     print("   thresh  computed  skipped  speed-up  longest skip  schedule (# computed, . skipped)")
-    for schedule in rows:
+    for schedule in schedules:
         thresh, computed = schedule.config.thresh, len(schedule.computed_steps)
         mark = ">" if thresh == current else " "
         print(
@@ -2633,7 +2675,7 @@ def print_plan(own: argparse.Namespace, job: Job, outlook: Outlook) -> None:
     if own.teacache_report:
         report = {"status": "planned", "row": job.row, "config": asdict(job.config)}
         report["computed"] = job.planned.computed_steps
-        report["plan"] = [plan_report(schedule) for schedule in rows]
+        report["plan"] = [plan_report(schedule) for schedule in schedules]
         what = f"--teacache_report {own.teacache_report}: cannot be written"
         with refusing(what, "see its folder"):
             Path(own.teacache_report).write_text(json.dumps(report, indent=1))
@@ -2650,7 +2692,7 @@ def plan_report(schedule: Schedule) -> dict[str, Any]:
     }
 
 
-# Jobs and comparison: several runs from one command
+# The lines of a jobs file
 
 
 def read_jobs(file: str) -> list[tuple[int, list[str]]]:
@@ -2690,6 +2732,70 @@ def own_of_line(
         if over.keys() & set(either):
             merged |= dict.fromkeys(either)
     return argparse.Namespace(**{**merged, **over}), rest
+
+
+# The jobs of a comparison
+
+
+def jobs_of_comparison(wan: Wan, own: argparse.Namespace, args: argparse.Namespace) -> list[Job]:
+    """Stock, stock with noise, and each entry by each order. Refused: what cannot be."""
+    for name in HOW_MUCH:
+        require(
+            getattr(own, name) is None,
+            f"--{name} {getattr(own, name)}: is an entry of --teacache_compare, as 0.08 or 2x",
+        )
+    stock = with_flags(own, thresh=0.0, order=[0], guide_until=None)
+    asked = [(STOCK, stock), (NOISE, stock)]
+    orders = own.teacache_order or [0]
+    for entry in own.teacache_compare:
+        for order in orders:
+            label = f"{entry} order {order}" if len(orders) > 1 else entry
+            asked.append((label, of_entry(own, entry, order)))
+    jobs, target = [], Path(args.save_file)
+    for label, flags in asked:
+        try:
+            job = job_of(wan, flags, named(args, label), look_ahead(wan, flags, args))
+        except Refused as error:
+            raise Refused(f"--teacache_compare {label}: {error}") from error
+        noise = NOISE_STD if label == NOISE else 0.0
+        jobs.append(replace(job, label=label, compared_in=target, noise=noise))
+    files = [job.args.save_file for job in jobs]  # 0.08 and +0.08 have one too
+    entries = " ".join(own.teacache_compare)
+    require(len(set(files)) == len(files), f"--teacache_compare {entries}: twice the same")
+    return jobs
+
+
+def with_flags(own: argparse.Namespace, **flags: Any) -> argparse.Namespace:
+    """Our flags with other values; of thresh and speedup one only is set."""
+    values = {"thresh": None, "speedup": None, **flags}
+    return argparse.Namespace(
+        **{**vars(own), **{f"teacache_{name}": value for name, value in values.items()}}
+    )
+
+
+def of_entry(own: argparse.Namespace, entry: str, order: int) -> argparse.Namespace:
+    """Our flags for an entry of --teacache_compare: [ROW:]THRESHOLD or [ROW:]SPEEDUPx."""
+    row, _, value = entry.rpartition(":")
+    what = f"--teacache_compare {entry}"
+    require(
+        row in ("", SIGMA, *ROWS), f"{what}: no row {row}; there are {', '.join((SIGMA, *ROWS))}"
+    )
+    kind, lowest = ("speedup", 1) if value.endswith("x") else ("thresh", 0)
+    with refusing(what, "give thresholds as 0.08, speed-ups as 2x, or ROW:2x"):
+        number = at_least(lowest, f"{lowest} or more")(value.removesuffix("x"))
+    chosen = {"model": row, "coefficients": None} if row else {}
+    return with_flags(own, **{kind: number}, order=[order], **chosen)
+
+
+def named(args: argparse.Namespace, label: str) -> argparse.Namespace:
+    """generate.py's flags with a target for one video of a comparison: NAME.LABEL.mp4."""
+    target = Path(args.save_file)
+    words = "-".join(re.findall(r"[\w.]+", label))
+    file = target.with_name(f"{target.stem}.{words}{target.suffix}")
+    return argparse.Namespace(**{**vars(copy.deepcopy(args)), "save_file": str(file)})
+
+
+# From flags to jobs
 
 
 def parse_and_check(wan: Wan, own: argparse.Namespace, argv: Sequence[str]) -> argparse.Namespace:
@@ -2757,64 +2863,6 @@ def jobs_of_video(wan: Wan, own: argparse.Namespace, args: argparse.Namespace) -
     return [job_of(wan, own, args, look_ahead(wan, own, args))]
 
 
-def jobs_of_comparison(wan: Wan, own: argparse.Namespace, args: argparse.Namespace) -> list[Job]:
-    """Stock, stock with noise, and each entry by each order. Refused: what cannot be."""
-    for name in HOW_MUCH:
-        require(
-            getattr(own, name) is None,
-            f"--{name} {getattr(own, name)}: is an entry of --teacache_compare, as 0.08 or 2x",
-        )
-    stock = with_flags(own, thresh=0.0, order=[0], guide_until=None)
-    asked = [(STOCK, stock), (NOISE, stock)]
-    orders = own.teacache_order or [0]
-    for entry in own.teacache_compare:
-        for order in orders:
-            label = f"{entry} order {order}" if len(orders) > 1 else entry
-            asked.append((label, of_entry(own, entry, order)))
-    jobs, target = [], Path(args.save_file)
-    for label, flags in asked:
-        try:
-            job = job_of(wan, flags, named(args, label), look_ahead(wan, flags, args))
-        except Refused as error:
-            raise Refused(f"--teacache_compare {label}: {error}") from error
-        noise = NOISE_STD if label == NOISE else 0.0
-        jobs.append(replace(job, label=label, compared_in=target, noise=noise))
-    files = [job.args.save_file for job in jobs]  # 0.08 and +0.08 have one too
-    entries = " ".join(own.teacache_compare)
-    require(len(set(files)) == len(files), f"--teacache_compare {entries}: twice the same")
-    return jobs
-
-
-def with_flags(own: argparse.Namespace, **flags: Any) -> argparse.Namespace:
-    """Our flags with other values; of thresh and speedup one only is set."""
-    values = {"thresh": None, "speedup": None, **flags}
-    return argparse.Namespace(
-        **{**vars(own), **{f"teacache_{name}": value for name, value in values.items()}}
-    )
-
-
-def of_entry(own: argparse.Namespace, entry: str, order: int) -> argparse.Namespace:
-    """Our flags for an entry of --teacache_compare: [ROW:]THRESHOLD or [ROW:]SPEEDUPx."""
-    row, _, value = entry.rpartition(":")
-    what = f"--teacache_compare {entry}"
-    require(
-        row in ("", SIGMA, *ROWS), f"{what}: no row {row}; there are {', '.join((SIGMA, *ROWS))}"
-    )
-    kind, lowest = ("speedup", 1) if value.endswith("x") else ("thresh", 0)
-    with refusing(what, "give thresholds as 0.08, speed-ups as 2x, or ROW:2x"):
-        number = at_least(lowest, f"{lowest} or more")(value.removesuffix("x"))
-    chosen = {"model": row, "coefficients": None} if row else {}
-    return with_flags(own, **{kind: number}, order=[order], **chosen)
-
-
-def named(args: argparse.Namespace, label: str) -> argparse.Namespace:
-    """generate.py's flags with a target for one video of a comparison: NAME.LABEL.mp4."""
-    target = Path(args.save_file)
-    words = "-".join(re.findall(r"[\w.]+", label))
-    file = target.with_name(f"{target.stem}.{words}{target.suffix}")
-    return argparse.Namespace(**{**vars(copy.deepcopy(args)), "save_file": str(file)})
-
-
 def jobs_of_command(wan: Wan, own: argparse.Namespace, argv: list[str]) -> list[list[Job]]:
     """The jobs of each prompt and seed that is asked for. Refused: one error a line."""
     if not own.teacache_jobs:
@@ -2836,6 +2884,9 @@ def jobs_of_command(wan: Wan, own: argparse.Namespace, argv: list[str]) -> list[
     if errors:
         raise Refused(*errors)
     return by_line
+
+
+# Running them
 
 
 def is_done(job: Job) -> bool:
