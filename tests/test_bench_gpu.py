@@ -1,5 +1,6 @@
 """The benchmark of bench_gpu.py: its schedules, its figures, and one small run without CUDA."""
 
+import argparse
 import itertools
 import json
 import time
@@ -27,6 +28,7 @@ from nano import HERE, python
 from scripted import spaced
 from tqdm import tqdm
 
+import teacache_generate
 from teacache_generate import TeaCache, TeaCacheConfig
 
 ROW_KEYS = {
@@ -219,6 +221,23 @@ def test_the_script_waits_for_the_gpu_before_it_takes_the_end_of_the_sampling(mo
     monkeypatch.setattr(time, "perf_counter", lambda: asked.append("time") or 1.0)
     TeaCache(TeaCacheConfig(2, 0.0)).end_sampling()
     assert asked == ["synchronize", "time"]
+
+
+def test_the_seconds_of_decoding_begin_after_the_sampling_and_end_with_the_video(
+    monkeypatch, tmp_path
+):
+    """Without the second wait the writer, which needs the video first, would pay for it."""
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: asked.append("synchronize"))
+    monkeypatch.setattr(time, "perf_counter", lambda: asked.append("time") or 1.0)
+    args = argparse.Namespace(
+        task="t2v-nano", ckpt_dir=".", save_file=str(tmp_path / "x.mp4"), base_seed=1, prompt=""
+    )
+    wan = SimpleNamespace(config=lambda task: {"sample_fps": 16})
+    run = teacache_generate.Run(wan, teacache_generate.Job(args, None, "", None))
+    run.decode(lambda latents: asked.append("decode"), [torch.zeros(1)])
+    assert asked == ["synchronize", "time", "decode", "synchronize", "time"]
 
 
 @pytest.fixture(scope="module")
