@@ -1758,7 +1758,7 @@ class Job:
 
     args: argparse.Namespace
     config: TeaCacheConfig
-    row: str  # whose coefficients, and why
+    row_text: str  # whose coefficients, and why
     planned: Schedule
     by_default: bool = False  # neither a threshold nor a speed-up was asked for
     compared_in: Path | None = None  # the target that a comparison's own files are named after
@@ -1981,7 +1981,7 @@ class Run:
             "status": self.status,
             "file": job.args.save_file,
             "settings": vars(job.args),
-            "row": job.row,
+            "row": job.row_text,
             "config": asdict(job.config),
             "seconds": self.seconds,
             "latents": str(self.latents) if self.latents else None,
@@ -1990,10 +1990,10 @@ class Run:
             report["label"] = job.label
         if cache and cache.measurements.times:
             schedule, measurements = cache.schedule, cache.measurements
-            drifts = {drift.step: by_order(drift.by_order) for drift in measurements.drifts}
+            drifts = {drift.step: drift_report(drift.by_order) for drift in measurements.drifts}
             report["computed"] = schedule.computed_steps
             report["passes"] = schedule.passes
-            report["drift"] = by_order([measurements.drift(0), measurements.drift(1)])
+            report["drift"] = drift_report([measurements.drift(0), measurements.drift(1)])
             report["speedup"] = measurements.speedup if self.status == "finished" else None
             report["steps"] = [
                 {**asdict(decision), "drift": drifts.get(step)}
@@ -2002,9 +2002,8 @@ class Run:
         return report
 
 
-def by_order(drifts: Sequence[float | None]) -> dict[str, float | None]:
-    """For the report."""
-    return {f"order {order}": drift for order, drift in enumerate(drifts)}
+def drift_report(by_order: Sequence[float | None]) -> dict[str, float | None]:
+    return {f"order {order}": drift for order, drift in enumerate(by_order)}
 
 
 def to_bytes(video: Tensor) -> np.ndarray:
@@ -2046,25 +2045,22 @@ class Session:
 
     @contextmanager
     def opened(self, uses_xfuser: bool) -> Iterator[None]:
-        """Around all runs: what generate(args) makes each time is made once."""
-        generate_py, destroyed = self.wan.generate_py, []
-        names = ("DashScopePromptExpander", "QwenPromptExpander")
-        expanders = {n: once(getattr(generate_py, n)) for n in names if hasattr(generate_py, n)}
+        """Around all runs: what each generate(args) would make anew is made once, and its process
+        group lives until the last one is over."""
+
+        def only_once(module: ModuleType, *names: str) -> None:
+            makers = {name: once(getattr(module, name)) for name in names if hasattr(module, name)}
+            stack.enter_context(shadow(module, **makers))
+
         with ExitStack() as stack:
-            stack.enter_context(shadow(generate_py, **expanders))
-            group = {
-                "init_process_group": once(dist.init_process_group),
-                "destroy_process_group": lambda *args: destroyed.append(args),
-            }
-            stack.enter_context(shadow(dist, **group))
+            only_once(self.wan.generate_py, "DashScopePromptExpander", "QwenPromptExpander")
+            only_once(dist, "init_process_group")
+            stack.enter_context(shadow(dist, destroy_process_group=lambda *args: None))
             if uses_xfuser:
                 xfuser = importlib.import_module("xfuser.core.distributed")
-                makers = ("init_distributed_environment", "initialize_model_parallel")
-                stack.enter_context(
-                    shadow(xfuser, **{name: once(getattr(xfuser, name)) for name in makers})
-                )
+                only_once(xfuser, "init_distributed_environment", "initialize_model_parallel")
             yield
-        if destroyed and dist.is_initialized():
+        if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
 
     def pipeline(self, name: str, run: Run, *args: Any, **kwargs: Any) -> Any:
@@ -2373,7 +2369,8 @@ def comparison_cells(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------- command line
-# Owns our flags, what becomes of them, and main.
+# Owns our flags, what becomes of them, and main. Everywhere here ``own`` are our flags and ``args``
+# are generate.py's.
 
 FOR_ALL_LINES = (  # what the loaded model depends on
     *("task", "ckpt_dir", "ulysses_size", "ring_size", "t5_fsdp", "dit_fsdp", "t5_cpu"),
@@ -2638,8 +2635,8 @@ def announce(job: Job) -> None:
     order = ", order 1" if config.order else ""
     label = f"{job.label}: " if job.label else ""
     log.info(
-        f"TeaCache: {label}{job.row}, thresh {config.thresh:.4g}{default}, {config.mode}{order}: "
-        f"{does}"
+        f"TeaCache: {label}{job.row_text}, thresh {config.thresh:.4g}{default}, "
+        f"{config.mode}{order}: {does}"
     )
 
 
@@ -2660,7 +2657,7 @@ def plans_around(own: argparse.Namespace, job: Job, outlook: Outlook) -> list[Sc
 def print_plan(own: argparse.Namespace, job: Job, outlook: Outlook) -> None:
     """For --teacache_plan, on rank 0; as JSON too, for --teacache_report."""
     schedules, current = plans_around(own, job, outlook), job.config.thresh
-    print(f"TeaCache plan: {job.row}, {job.config.mode}, {job.config.steps} steps")
+    print(f"TeaCache plan: {job.row_text}, {job.config.mode}, {job.config.steps} steps")
     print("   thresh  computed  skipped  speed-up  longest skip  schedule (# computed, . skipped)")
     for schedule in schedules:
         thresh, computed = schedule.config.thresh, len(schedule.computed_steps)
@@ -2673,7 +2670,7 @@ def print_plan(own: argparse.Namespace, job: Job, outlook: Outlook) -> None:
     for fault in job.planned.faults():
         print(f"warning: at {current:.4g} {fault}")
     if own.teacache_report:
-        report = {"status": "planned", "row": job.row, "config": asdict(job.config)}
+        report = {"status": "planned", "row": job.row_text, "config": asdict(job.config)}
         report["computed"] = job.planned.computed_steps
         report["plan"] = [plan_report(schedule) for schedule in schedules]
         what = f"--teacache_report {own.teacache_report}: cannot be written"
