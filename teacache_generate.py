@@ -1103,8 +1103,8 @@ def is_rank_0() -> bool:
 class Release:
     """What is named otherwise in Wan2.1 and in Wan2.2; told apart by the name of the writer.
 
-    All other differences follow from the task's config (``boundary``, ``high_noise_checkpoint``) or
-    from which flags the parser has.
+    All other differences are seen where they matter: in the task's config, the parser's flags, the
+    attributes of a pipeline or the modules that are there.
     """
 
     name: str
@@ -1169,7 +1169,7 @@ class Wan:
         self.known_distances: dict[tuple[Any, ...], list[float | None]] = {}
         self.good_targets = set[tuple[Path, str]]()  # folder and ending
 
-    def config(self, task: str) -> dict[str, Any]:
+    def task_config(self, task: str) -> dict[str, Any]:
         """The model's config of a task: sizes, names of files."""
         return self.generate_py.WAN_CONFIGS[task]
 
@@ -1179,7 +1179,8 @@ class Wan:
 
     def pipelines(self) -> dict[str, type]:
         """The pipeline classes that generate.py looks up in the package when it runs."""
-        return {n: kind for n, kind in vars(self.package).items() if hasattr(kind, "generate")}
+        exported = vars(self.package).items()
+        return {name: value for name, value in exported if hasattr(value, "generate")}
 
     def parse(self, argv: Sequence[str], whole: bool = True) -> argparse.Namespace:
         """generate.py's parser and assertions, with their objections in our form.
@@ -1205,16 +1206,16 @@ class Wan:
 
     def vae(self, args: argparse.Namespace, device: torch.device) -> Any:
         """The VAE of a task alone."""
-        file = self.config(args.task)["vae_checkpoint"]
+        file = self.task_config(args.task)["vae_checkpoint"]
         names = [name for start, name in self.release.vaes.items() if file.startswith(start)]
-        module, kind = names[0].split(".")
-        make = getattr(importlib.import_module(f"wan.modules.{module}"), kind)
+        module, vae_class = names[0].split(".")
+        make = getattr(importlib.import_module(f"wan.modules.{module}"), vae_class)
         return make(vae_pth=str(Path(args.ckpt_dir) / file), device=device)
 
     def timesteps(self, args: argparse.Namespace) -> list[int]:
         """The timesteps of a run, by Wan's own schedulers."""
         solvers = importlib.import_module("wan.utils.fm_solvers")
-        train = self.config(args.task)["num_train_timesteps"]
+        train = self.task_config(args.task)["num_train_timesteps"]
         common = {"num_train_timesteps": train, "shift": 1, "use_dynamic_shifting": False}
         if args.sample_solver != "unipc":
             scheduler = solvers.FlowDPMSolverMultistepScheduler(**common)
@@ -1247,17 +1248,17 @@ def models_of(pipeline: Any) -> list[nn.Module]:
     return [pipeline.model]
 
 
-def transformer_folders(ckpt_dir: str, config: dict[str, Any]) -> list[Path]:
+def transformer_folders(ckpt_dir: str, task_config: dict[str, Any]) -> list[Path]:
     """The folders of a checkpoint's transformers, in the order in which they sample."""
-    names = [config.get(f"{noise}_noise_checkpoint") for noise in ("high", "low")]
+    names = [task_config.get(f"{noise}_noise_checkpoint") for noise in ("high", "low")]
     return [Path(ckpt_dir) / name for name in names if name] or [Path(ckpt_dir)]
 
 
-def steps_of_first(timesteps: Sequence[float], config: dict[str, Any]) -> int:
+def steps_of_first(timesteps: Sequence[float], task_config: dict[str, Any]) -> int:
     """How many steps the first transformer of a pipeline samples: all, where it has one only."""
-    if "boundary" not in config:
+    if "boundary" not in task_config:
         return len(timesteps)
-    return sum(timestep >= config["boundary"] * TRAIN_TIMESTEPS for timestep in timesteps)
+    return sum(timestep >= task_config["boundary"] * TRAIN_TIMESTEPS for timestep in timesteps)
 
 
 def count_guided_steps(
@@ -1265,8 +1266,8 @@ def count_guided_steps(
 ) -> int | None:
     """On how many steps guidance needs the unconditional branch; None for all of them.
 
-    scale: Wan's guide_scale, of Wan2.2 a pair (low noise, high noise). At 1 the unconditional
-        output is multiplied by 0; None runs it all the same.
+    scale: Wan's guide_scale, of Wan2.2's A14B a pair (low noise, high noise). At 1 the output of
+        that branch is multiplied by 0, and it need not run; a scale of None never ends it.
     of_first: ``steps_of_first``, which are those of high noise.
     until: the share of the steps that is asked for.
     """
@@ -1324,6 +1325,8 @@ def import_wan(wan_repo: str | None, generates: bool) -> Wan:
 def compute_capability() -> tuple[int, int]:
     """That of this process's GPU."""
     device, there = environment("LOCAL_RANK", 0), torch.cuda.device_count()
+    processes = environment("LOCAL_WORLD_SIZE", 1)
+    require(processes <= there, f"--nproc_per_node {processes}: must be {there} GPUs or fewer")
     require(
         device < there,
         f"LOCAL_RANK {device}: there are {there} GPUs: start by torchrun, or unset LOCAL_RANK",
@@ -1373,7 +1376,7 @@ def tensor_files(folder: Path) -> dict[str | None, Path]:
 
 
 def read_tensor(folder: Path, name: str) -> Any:
-    """One tensor of a transformer, of which nothing is read before it is sliced."""
+    """One tensor of a transformer, to be sliced: only an old pickle is read as a whole."""
     files = tensor_files(folder)
     file = files.get(name) or files.get(None)
     if file is None:
@@ -1417,10 +1420,10 @@ def distances_of(
     """
     key = (args.ckpt_dir, mode, *timesteps)
     if key not in wan.known_distances:
-        config, distances = wan.config(args.task), []
-        of_first = steps_of_first(timesteps, config)
+        task_config, distances = wan.task_config(args.task), []
+        of_first = steps_of_first(timesteps, task_config)
         by_model = (timesteps[:of_first], timesteps[of_first:])  # of one model all are the first
-        folders = transformer_folders(args.ckpt_dir, config)
+        folders = transformer_folders(args.ckpt_dir, task_config)
         for folder, sampled in zip(folders, by_model, strict=False):
             if sampled and mode == SIGMA:
                 distances += [None, *[math.nan] * (len(sampled) - 1)]
@@ -1511,7 +1514,7 @@ def check_written(file: str, frames: int) -> None:
 
 # ---------------------------------------------------------------------------------------- checks
 # Owns what is looked at before a weight is loaded: numbers, checkpoint, inputs, target. Each check
-# raises Refused with one line, and changes nothing.
+# raises Refused with one line, and leaves nothing behind.
 
 
 def check_numbers(wan: Wan, args: argparse.Namespace) -> None:
@@ -1535,16 +1538,16 @@ def check_numbers(wan: Wan, args: argparse.Namespace) -> None:
         "torchrun --nproc_per_node=N, N above 1",
     )
     ulysses, ring = args.ulysses_size, ring_size(args)
-    flags = f"--ulysses_size {ulysses}"
-    flags += f" --ring_size {ring}" if hasattr(args, "ring_size") else ""
+    sizes = f"--ulysses_size {ulysses}"
+    sizes += f" --ring_size {ring}" if hasattr(args, "ring_size") else ""
     require(
         ulysses * ring in (1, processes) and min(ulysses, ring) > 0,
-        f"{flags}: their product must be the number of processes, {processes} here; "
+        f"{sizes}: their product must be the number of processes, {processes} here; "
         f"torchrun --nproc_per_node={ulysses * ring}",
     )
     require(
         not uses_xfuser(args) or importlib.util.find_spec("xfuser"),
-        f"{flags}: No module named 'xfuser': pip install 'xfuser>=0.4.1'",
+        f"{sizes}: No module named 'xfuser': pip install 'xfuser>=0.4.1'",
     )
 
 
@@ -1588,30 +1591,32 @@ def damage(file: Path) -> str | None:
     return None
 
 
-def foreign_checkpoint(folder: Path, config: dict[str, Any]) -> str | None:
+def foreign_checkpoint(folder: Path, task_config: dict[str, Any]) -> str | None:
     """What a folder is that other code is for."""
     if (folder / "model_index.json").is_file():
         return "is a -Diffusers checkpoint: download the one of the same name without -Diffusers"
-    if (folder / "high_noise_model").is_dir() and "high_noise_checkpoint" not in config:
+    if (folder / "high_noise_model").is_dir() and "high_noise_checkpoint" not in task_config:
         return "is a Wan2.2 A14B checkpoint: give its task, with --wan_repo a checkout of Wan2.2"
-    if (folder / "Wan2.2_VAE.pth").is_file() and config["vae_checkpoint"] != "Wan2.2_VAE.pth":
+    if (folder / "Wan2.2_VAE.pth").is_file() and task_config["vae_checkpoint"] != "Wan2.2_VAE.pth":
         return "is a Wan2.2 5B checkpoint: give its task, with --wan_repo a checkout of Wan2.2"
     return None
 
 
-def check_checkpoint(args: argparse.Namespace, config: dict[str, Any], all_files: bool) -> None:
+def check_checkpoint(
+    args: argparse.Namespace, task_config: dict[str, Any], all_files: bool
+) -> None:
     """Every file that will be loaded is there and whole, and the transformer is the task's."""
     folder = Path(args.ckpt_dir)
     require(
         folder.is_dir(), f"--ckpt_dir {folder}: must be a folder with a checkpoint of {args.task}"
     )
-    foreign = foreign_checkpoint(folder, config)
+    foreign = foreign_checkpoint(folder, task_config)
     require(not foreign, f"--ckpt_dir {folder}: {foreign}")
-    for transformer in transformer_folders(args.ckpt_dir, config):
-        check_transformer(args, transformer, config)
+    for transformer in transformer_folders(args.ckpt_dir, task_config):
+        check_transformer(args, transformer, task_config)
     if not all_files:
         return
-    for key, name in config.items():  # the two keys with "noise" are folders of transformers
+    for key, name in task_config.items():  # the two keys with "noise" are folders of transformers
         if key.endswith(("_checkpoint", "_tokenizer")) and "noise" not in key:
             check_intact(args, folder / name)
 
@@ -1630,7 +1635,7 @@ def check_intact(args: argparse.Namespace, path: Path) -> None:
         require(not fault, f"--ckpt_dir {args.ckpt_dir}: {file.name} {fault}")
 
 
-def check_transformer(args: argparse.Namespace, folder: Path, config: dict[str, Any]) -> None:
+def check_transformer(args: argparse.Namespace, folder: Path, task_config: dict[str, Any]) -> None:
     """A transformer's files are there and whole, and it is of the task's kind and size."""
     what = f"--ckpt_dir {folder}: damaged, incomplete or not of --task {args.task}"
     with refusing(what, "download it again, or give the task or the folder that fits"):
@@ -1640,8 +1645,8 @@ def check_transformer(args: argparse.Namespace, folder: Path, config: dict[str, 
         kind, model_type = KINDS.get(kind_of(args)), found.get("model_type")
         if kind and model_type and model_type not in kind.transformers:
             raise ValueError(f"a {model_type} transformer, not one of --task {args.task}")
-        if found.get("dim") != config["dim"]:
-            dims = f"dim {found.get('dim')}, that of --task {args.task} {config['dim']}"
+        if found.get("dim") != task_config["dim"]:
+            dims = f"dim {found.get('dim')}, that of --task {args.task} {task_config['dim']}"
             raise ValueError(f"its transformer has {dims} (1536 is 1.3B, 3072 5B, 5120 14B)")
 
 
@@ -1668,8 +1673,6 @@ def check_named(flag: str, file: str | None) -> None:
 
 def check_inputs(args: argparse.Namespace, examples: dict[str, str]) -> None:
     """Every image and video that generate.py will open is there and can be read."""
-    for name in ("ckpt_dir", "save_file", *INPUTS):
-        check_named(name, getattr(args, name, None))
     if kind_of(args) == "flf2v":
         require(
             bool(args.first_frame) == bool(args.last_frame),
@@ -1684,17 +1687,18 @@ def check_inputs(args: argparse.Namespace, examples: dict[str, str]) -> None:
     for name, value in inputs_of(args, examples).items():
         for file in value.split(",") if name == "src_ref_images" else [value]:
             with refusing(f"--{name} {file}: cannot be read", "give a file that is there"):
-                if name in ("src_video", "src_mask"):  # as Wan2.1 reads them, and does not require
-                    video_reader()(file)[0]
+                if name in ("src_video", "src_mask"):
+                    video_reader(name)(file)[0]
                 else:
                     Image.open(file).convert("RGB")
 
 
-def video_reader() -> Any:
+def video_reader(flag: str) -> Any:
+    """What Wan2.1 reads videos with, and does not require."""
     try:
         return importlib.import_module("decord").VideoReader
     except ImportError as error:
-        raise ImportError(f"{error}: pip install decord") from error
+        raise Refused(f"--{flag}: {error}: pip install decord") from error
 
 
 def check_prompt_extension(wan: Wan, args: argparse.Namespace) -> None:
@@ -1746,7 +1750,7 @@ def check_target(wan: Wan, args: argparse.Namespace) -> None:
 
 # ------------------------------------------------------------------------------------------ jobs
 # Owns runs of Wan's own generate(args), one or many with one pipeline: latents on disk before they
-# are decoded, the table, the comparison, the report. Knows no flags of ours but as settings.
+# are decoded, the table of a batch, the report. Knows what our flags have become, not how.
 
 
 # A job, and what stops it
@@ -1827,7 +1831,6 @@ def write_ahead(latents: Sequence[Tensor], job: Job, fps: int) -> Path | None:
     """
     target = Path(job.args.save_file).absolute()
     content = {
-        "version": 1,
         "latents": [latent.detach().cpu() for latent in latents],
         "task": job.args.task,
         "ckpt_dir": str(Path(job.args.ckpt_dir).absolute()),
@@ -1932,7 +1935,7 @@ class Run:
         synchronize()
         began = time.perf_counter()
         try:
-            fps = self.wan.config(self.job.args.task)["sample_fps"]
+            fps = self.wan.task_config(self.job.args.task)["sample_fps"]
             self.latents = write_ahead(latents, self.job, fps)
             if not all(latent.isfinite().all() for latent in latents):
                 raise FloatingPointError("the latents are not finite: a video of them is black")
@@ -1943,6 +1946,7 @@ class Run:
             return video
         except Exception as error:
             self.failure = error
+            # at once, since Wan goes on to say that it saves a video
             log.error(f"TeaCache: not decoded: {error}")
             return [torch.zeros(3, 1, 16, 16)]
         finally:
@@ -2044,7 +2048,7 @@ class Session:
         self.all_written = True  # the comparisons
 
     @contextmanager
-    def opened(self, uses_xfuser: bool) -> Iterator[None]:
+    def opened(self, with_xfuser: bool) -> Iterator[None]:
         """Around all runs: what each generate(args) would make anew is made once, and its process
         group lives until the last one is over."""
 
@@ -2056,7 +2060,7 @@ class Session:
             only_once(self.wan.generate_py, "DashScopePromptExpander", "QwenPromptExpander")
             only_once(dist, "init_process_group")
             stack.enter_context(shadow(dist, destroy_process_group=lambda *args: None))
-            if uses_xfuser:
+            if with_xfuser:
                 xfuser = importlib.import_module("xfuser.core.distributed")
                 only_once(xfuser, "init_distributed_environment", "initialize_model_parallel")
             yield
@@ -2156,7 +2160,7 @@ class Session:
         }
         reports = [run.report() for run in self.runs]
         content = {**common, "videos": reports}
-        if len(reports) == 1:
+        if self.videos == 1 and reports:
             content |= reports[0]
         try:
             self.report_file.write_text(json.dumps(content, indent=1, default=str))
@@ -2259,7 +2263,7 @@ def compare(session: Session, jobs: Sequence[Job]) -> list[Outcome]:
     if shown:
         target, task = jobs[0].compared_in, jobs[0].args.task
         try:
-            write_comparison(outcomes, shown, target, session.wan.config(task)["sample_fps"])
+            write_comparison(outcomes, shown, target, session.wan.task_config(task)["sample_fps"])
         except Exception as error:  # the videos are there, and other lines may wait
             session.all_written = False
             log.error(f"TeaCache: the comparison of {target} is not written: {error}")
@@ -2334,15 +2338,18 @@ def comparison_table(by_line: Sequence[Sequence[Outcome]]) -> list[str]:
         aligned = [text.rjust(width) for text, width in zip(others, wide[1:], strict=True)]
         table.append("  ".join([label.ljust(wide[0]), *aligned]))
     psnr_of = {label: np.mean([o.psnr for o in outcomes]) for label, outcomes in by_label.items()}
-    if NOISE not in psnr_of:
-        return [*table, "no floor: stock with noise of 1e-4 has failed"]
-    floor = psnr_of[NOISE]
-    above = [k for k, mean in psnr_of.items() if mean >= floor and k not in (STOCK, NOISE)]
-    table.append(
-        f"the floor, stock with noise of 1e-4: {floor:.1f} dB; at it or above: "
-        f"{', '.join(above) or 'none'}"
-    )
-    return table if with_ssim else [*table, "for the SSIM: pip install scikit-image"]
+    if NOISE in psnr_of:
+        floor = psnr_of[NOISE]
+        above = [k for k, mean in psnr_of.items() if mean >= floor and k not in (STOCK, NOISE)]
+        table.append(
+            f"the floor, stock with noise of 1e-4: {floor:.1f} dB; at it or above: "
+            f"{', '.join(above) or 'none'}"
+        )
+    else:
+        table.append("no floor: stock with noise of 1e-4 has failed")
+    if not with_ssim:
+        table.append("for the SSIM: pip install scikit-image")
+    return table
 
 
 def comparison_cells(outcomes: Sequence[Outcome]) -> list[str]:
@@ -2372,10 +2379,12 @@ def comparison_cells(outcomes: Sequence[Outcome]) -> list[str]:
 # Owns our flags, what becomes of them, and main. Everywhere here ``own`` are our flags and ``args``
 # are generate.py's.
 
+# fmt: off
 FOR_ALL_LINES = (  # what the loaded model depends on
-    *("task", "ckpt_dir", "ulysses_size", "ring_size", "t5_fsdp", "dit_fsdp", "t5_cpu"),
-    *("convert_model_dtype", "prompt_extend_method", "prompt_extend_model"),
+    "task", "ckpt_dir", "ulysses_size", "ring_size", "t5_fsdp", "dit_fsdp", "t5_cpu",
+    "convert_model_dtype", "prompt_extend_method", "prompt_extend_model",
 )
+# fmt: on
 HOW_MUCH = ("teacache_thresh", "teacache_speedup")  # either
 WHOSE = ("teacache_model", "teacache_coefficients")  # either
 OF_A_LINE = (*HOW_MUCH, *WHOSE, "use_ret_steps", "teacache_order", "teacache_guide_until")
@@ -2463,15 +2472,20 @@ def choose_row(own: argparse.Namespace, args: argparse.Namespace) -> Choice:
 
 
 def choose_among(rows: Sequence[str], args: argparse.Namespace) -> Choice:
-    """Of rows such as i2v-14B-480P and -720P: by the name that the checkpoint was downloaded as,
-    else by the size of the video."""
+    """Of rows that are named for a size, such as i2v-14B-480P and -720P: by the name that the
+    checkpoint was downloaded as, else by the size of the video."""
     by_size = {row.split("-")[-1].lower(): row for row in rows}
     for name in download_names(Path(args.ckpt_dir)):
         sizes = by_size.keys() & set(re.split("[^0-9a-z]+", name.lower()))
         if len(sizes) == 1:
             row = by_size[sizes.pop()]
             return Choice(ROWS[row], row, f"checkpoint {name}")
-    row = by_size["480p" if args.size in ("832*480", "480*832") else "720p"]
+    size = "480p" if args.size in ("832*480", "480*832") else "720p"
+    require(
+        size in by_size,
+        f"--task {args.task}: {' and '.join(rows)} are for it: name one by --teacache_model",
+    )
+    row = by_size[size]
     why = f"a guess from the size {args.size}: name it by --teacache_model"
     return Choice(ROWS[row], row, why)
 
@@ -2566,8 +2580,9 @@ def config_of(
     if row is None and thresh is None and speedup is None:
         config = outlook.plan_speedup(config, 2.0).config  # before guidance ends: half of the steps
     until = 1.0 if own.teacache_guide_until is None else own.teacache_guide_until
-    scale = None if thresh == 0 else args.sample_guide_scale  # off is stock, which always guides
-    of_first = steps_of_first(outlook.timesteps, wan.config(args.task))
+    # at threshold 0, as in stock, the unconditional branch runs at a scale of 1 too
+    scale = None if thresh == 0 else args.sample_guide_scale
+    of_first = steps_of_first(outlook.timesteps, wan.task_config(args.task))
     config = replace(config, guided_steps=count_guided_steps(scale, steps, of_first, until))
     return config if speedup is None else for_speedup(config, outlook, speedup)
 
@@ -2626,6 +2641,8 @@ def is_fitted(row: Row, args: argparse.Namespace) -> bool:
 
 def announce(job: Job) -> None:
     """What will be computed, in one line, before anything is loaded."""
+    if job.label in (STOCK, NOISE):
+        return
     config, planned = job.config, job.planned
     if planned.passes == 2 * config.steps:
         does = f"computes all {config.steps} steps, as stock does: nothing is gained"
@@ -2644,12 +2661,13 @@ def announce(job: Job) -> None:
 
 
 def plans_around(own: argparse.Namespace, job: Job, outlook: Outlook) -> list[Schedule]:
-    """What the thresholds around the current one do, and those that were tried by others."""
+    """For the current threshold, those of the row, and some below and above the last of these."""
     config, row = job.config, outlook.choice.row
     tried = [config.thresh or 0.1]
     if row is not None:
         tried = list(row.polynomial(own.use_ret_steps).thresholds)
     ladder = [tried[-1] * factor for factor in (0.25, 0.5, 0.75, 1.5, 2.0, 3.0)]
+    # those that print alike are one; the current one is last, and so is that one
     by_text = {f"{thresh:.4g}": thresh for thresh in [*ladder, *tried, config.thresh]}
     return [outlook.plan(replace(config, thresh=thresh)) for thresh in sorted(by_text.values())]
 
@@ -2722,7 +2740,8 @@ def own_of_line(
     line, rest = own_parser().parse_known_args(flags)
     # of this line: 0 is one too, so not by truth
     over = {name: v for name, v in vars(line).items() if v is not None and v is not False}
-    for name in over:
+    for name, value in over.items():
+        check_named(name, value)
         require(name in OF_A_LINE, f"--{name}: is for the command line, not for a line of the file")
     merged = dict(vars(own))
     for either in (HOW_MUCH, WHOSE):  # one of them takes the place of the other
@@ -2756,7 +2775,7 @@ def jobs_of_comparison(wan: Wan, own: argparse.Namespace, args: argparse.Namespa
             raise Refused(f"--teacache_compare {label}: {error}") from error
         noise = NOISE_STD if label == NOISE else 0.0
         jobs.append(replace(job, label=label, compared_in=target, noise=noise))
-    files = [job.args.save_file for job in jobs]  # 0.08 and +0.08 have one too
+    files = [job.args.save_file for job in jobs]  # 0.08 and +0.08 would have the same
     entries = " ".join(own.teacache_compare)
     require(len(set(files)) == len(files), f"--teacache_compare {entries}: twice the same")
     return jobs
@@ -2797,10 +2816,11 @@ def named(args: argparse.Namespace, label: str) -> argparse.Namespace:
 
 def parse_and_check(wan: Wan, own: argparse.Namespace, argv: Sequence[str]) -> argparse.Namespace:
     """generate.py's flags, and the checkpoint that they name, checked."""
-    names = [flag.split("=")[0] for flag in argv]  # generate.py takes --ckpt too
-    has_checkpoint = any(n.startswith("--ck") and "--ckpt_dir".startswith(n) for n in names)
+    has_checkpoint = wan.parse(argv, whole=False).ckpt_dir is not None
     without_checkpoint = own.teacache_plan and not has_checkpoint
     args = wan.parse([*argv, "--ckpt_dir", "."] if without_checkpoint else argv)
+    for name in ("ckpt_dir", "save_file", *INPUTS):
+        check_named(name, getattr(args, name, None))
     check_numbers(wan, args)
     if without_checkpoint:
         require(
@@ -2809,7 +2829,7 @@ def parse_and_check(wan: Wan, own: argparse.Namespace, argv: Sequence[str]) -> a
             "--teacache_model sigma needs none",
         )
     else:
-        check_checkpoint(args, wan.config(args.task), all_files=not own.teacache_plan)
+        check_checkpoint(args, wan.task_config(args.task), all_files=not own.teacache_plan)
     return args
 
 
@@ -2842,6 +2862,8 @@ def jobs_of_line(
         names = numbered(Path(default_target(args, prompt_of(wan, args), digest)))
         args.save_file = str(next(name for name in names if name.resolve() not in targets))
     target = Path(args.save_file).resolve()
+    if own.teacache_compare:  # its pictures and table are named without the ending
+        target = target.with_suffix("")
     require(target not in targets, f"--save_file {args.save_file}: is another line's too")
     targets.add(target)
     return jobs_of_video(wan, own, args)
@@ -2902,10 +2924,12 @@ def is_done(job: Job) -> bool:
 
 def without_done(jobs: Sequence[Job]) -> list[Job]:
     """Those whose video is not there yet: a batch goes on where it was."""
-    waiting = [job for job in jobs if not is_done(job)]
+    waiting = []
     for job in jobs:
-        if job not in waiting:
+        if is_done(job):
             log.info(f"TeaCache: {job.args.save_file} is there: skipped")
+        else:
+            waiting.append(job)
     return waiting
 
 
@@ -2947,13 +2971,13 @@ def decode_latents(own: argparse.Namespace, argv: Sequence[str]) -> None:
         latents, fps = content["latents"], content["fps"]
         if not all(latent.isfinite().all() for latent in latents):
             raise ValueError("its latents are not finite, and a video of them would be black")
-    wan = import_wan(own.wan_repo, generates=False)  # slow, but possible without a GPU
+    wan = import_wan(own.wan_repo, generates=False)  # it can be done without a GPU, slowly
     args = argparse.Namespace(**found)
     require(
         args.task in wan.generate_py.WAN_CONFIGS,
         f"--teacache_decode {file}: is of --task {args.task}, which this --wan_repo does not have",
     )
-    check_intact(args, Path(args.ckpt_dir) / wan.config(args.task)["vae_checkpoint"])
+    check_intact(args, Path(args.ckpt_dir) / wan.task_config(args.task)["vae_checkpoint"])
     check_target(wan, args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.no_grad():
@@ -2971,23 +2995,22 @@ def command(argv: Sequence[str]) -> int:
     own, rest = own_parser().parse_known_args(argv)
     for name, value in vars(own).items():
         check_named(name, value)
+    if {"-h", "--help"} & set(rest):
+        print(own_parser().format_help())
+        import_wan(own.wan_repo, generates=False).parse(rest)  # prints generate.py's, and leaves
     if own.teacache_decode:
         decode_latents(own, rest)
         return 0
-    asks_help = {"-h", "--help"} & set(rest)
-    if asks_help:
-        print(own_parser().format_help())
-    wan = import_wan(own.wan_repo, generates=not (asks_help or own.teacache_plan))
-    if own.teacache_plan and not asks_help:
-        require(not own.teacache_jobs, "--teacache_plan, --teacache_jobs: give one of them")
-        args = parse_and_check(wan, own, rest)
-        outlook = look_ahead(wan, own, args)
-        job = job_of(wan, own, args, outlook)
-        if is_rank_0():
-            print_plan(own, job, outlook)
-        return 0
-    # with --help too: generate.py's parser prints its own, and leaves
-    return make_videos(wan, own, rest)
+    wan = import_wan(own.wan_repo, generates=not own.teacache_plan)
+    if not own.teacache_plan:
+        return make_videos(wan, own, rest)
+    require(not own.teacache_jobs, "--teacache_plan, --teacache_jobs: give one of them")
+    args = parse_and_check(wan, own, rest)
+    outlook = look_ahead(wan, own, args)
+    job = job_of(wan, own, args, outlook)
+    if is_rank_0():
+        print_plan(own, job, outlook)
+    return 0
 
 
 def make_videos(wan: Wan, own: argparse.Namespace, argv: list[str]) -> int:

@@ -234,7 +234,7 @@ def test_the_seconds_of_decoding_begin_after_the_sampling_and_end_with_the_video
     args = argparse.Namespace(
         task="t2v-nano", ckpt_dir=".", save_file=str(tmp_path / "x.mp4"), base_seed=1, prompt=""
     )
-    wan = SimpleNamespace(config=lambda task: {"sample_fps": 16})
+    wan = SimpleNamespace(task_config=lambda task: {"sample_fps": 16})
     run = teacache_generate.Run(wan, teacache_generate.Job(args, None, "", None))
     run.decode(lambda latents: asked.append("decode"), [torch.zeros(1)])
     assert asked == ["synchronize", "time", "decode", "synchronize", "time"]

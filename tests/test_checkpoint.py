@@ -357,7 +357,7 @@ EMPTY = "is empty, as of an unset shell variable: give a file or leave it out"
     "flag",
     [
         *("save_file", "image", "teacache_jobs", "teacache_decode", "teacache_report"),
-        *("teacache_coefficients", "wan_repo"),
+        *("teacache_coefficients", "wan_repo", "ckpt_dir"),
     ],
 )
 def test_the_name_of_a_file_that_is_empty_is_refused(capsys, ckpt, flag):
@@ -365,6 +365,12 @@ def test_the_name_of_a_file_that_is_empty_is_refused(capsys, ckpt, flag):
     code, said = attempt(capsys, "--ckpt_dir", ckpt, *row, *PROMPT, f"--{flag}", "")
     assert code == 2
     assert f'--{flag} "": {EMPTY}' in said
+
+
+def test_the_name_of_a_checkpoint_that_is_empty_is_refused_by_a_plan_too(capsys):
+    code, said = attempt(capsys, "--ckpt_dir", "", *ROW, "--teacache_plan")
+    assert code == 2
+    assert f'--ckpt_dir "": {EMPTY}' in said
 
 
 def directory(target):

@@ -200,6 +200,14 @@ def test_where_only_the_size_speaks_the_row_is_said_to_be_a_guess(ckpt_dir, size
     assert choice.text == f"row {expected} ({GUESS.format(size)})"
 
 
+def test_where_rows_of_a_task_cannot_be_told_apart_it_is_asked_for_one(monkeypatch):
+    again = teacache_generate.ROWS["t2v-14B"]
+    monkeypatch.setitem(teacache_generate.ROWS, "t2v-14B-new", again)
+    with pytest.raises(teacache_generate.Refused, match="name one by --teacache_model") as refused:
+        row("t2v-14B", "mine")
+    assert "--task t2v-14B: t2v-14B and t2v-14B-new are for it" in str(refused.value)
+
+
 def folder(path: Path) -> Path:
     path.mkdir(parents=True)
     return path
@@ -810,6 +818,19 @@ def test_a_local_rank_without_a_gpu_is_refused(capsys, flash, monkeypatch, wan):
     code, said = attempt(capsys, *PROMPT)
     assert code == 2
     assert "LOCAL_RANK 1: there are 1 GPUs: start by torchrun, or unset LOCAL_RANK" in said
+
+
+def test_more_processes_than_gpus_are_refused_by_the_one_that_speaks(
+    capsys, flash, monkeypatch, wan
+):
+    """Of four, two have a GPU: what the others said would be heard by nobody."""
+    flash((8, 6))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    code, said = attempt(capsys, *PROMPT)
+    assert code == 2
+    assert "--nproc_per_node 4: must be 2 GPUs or fewer" in said
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,18 @@ def test_the_table_is_printed_last_with_the_floor_under_it(made):
     assert floor.startswith(f"the floor, stock with noise of 1e-4: {db:.1f} dB; at it or above: ")
 
 
+def test_comparisons_whose_files_would_have_one_name_are_refused(
+    recorder, ckpt, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    lines = (f'--prompt "a red ball" --save_file a.{ending}' for ending in ("mp4", "mov"))
+    Path("jobs.txt").write_text("\n".join(lines))
+    argv = ["--ckpt_dir", ckpt, *FEW, "--teacache_jobs", "jobs.txt", "--teacache_compare", "2x"]
+    code, said = attempt(capsys, *argv)
+    assert code == 2
+    assert "line 2: --save_file a.mov: is another line's too" in said
+
+
 # ------------------------------------------------------------------------------ the table
 
 
@@ -394,6 +406,7 @@ def test_an_entry_that_fails_is_left_out_and_the_rest_is_compared(recorder, ckpt
     assert Path("a.2x.latents.pt").is_file()
     assert "the floor, stock with noise of 1e-4" in said
     assert "not made: a.2x.mp4: failed: RuntimeError('a decoder')" in caplog.text
+    assert "nothing is gained" not in caplog.text  # as if that of stock had been the aim
 
 
 def test_a_failure_is_in_the_exit_status_where_nobody_reads_the_table(
@@ -428,6 +441,15 @@ def test_without_noise_there_is_no_floor_and_it_is_said(recorder, ckpt, capsys):
     assert code == 1
     assert "no floor: stock with noise of 1e-4 has failed" in said
     assert "nan" not in said
+
+
+def test_without_floor_and_ssim_both_are_said():
+    stock = row("stock", math.inf, None, None, computed=50, seconds=20.0, speedup=1.0)
+    table = comparison_table([[stock, row("2x", 30.0, None)]])
+    assert table[-2:] == [
+        "no floor: stock with noise of 1e-4 has failed",
+        "for the SSIM: pip install scikit-image",
+    ]
 
 
 def test_a_comparison_that_cannot_be_written_is_said_and_the_next_line_runs(

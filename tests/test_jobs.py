@@ -14,6 +14,7 @@ import pytest
 import torch
 from nano import NANO, SCRIPT, attempt, frames, python
 
+import teacache_generate
 from teacache_generate import Job, is_done, read_jobs
 
 FEW = ["--sample_steps", "5", "--frame_num", "5", "--teacache_model", "sigma"]
@@ -252,6 +253,9 @@ def test_a_row_of_a_line_replaces_a_file_of_coefficients(batch):
     code, said = batch([f"{THREE[0]} --teacache_coefficients none.json"])
     assert code == 2
     assert "line 1: --teacache_coefficients none.json: cannot be used" in said
+    code, said = batch([f'{THREE[0]} --teacache_coefficients ""'])
+    assert code == 2
+    assert 'line 1: --teacache_coefficients "": is empty' in said
 
 
 def test_names_without_save_file_differ_and_are_those_of_the_last_time(batch):
@@ -380,6 +384,19 @@ def test_a_table_ends_a_batch_and_is_in_the_report(batch):
     assert rows[1][4] == ""
     assert told[1]["drift"]["order 0"] is None
     assert [video["status"] for video in told] == ["finished"] * 2
+
+
+def test_the_report_of_a_batch_does_not_call_it_finished_after_its_first_video(batch, monkeypatch):
+    write, seen = teacache_generate.Session.write_report, []
+
+    def looking(self):
+        write(self)
+        seen.append(json.loads(Path("r.json").read_text()))
+
+    monkeypatch.setattr(teacache_generate.Session, "write_report", looking)
+    assert batch(THREE[:2], "--teacache_report", "r.json")[0] == 0
+    assert [len(report["videos"]) for report in seen] == [1, 2]
+    assert all("status" not in report for report in seen)
 
 
 # ------------------------------------------------------------------------------ what goes wrong

@@ -154,7 +154,6 @@ def test_after_an_error_the_latents_are_there_and_make_the_video(
     content = torch.load(kept, weights_only=True)
     assert [latent.shape for latent in content.pop("latents")] == [(16, 5, 8, 8)]
     assert content == {
-        "version": 1,
         "task": "t2v-nano",
         "ckpt_dir": str(ckpt),
         "save_file": str(folder / "x.mp4"),

@@ -152,8 +152,9 @@ def test_a_plan_needs_no_other_parts_of_the_checkpoint(capsys, ckpt, tmp_path):
 
 def test_an_abbreviated_flag_names_the_checkpoint_too(capsys, ckpt):
     """As generate.py's parser takes it."""
-    code, said = attempt(capsys, "--ckpt", ckpt, *ROW, "--teacache_plan")
-    assert code == 0, said
+    for flag in ("--ckpt", "--ckpt_d", "--ck"):
+        code, said = attempt(capsys, flag, ckpt, *ROW, "--teacache_plan")
+        assert code == 0, said
 
 
 def test_a_plan_shows_the_published_thresholds_and_marks_the_current_one(capsys, ckpt):
@@ -428,7 +429,7 @@ def test_the_distances_are_of_the_transformer_that_samples(monkeypatch, timestep
 
     monkeypatch.setattr(teacache_generate, "signal_distances", distances)
     config = {"boundary": 0.875, "high_noise_checkpoint": "high", "low_noise_checkpoint": "low"}
-    wan = SimpleNamespace(config=lambda task: config, known_distances={})
+    wan = SimpleNamespace(task_config=lambda task: config, known_distances={})
     args = SimpleNamespace(task="t2v-A14B", ckpt_dir=".")
     found = teacache_generate.distances_of(wan, args, timesteps, "plain")
     assert asked == read
