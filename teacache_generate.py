@@ -97,7 +97,8 @@ class Row:
 
     tasks: those that run this model. Where several rows have a task, the checkpoint's name or the
         size of the video tells which (``choose_among``).
-    The row "sigma" has nothing fitted: wherever a row may be None, None is that one.
+    For the row "sigma" nothing is fitted, and there is no Row: wherever a row may be None, that is
+    meant.
     """
 
     plain: Polynomial
@@ -258,9 +259,9 @@ class Decision:
 class Reach:
     """For order 1: how far a step is beyond the last computed one.
 
-    gaps: in noise level, by the gap between the last two computed steps. The residual changes most
-        evenly with the noise level: on the published norms of the real models a line over it has
-        a third of the error of a line over the step's number.
+    gaps: (level - newer) / (newer - older), of its noise level and those of the last two computed
+        steps. The residual changes most evenly with the noise level: on the published norms of the
+        real models a line over it has a third of the error of a line over the step's number.
     steps_beyond: in steps.
     """
 
@@ -294,7 +295,7 @@ class Schedule:
         return computed
 
     def overrule(self, computed: bool) -> None:
-        """Put another decision in the place of the last one: that of rank 0."""
+        """Replace what was decided last by what rank 0 has decided."""
         self.decisions[-1] = replace(self.decisions[-1], computed=computed)
 
     @property
@@ -304,9 +305,11 @@ class Schedule:
     def reach(self, bounded: bool) -> Reach:
         """How far the newest step is beyond the last computed one before it.
 
-        bounded: but no more steps than lie between the last two. NOWHERE without two, and where
-        both are at one noise level. After Wan2.2's change of models the older one may be of the
-        other model: ``Residuals`` then has one step only, and no use for a reach.
+        bounded: but no more steps than lie between the last two. It is for a guess; what a computed
+            step tells of the line is measured without a bound.
+        NOWHERE without two, and where both are at one noise level. After Wan2.2's change of models
+        the older one may be of the other model: ``Residuals`` then has one step only, and no use
+        for a reach.
         """
         now = len(self.decisions) - 1
         earlier = [step for step in self.computed_steps if step < now]
@@ -398,11 +401,11 @@ def plan_speedup(
     distances: Sequence[float | None],
     speedup: float,
 ) -> Schedule:
-    """The plan that has 2 * steps / speedup passes, or as few more as there is a threshold for.
+    """The plan with the fewest passes that has at least 2 * steps / speedup of them.
 
     Its threshold is the middle of all that give the same plan, so that the rounding of another
-    machine or of bfloat16 does not change it. Where the largest threshold still has more passes,
-    the plan is that one's: see ``Schedule.passes``.
+    machine or of bfloat16 does not change it. Even the largest threshold may leave more passes than
+    that, since some steps are always computed.
     ValueError: an increment is negative, and no threshold can be trusted.
     """
 
@@ -413,9 +416,9 @@ def plan_speedup(
     fewest = at(thresholds[-1])
     if fewest.negative_steps:
         raise ValueError(f"the increments are negative at steps {ranges(fewest.negative_steps)}")
-    least = 2 * config.steps / speedup - 1e-9
+    wanted = 2 * config.steps / speedup - 1e-9
     # passes never grow with the threshold: those with too few are at the end of the list
-    count = bisect.bisect_left(thresholds, True, key=lambda thresh: at(thresh).passes < least)
+    count = bisect.bisect_left(thresholds, True, key=lambda thresh: at(thresh).passes < wanted)
     largest = thresholds[count - 1] if count else 0.0  # of those with enough
     return at(middle_threshold(at(largest)))
 
@@ -450,7 +453,9 @@ def middle_threshold(schedule: Schedule) -> float:
     computed = [decision.accumulated for decision in free if decision.computed]
     if not skipped:
         return 0.0
-    return (max(skipped) + min(computed)) / 2 if computed else 2 * max(skipped)
+    if not computed:
+        return 2 * max(skipped) or 1.0
+    return (max(skipped) + min(computed)) / 2
 
 
 # ----------------------------------------------------------------------------------------- cache
@@ -547,19 +552,20 @@ class Residuals:
 
     Order 0 holds the newest residual, R'. Order 1, which is ours, goes on along the line from the
     older one, R'', and the line bends, so that the farther it goes the less it adds:
-        guess = R' + D k / (1 + b m)    with D = R' - R''
-    k and m say how far the step is beyond R', in gaps and in steps (``Schedule.reach``): a guess
-    stops after as many steps as lie between R'' and R', and stays there. b is the bend a step. It
-    begins with 1 / n for a first line of n steps; then each computed step R corrects it, with its
-    own k and m, where nothing stops:
+        guess = R' + D w    with D = R' - R'' and w = k / (1 + b m)
+    k = ``Reach.gaps`` and m = ``Reach.steps_beyond`` of the bounded reach: a guess stops after as
+    many steps as lie between R'' and R', and stays there. b is the bend. It begins with 1 / n for a
+    first line of n steps; then each computed step R corrects it, with k and m of the unbounded
+    reach, that is, of where R is:
         gain = <R - R', D> / (k <D, D>), clipped to 0 .. 1    what was right of the line
         mean = (gain + 1 / (1 + b m)) / 2                     a single gain tells little of the next
         b    = (1 / mean - 1) / m
     Products are over the sampled tokens of all ranks.
 
     With guidance U, of the unconditional branch, and C - U have a bend each, since guidance
-    multiplies the error of C - U; the guess of C is the sum of theirs. C has a bend of its own,
-    which is used where it runs alone.
+    multiplies the error of C - U. The guess of C is the sum of their guesses:
+        C' + D_C w_(C-U) + D_U (w_U - w_(C-U))
+    From the first step on that is computed without U, C goes by a bend of its own.
     """
 
     def __init__(self) -> None:
@@ -582,16 +588,15 @@ class Residuals:
         """
         change = newer[branch] - older[branch]
         if branch == CONDITIONAL and UNCONDITIONAL in newer:
-            # C = (C - U) + U: all of the change goes as C - U does, and what is U's of it is mended
-            of_unconditional = newer[UNCONDITIONAL] - older[UNCONDITIONAL]
-            goes, should = self.way(DIFFERENCE, reach), self.way(UNCONDITIONAL, reach)
-            change.mul_(goes).add_(of_unconditional.mul_(should - goes))
+            change_of_u = newer[UNCONDITIONAL] - older[UNCONDITIONAL]
+            w_difference, w_u = self.way(DIFFERENCE, reach), self.way(UNCONDITIONAL, reach)
+            change.mul_(w_difference).add_(change_of_u.mul_(w_u - w_difference))
         else:
             change.mul_(self.way(branch, reach))
         return change.add_(newer[branch])
 
     def way(self, quantity: int, reach: Reach) -> Tensor:
-        """How much of the line to go, k / (1 + b m)."""
+        """How much of the line to go: w."""
         return reach.gaps / (1 + self.bends[quantity] * reach.steps_beyond)
 
     def free_all_but(self, count: int) -> None:
@@ -656,7 +661,8 @@ class Drift:
 
 
 class Measurements:
-    """Marks of time and drift, at no cost: nothing waits for the GPU that would not anyway."""
+    """Marks of time and drift. Nothing waits for the GPU that would not anyway: marks are taken
+    where a step is decided, errors are read at the end."""
 
     def __init__(self, schedule: Schedule):
         self.schedule = schedule
@@ -776,7 +782,7 @@ class TeaCache:
         """In place of a model's forward, and around it: stock, VACE's or that of Ulysses/ring.
 
         t: [1], or [1, tokens] as Wan2.2's ti2v has it.
-        RuntimeError: calls that are not two a step, on as many steps as configured.
+        RuntimeError: calls that are not two a step, or of more steps than configured.
         """
         self.begin_call(originals, t if self.outer_timestep is None else self.outer_timestep)
         if self.branch == CONDITIONAL or self.config.is_guided(self.step):
@@ -1000,8 +1006,9 @@ def sdpa_attention(
     return out.transpose(1, 2).to(q.dtype)
 
 
-def usable_flash_attention(capability: tuple[int, int] | None) -> list[str]:
-    """Which of flash-attn 2 and 3 can compute here; the others are hidden from Wan's import.
+def hide_unusable_flash_attention(capability: tuple[int, int] | None) -> list[str]:
+    """Hide those of flash-attn 2 and 3 that cannot compute here from Wan's import; the others come
+    back.
 
     capability: the GPU's compute capability; None without one. A package of another torch or CUDA
     can fail at import with any exception.
@@ -1020,7 +1027,7 @@ def usable_flash_attention(capability: tuple[int, int] | None) -> list[str]:
 def install_attention(usable: Sequence[str]) -> None:
     """Give every module of Wan an attention that works here; call it after ``import wan``.
 
-    usable: what ``usable_flash_attention`` gave, [] where there is no flash-attn.
+    usable: what ``hide_unusable_flash_attention`` gave, [] where there is no flash-attn.
     """
     if "flash_attn_interface" in usable:
         interface = sys.modules["flash_attn_interface"]
@@ -1189,9 +1196,9 @@ class Wan:
         """
         our_argparse = SimpleNamespace(**{**vars(argparse), "ArgumentParser": Parser})
         argv = [sys.argv[0], *argv]
-        stand_ins = {"argparse": our_argparse}
-        stand_ins |= {} if whole else {"_validate_args": lambda args: None}
-        with shadow(self.generate_py, **stand_ins), shadow(sys, argv=argv):
+        replaced = {"argparse": our_argparse}
+        replaced |= {} if whole else {"_validate_args": lambda args: None}
+        with shadow(self.generate_py, **replaced), shadow(sys, argv=argv):
             try:
                 args = self.generate_py._parse_args()
             except AssertionError as error:
@@ -1300,7 +1307,7 @@ def import_wan(wan_repo: str | None, generates: bool) -> Wan:
     )
     sys.path.insert(0, str(found[0].resolve()))
     cuda = generates and torch.cuda.is_available()
-    usable = usable_flash_attention(compute_capability() if cuda else None)
+    usable = hide_unusable_flash_attention(compute_capability() if cuda else None)
     no_gpu = {} if generates else {"current_device": lambda: 0}
     with shadow(torch.cuda, **no_gpu):  # wan/modules/t5.py asks for the device when imported
         try:
@@ -1424,15 +1431,15 @@ def distances_of(
         of_first = steps_of_first(timesteps, task_config)
         by_model = (timesteps[:of_first], timesteps[of_first:])  # of one model all are the first
         folders = transformer_folders(args.ckpt_dir, task_config)
-        for folder, sampled in zip(folders, by_model, strict=False):
-            if sampled and mode == SIGMA:
-                distances += [None, *[math.nan] * (len(sampled) - 1)]
-            elif sampled:
+        for folder, its_timesteps in zip(folders, by_model, strict=False):
+            if its_timesteps and mode == SIGMA:
+                distances += [None, *[math.nan] * (len(its_timesteps) - 1)]
+            elif its_timesteps:
                 with refusing(
                     f"--ckpt_dir {folder}: its time embedding cannot be read",
                     "download it again, or take --teacache_model sigma, which needs none",
                 ):
-                    distances += [None, *signal_distances(folder, sampled, mode)]
+                    distances += [None, *signal_distances(folder, its_timesteps, mode)]
         wan.known_distances[key] = distances
     return wan.known_distances[key]
 
@@ -1455,7 +1462,7 @@ def checked(write: Callable, *args: Any, **kwargs: Any) -> str:
     """Call a writer of Wan, which hides its errors. OSError: the file does not hold the frames."""
     call = inspect.signature(write).bind(*args, **kwargs)
     if "retry" in inspect.signature(write).parameters:
-        call.arguments["retry"] = 1  # a second try of Wan2.1's overwrites the reason of the first
+        call.arguments["retry"] = 1  # Wan2.1's tells the reason of the last try only
     arguments = {**call.arguments, **call.kwargs}  # a fork's may take **kwargs
     tensor, file = arguments["tensor"], str(arguments["save_file"])
     with logged_and_printed() as printed:
@@ -1678,7 +1685,7 @@ def check_inputs(args: argparse.Namespace, examples: dict[str, str]) -> None:
             bool(args.first_frame) == bool(args.last_frame),
             "--first_frame, --last_frame: give both, or Wan2.1 takes its example for both",
         )
-    for name in ("src_video", "src_mask", "src_ref_images"):
+    for name in KINDS["vace"].inputs:
         value = getattr(args, name, None)
         require(
             value is None or args.prompt is not None or kind_of(args) != "vace",
@@ -1723,7 +1730,8 @@ def check_prompt_extension(wan: Wan, args: argparse.Namespace) -> None:
 
 
 def check_target(wan: Wan, args: argparse.Namespace) -> None:
-    """Two frames go through Wan's own writer, into the folder and with the ending asked for."""
+    """Two frames, of an image one, go through Wan's own writer into the folder and with the ending
+    asked for."""
     image, printed = makes_image(args), io.StringIO()
     target = Path(args.save_file).absolute()
     ending, cure = (".png", "") if image else (".mp4", "; have ffmpeg (pip install imageio-ffmpeg)")
@@ -1765,8 +1773,9 @@ class Job:
     row_text: str  # whose coefficients, and why
     planned: Schedule
     by_default: bool = False  # neither a threshold nor a speed-up was asked for
-    compared_in: Path | None = None  # the target that a comparison's own files are named after
-    label: str = ""  # in that comparison
+    # of a comparison
+    compared_in: Path | None = None  # the target that its own files are named after
+    label: str = ""
     noise: float = 0.0  # added to the latents that the model sees at the first step
 
 
@@ -2064,7 +2073,7 @@ class Session:
                 xfuser = importlib.import_module("xfuser.core.distributed")
                 only_once(xfuser, "init_distributed_environment", "initialize_model_parallel")
             yield
-        if dist.is_available() and dist.is_initialized():
+        if dist.is_available() and dist.is_initialized():  # after an error the process ends with it
             dist.destroy_process_group()
 
     def pipeline(self, name: str, run: Run, *args: Any, **kwargs: Any) -> Any:
@@ -2076,7 +2085,8 @@ class Session:
         return pipeline
 
     def make(self, job: Job, keep_frames: bool = False) -> Run:
-        """One video. Whatever goes wrong is raised, when all ranks are past it."""
+        """One video. Whatever goes wrong is raised: what fails in decoder or writer, when all ranks
+        are past it."""
         run = Run(self.wan, job, keep_frames)
         self.runs.append(run)
         generate_py = self.wan.generate_py
@@ -2087,8 +2097,8 @@ class Session:
                 generate_py.generate(job.args)
             if run.failure:
                 raise run.failure
-            if run.cache is None:
-                raise RuntimeError("no pipeline of this Wan has run with TeaCache")
+            if run.cache is None or run.cache.calls == 0:
+                raise RuntimeError("no model of this Wan's pipelines was run with TeaCache")
             run.status = "finished"
         except BaseException as error:
             # after a failure of the decoder Wan went on with a frame in place of the video
@@ -2174,7 +2184,7 @@ def batch_table(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         cache = run.cache
         if run.status != "finished" or not cache:
-            lines.append(f"TeaCache: {run.status[:40]:>36}  {run.job.args.save_file}")
+            lines.append(f"TeaCache: {run.status[:36]:>36}  {run.job.args.save_file}")
             continue
         measurements = cache.measurements
         drift = measurements.drift(cache.config.order)
@@ -2241,8 +2251,9 @@ def compare(session: Session, jobs: Sequence[Job]) -> list[Outcome]:
         if job is jobs[0]:
             stock = video
             if not as_rank_0(run.status == "finished", collective_device()):
+                session.videos -= len(jobs) - 1
                 break
-        if video is None:  # it has failed, or this is not rank 0
+        if video is None or run.status != "finished":  # None on all ranks but 0
             continue
         shown.append(shrunk(video))
         outcomes.append(
@@ -2294,7 +2305,8 @@ def write_comparison(
 
 
 def shrunk(video: np.ndarray) -> np.ndarray:
-    """Frames [F, H, W, 3] at about 480 pixels, small ones at 256, of even sides."""
+    """Frames [F, H, W, 3] at a width of 480 pixels or, if they are small, four times their own; of
+    even sides."""
     height, width = video.shape[1:3]
     size = [2 * round(side * 240 / max(width, 120)) for side in (width, height)]
     return np.stack([Image.fromarray(frame).resize(size) for frame in video])
@@ -2337,19 +2349,29 @@ def comparison_table(by_line: Sequence[Sequence[Outcome]]) -> list[str]:
     for label, *others in cells:
         aligned = [text.rjust(width) for text, width in zip(others, wide[1:], strict=True)]
         table.append("  ".join([label.ljust(wide[0]), *aligned]))
-    psnr_of = {label: np.mean([o.psnr for o in outcomes]) for label, outcomes in by_label.items()}
-    if NOISE in psnr_of:
-        floor = psnr_of[NOISE]
-        above = [k for k, mean in psnr_of.items() if mean >= floor and k not in (STOCK, NOISE)]
-        table.append(
-            f"the floor, stock with noise of 1e-4: {floor:.1f} dB; at it or above: "
-            f"{', '.join(above) or 'none'}"
-        )
-    else:
-        table.append("no floor: stock with noise of 1e-4 has failed")
+    table.append(what_is_at_the_floor(by_line))
     if not with_ssim:
         table.append("for the SSIM: pip install scikit-image")
     return table
+
+
+def what_is_at_the_floor(by_line: Sequence[Sequence[Outcome]]) -> str:
+    """Which entries are as near to stock as its video with noise is, in the mean over the lines."""
+    floors, margins = [], dict[str, list[float]]()
+    for outcomes in by_line:
+        for floor in [one.psnr for one in outcomes if one.label == NOISE]:
+            floors.append(floor)
+            for one in outcomes:
+                margin = 0.0 if one.psnr == floor else one.psnr - floor  # both may be infinite
+                margins.setdefault(one.label, []).append(margin)
+    if not floors:
+        return "no floor: stock with noise of 1e-4 has failed"
+    entries = [label for label in margins if label not in (STOCK, NOISE)]
+    reached = [label for label in entries if np.mean(margins[label]) >= 0]
+    return (
+        f"the floor, stock with noise of 1e-4: {np.mean(floors):.1f} dB; at it or above: "
+        f"{', '.join(reached) or 'none'}"
+    )
 
 
 def comparison_cells(outcomes: Sequence[Outcome]) -> list[str]:
@@ -2690,21 +2712,19 @@ def print_plan(own: argparse.Namespace, job: Job, outlook: Outlook) -> None:
     if own.teacache_report:
         report = {"status": "planned", "row": job.row_text, "config": asdict(job.config)}
         report["computed"] = job.planned.computed_steps
-        report["plan"] = [plan_report(schedule) for schedule in schedules]
+        report["plan"] = [
+            {
+                "thresh": schedule.config.thresh,
+                "computed": schedule.computed_steps,
+                "passes": schedule.passes,
+                "speedup": schedule.speedup,
+                "longest_skip": schedule.longest_skip,
+            }
+            for schedule in schedules
+        ]
         what = f"--teacache_report {own.teacache_report}: cannot be written"
         with refusing(what, "see its folder"):
             Path(own.teacache_report).write_text(json.dumps(report, indent=1))
-
-
-def plan_report(schedule: Schedule) -> dict[str, Any]:
-    """One threshold's plan, for the report."""
-    return {
-        "thresh": schedule.config.thresh,
-        "computed": schedule.computed_steps,
-        "passes": schedule.passes,
-        "speedup": schedule.speedup,
-        "longest_skip": schedule.longest_skip,
-    }
 
 
 # The lines of a jobs file
@@ -2796,11 +2816,11 @@ def of_entry(own: argparse.Namespace, entry: str, order: int) -> argparse.Namesp
     require(
         row in ("", SIGMA, *ROWS), f"{what}: no row {row}; there are {', '.join((SIGMA, *ROWS))}"
     )
-    kind, lowest = ("speedup", 1) if value.endswith("x") else ("thresh", 0)
+    flag, lowest = ("speedup", 1) if value.endswith("x") else ("thresh", 0)
     with refusing(what, "give thresholds as 0.08, speed-ups as 2x, or ROW:2x"):
         number = at_least(lowest, f"{lowest} or more")(value.removesuffix("x"))
     chosen = {"model": row, "coefficients": None} if row else {}
-    return with_flags(own, **{kind: number}, order=[order], **chosen)
+    return with_flags(own, **{flag: number}, order=[order], **chosen)
 
 
 def named(args: argparse.Namespace, label: str) -> argparse.Namespace:
@@ -2923,7 +2943,10 @@ def is_done(job: Job) -> bool:
 
 
 def without_done(jobs: Sequence[Job]) -> list[Job]:
-    """Those whose video is not there yet: a batch goes on where it was."""
+    """Those whose video is not there yet: a batch goes on where it was.
+
+    Each rank looks for itself: on several machines the videos must be in a shared folder.
+    """
     waiting = []
     for job in jobs:
         if is_done(job):

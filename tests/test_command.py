@@ -583,6 +583,19 @@ def test_a_reader_that_goes_away_leaves_no_traceback(ckpt, flag):
     assert process.returncode == 0
 
 
+def test_a_pipeline_that_never_calls_its_model_is_an_error(
+    capsys, caplog, ckpt, tmp_path, wan, monkeypatch
+):
+    video = torch.zeros(3, 17, 64, 64)
+    monkeypatch.setattr(wan[1].WanT2V, "generate", lambda *args, **kwargs: video)
+    argv = ["--ckpt_dir", ckpt, *ROW, *PROMPT, "--save_file", tmp_path / "x.mp4"]
+    report = tmp_path / "r.json"
+    code, _ = attempt(capsys, *argv, "--teacache_report", report)
+    assert code == 1
+    assert "no model of this Wan's pipelines was run with TeaCache" in caplog.text
+    assert json.loads(report.read_text())["status"].startswith("failed: RuntimeError")
+
+
 def test_a_default_name_that_exists_is_not_written_over(capsys, ckpt, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(teacache_generate.time, "strftime", lambda *args: "NOW")
@@ -777,7 +790,7 @@ BOTH = ["flash_attn", "flash_attn_interface"]
 )
 def test_flash_attn_is_used_only_on_gpus_that_it_can_compute_on(flash, capability, usable):
     flash(capability)
-    assert teacache_generate.usable_flash_attention(capability) == usable
+    assert teacache_generate.hide_unusable_flash_attention(capability) == usable
     for name in BOTH:
         if name in usable:
             assert __import__(name).flash_attn_varlen_func is print
@@ -846,11 +859,11 @@ def test_more_processes_than_gpus_are_refused_by_the_one_that_speaks(
 )
 def test_a_flash_attn_that_does_not_import_counts_as_missing(flash, text):
     flash((9, 0), flash_2=text)
-    assert teacache_generate.usable_flash_attention((9, 0)) == ["flash_attn_interface"]
+    assert teacache_generate.hide_unusable_flash_attention((9, 0)) == ["flash_attn_interface"]
     with pytest.raises(ModuleNotFoundError):
         __import__("flash_attn")
     flash((9, 0), text, text)
-    assert teacache_generate.usable_flash_attention((9, 0)) == []
+    assert teacache_generate.hide_unusable_flash_attention((9, 0)) == []
 
 
 def test_order_1_computes_the_same_steps_and_makes_another_video(capsys, caplog, ckpt, tmp_path):

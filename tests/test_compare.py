@@ -423,6 +423,23 @@ def test_a_failure_is_in_the_exit_status_where_nobody_reads_the_table(
     assert attempt(capsys, *argv, "--teacache_compare", "2x")[0] == 1
 
 
+def test_an_entry_that_is_not_written_is_not_compared(recorder, ckpt, capsys, monkeypatch):
+    """Though its frames are known."""
+    checked = teacache_generate.checked
+
+    def full(write, *args, **kwargs):
+        if "2x" in str(kwargs["save_file"]):
+            raise OSError("the disk is full")
+        return checked(write, *args, **kwargs)
+
+    argv = ["--ckpt_dir", ckpt, *FEW, *BALL, "--save_file", "a.mp4"]
+    monkeypatch.setattr(teacache_generate, "checked", full)
+    code, _ = attempt(capsys, *argv, "--teacache_compare", "2x", "1.25x")
+    assert code == 1
+    told = json.loads(Path("a.compare.json").read_text())
+    assert [entry["label"] for entry in told] == ["stock", "noise 1e-4", "1.25x"]
+
+
 def test_without_stock_there_is_no_comparison_and_it_is_said(recorder, ckpt, capsys, caplog):
     recorder.fails = 0
     argv = ["--ckpt_dir", ckpt, *FEW, *BALL, "--save_file", "a.mp4"]
@@ -434,6 +451,15 @@ def test_without_stock_there_is_no_comparison_and_it_is_said(recorder, ckpt, cap
     assert len(recorder.decoded) == 1  # nothing is made that there is nothing to compare with
 
 
+def test_what_is_not_made_without_stock_is_not_counted(recorder, ckpt, capsys, caplog):
+    recorder.fails = 0
+    Path("jobs.txt").write_text("--prompt one --save_file a.mp4\n--prompt two --save_file b.mp4\n")
+    argv = ["--ckpt_dir", ckpt, *FEW, "--teacache_jobs", "jobs.txt", "--teacache_compare", "2x"]
+    assert attempt(capsys, *argv)[0] == 1
+    numbers = re.findall(r"video (\d of \d)", caplog.text)
+    assert numbers == ["1 of 6", "2 of 4", "3 of 4", "4 of 4"]
+
+
 def test_without_noise_there_is_no_floor_and_it_is_said(recorder, ckpt, capsys):
     recorder.fails = 1
     argv = ["--ckpt_dir", ckpt, *FEW, *BALL, "--save_file", "a.mp4"]
@@ -441,6 +467,19 @@ def test_without_noise_there_is_no_floor_and_it_is_said(recorder, ckpt, capsys):
     assert code == 1
     assert "no floor: stock with noise of 1e-4 has failed" in said
     assert "nan" not in said
+
+
+def test_an_entry_is_held_against_the_floor_of_its_own_lines():
+    """It is below that of the second line, the only one that it was made on."""
+    stock = row("stock", math.inf, 1.0, None)
+    first = [stock, row("noise 1e-4", 30.0)]
+    second = [stock, row("noise 1e-4", 50.0), row("2x", 45.0)]
+    assert comparison_table([first, second])[-1] == (
+        "the floor, stock with noise of 1e-4: 40.0 dB; at it or above: none"
+    )
+    assert comparison_table([first, [*first, row("2x", 30.0)]])[-1].endswith("above: 2x")
+    same = [stock, row("noise 1e-4", math.inf), row("2x", math.inf)]
+    assert comparison_table([same])[-1].endswith("inf dB; at it or above: 2x")
 
 
 def test_without_floor_and_ssim_both_are_said():

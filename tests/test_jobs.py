@@ -7,6 +7,7 @@ import os
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio
 import numpy as np
@@ -400,6 +401,16 @@ def test_the_report_of_a_batch_does_not_call_it_finished_after_its_first_video(b
 
 
 # ------------------------------------------------------------------------------ what goes wrong
+
+
+def test_a_table_stays_a_table_whatever_failed(batch):
+    runs = []
+    for status in ("failed: " + "x" * 60, "failed: y"):
+        run = SimpleNamespace(status=status, cache=None)
+        run.job = SimpleNamespace(args=SimpleNamespace(save_file="a.mp4"))
+        runs.append(run)
+    _, first, second = teacache_generate.batch_table(runs)
+    assert first.index("a.mp4") == second.index("a.mp4")
 
 
 def test_a_line_whose_decoder_fails_keeps_its_latents_and_the_next_one_runs(batch, decoded):

@@ -711,4 +711,4 @@ def test_a_pipeline_that_is_made_and_never_generates_is_an_error(
     config = generate.WAN_CONFIGS["t2v-nano"]
     monkeypatch.setattr(generate, "generate", lambda args: package.WanT2V(config, args.ckpt_dir))
     assert status("--ckpt_dir", ckpt, *SHORT, "--save_file", tmp_path / "x.mp4") == 1
-    assert "no pipeline of this Wan has run" in caplog.text
+    assert "no model of this Wan's pipelines was run" in caplog.text

@@ -409,6 +409,15 @@ def test_a_threshold_is_the_middle_of_those_with_its_plan():
     assert found.config.thresh == pytest.approx(0.95)
 
 
+def test_a_target_with_increments_of_0_skips_and_does_not_switch_off():
+    config = TeaCacheConfig(10, 0.0, "plain", (0.0,) * 5)
+    found = plan_speedup(config, wan_timesteps(10, 5), [None, *[0.1] * 9], 2.0)
+    assert found.config.thresh == 0.0  # two computed steps of ten are more than was asked for
+    found = plan_speedup(config, wan_timesteps(10, 5), [None, *[0.1] * 9], 5.0)
+    assert found.config.thresh > 0
+    assert found.computed_steps == [0, 9]
+
+
 def test_a_target_tries_few_thresholds_where_it_cannot_be_met(monkeypatch):
     """200 steps have 20,000 thresholds, of which all were tried once."""
     tried = []
