@@ -14,9 +14,13 @@ It reads in the order in which it runs. Each section knows only those above it:
   jobs          runs of Wan's own generate(args), one or many, with one pipeline
   comparison    of several settings with stock, on the user's own model
   command line  flags, the settings and jobs that they mean, main
-The method is in TeaCacheConfig, Schedule.decide, Residuals and TeaCache; a run, from its flags to
-its video, in command, job_of, Session.make and Run. A fitted model is added to ROWS, a kind of task
-to KINDS, and a Wan whose generate.py has other names to RELEASES.
+
+Where to begin:
+  the method    TeaCacheConfig, Schedule.decide, Residuals, TeaCache
+  a run         command, job_of, Session.make, Run
+  measured      of every run: seconds, an estimate of its speed-up, and how far off its guesses were
+                (Measurements); of a comparison, beside stock: the speed-up itself, PSNR, SSIM
+  to be added   a fitted model to ROWS, a kind of task to KINDS, a Wan with other names to RELEASES
 
 TeaCache: Liu et al., "Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model",
 arXiv 2411.19108. Wan: https://github.com/Wan-Video/Wan2.1 and Wan2.2.
@@ -160,8 +164,10 @@ class TeaCacheConfig:
     steps: the pipeline's ``sampling_steps``.
     thresh: a step is computed once the accumulated increments reach it; 0 computes every step.
     mode: where increments come from, and which steps are always computed.
-        "plain": coefficients at the distance of e [dim]; the first and the last step.
-        "retention": coefficients at the distance of e0 [6 * dim]; the first 5 steps.
+        "plain": coefficients at the distance of e [dim], the embedding of the timestep, to that of
+            the step before; the first and the last step.
+        "retention": coefficients at the distance of e0 [6 * dim], the projection of e that
+            modulates the blocks; the first 5 steps.
         "sigma": the noise level alone (``residual_norm``); the first fifth and the last step.
     coefficients: of the polynomial, highest power first; not used by "sigma".
     guided_steps: on so many steps, the first ones, the unconditional branch runs; after them it
@@ -249,7 +255,7 @@ class Decision:
     """What was decided at one step, and from what."""
 
     timestep: float
-    distance: float | None  # relative L1, of the signal to that of the step before
+    distance: float | None  # relative L1, of e or e0 to that of the step before
     increment: float | None  # None on an always computed step
     accumulated: float  # what is held against the threshold; 0 on an always computed step
     computed: bool
