@@ -5,7 +5,7 @@ Copy it beside Wan's generate.py and run it with generate.py's flags and its own
     python teacache_generate.py --task t2v-1.3B --size 832*480 --ckpt_dir ./Wan2.1-T2V-1.3B \\
         --prompt "Two cats box on a spotlighted stage." --teacache_thresh 0.08
 
-It reads in the order in which it runs. Each section knows only those above it:
+Each section knows only those above it:
   policy        numbers in, decisions out: which steps are computed, and the plan of all of them
   cache         tensors: the last residual or two of a branch, in place of the blocks of a model
   attention     PyTorch's, where flash-attn cannot be had
@@ -174,8 +174,8 @@ class TeaCacheConfig:
         returns the conditional output, as at guidance scale 1. None: on all, as stock.
     order: a skipped step holds the last residual (0, as published), or goes on along the line
         through the last two (1, see ``Residuals``).
-    ValueError: a threshold that is negative, infinite or not a number; another mode or order; a
-        polynomial without coefficients.
+    ValueError: no steps; a threshold that is negative, infinite or not a number; another mode or
+        order; a polynomial without coefficients.
     """
 
     steps: int
@@ -186,6 +186,8 @@ class TeaCacheConfig:
     order: int = 0
 
     def __post_init__(self) -> None:
+        if self.steps < 1 or (self.guided_steps or 0) < 0:
+            raise ValueError(f"steps {self.steps}, guided_steps {self.guided_steps}: too few")
         if not 0 <= self.thresh < math.inf:
             raise ValueError(f"thresh {self.thresh} must be 0 (off) or a positive number")
         if self.mode not in (PLAIN, RETENTION, SIGMA):
@@ -225,15 +227,16 @@ class TeaCacheConfig:
             first, last = 1, self.steps - 1
         return step < first or step >= last or self.thresh == 0
 
-    def increment(self, timestep: float, distance: float, last_computed: float) -> float:
-        """What a step adds to the accumulated value. last_computed: the timestep of that step.
+    def increment(self, timestep: float, distance: float, last_computed_timestep: float) -> float:
+        """What a step adds to the accumulated value.
 
         By the polynomials it is TeaCache's rule (arXiv 2411.19108, section 3): the rescaled
-        distance. By "sigma" it is that of MagCache (arXiv 2506.09045): by how much the residual's
-        norm will have changed.
+        distance. By "sigma" it is that of MagCache (arXiv 2506.09045): the change of the residual's
+        norm since the last computed step, a sum of which is accumulated; without its limit to the
+        steps that are skipped in a row.
         """
         if self.mode == SIGMA:
-            return abs(1 - residual_norm(timestep) / residual_norm(last_computed))
+            return abs(1 - residual_norm(timestep) / residual_norm(last_computed_timestep))
         return float(np.polyval(self.coefficients, distance))
 
     def is_guided(self, step: int) -> bool:
@@ -255,9 +258,9 @@ class Decision:
     """What was decided at one step, and from what."""
 
     timestep: float
-    distance: float | None  # relative L1, of e or e0 to that of the step before
-    increment: float | None  # None on an always computed step
-    accumulated: float  # what is held against the threshold; 0 on an always computed step
+    distance: float | None  # relative L1, of e or e0 to that of the step before; None at the first
+    increment: float | None  # None where the threshold is not asked
+    accumulated: float  # what is held against the threshold; 0 where it is not asked
     computed: bool
 
 
@@ -311,7 +314,7 @@ class Schedule:
     def reach(self, bounded: bool) -> Reach:
         """How far the newest step is beyond the last computed one before it.
 
-        bounded: but no more steps than lie between the last two. It is for a guess; what a computed
+        bounded: but no more steps than the last two are apart. It is for a guess; what a computed
             step tells of the line is measured without a bound.
         NOWHERE without two, and where both are at one noise level. After Wan2.2's change of models
         the older one may be of the other model: ``Residuals`` then has one step only, and no use
@@ -438,18 +441,18 @@ def distinct_thresholds(
     two of these, and above the last, one is enough. Sums that differ by rounding alone are one.
     """
     sums = set[float]()
-    for start, last_computed in enumerate(timesteps):
+    for start, last_computed_timestep in enumerate(timesteps):
         total = 0.0
         for step in range(start + 1, len(timesteps)):
             if distances[step] is None:  # another model begins, and the sum anew
                 break
-            total += config.increment(timesteps[step], distances[step], last_computed)
-            if total > 0:  # not so for not-a-number
+            total += config.increment(timesteps[step], distances[step], last_computed_timestep)
+            if 0 < total < math.inf:  # so not-a-number is left out too
                 sums.add(total)
     edges = [0.0, *sorted(sums)]
-    gaps = [(low, high) for low, high in itertools.pairwise(edges) if high - low > 1e-6 * high]
+    intervals = [ends for ends in itertools.pairwise(edges) if ends[1] - ends[0] > 1e-6 * ends[1]]
     above_all = 2 * edges[-1] or 1.0
-    return [*((low + high) / 2 for low, high in gaps), above_all]
+    return [*(sum(ends) / 2 for ends in intervals), above_all]
 
 
 def middle_threshold(schedule: Schedule) -> float:
@@ -457,6 +460,7 @@ def middle_threshold(schedule: Schedule) -> float:
     free = [decision for decision in schedule.decisions if decision.increment is not None]
     skipped = [decision.accumulated for decision in free if not decision.computed]
     computed = [decision.accumulated for decision in free if decision.computed]
+    computed = [accumulated for accumulated in computed if math.isfinite(accumulated)]
     if not skipped:
         return 0.0
     if not computed:
@@ -468,7 +472,7 @@ def middle_threshold(schedule: Schedule) -> float:
 # Owns the residuals of one generation and what stands in for a model's methods during it. Knows
 # WanModel's forward, blocks and time_projection; no flags, files or pipelines.
 
-SAMPLE_TOKENS = 1024  # about so many tokens are measured: a video of 32,760 tokens, every 32nd
+SAMPLE_TOKENS = 1024  # of a rank are measured at most: of 32,760 tokens every 32nd
 CONDITIONAL, UNCONDITIONAL = 0, 1  # the branches: with the prompt, and then without
 DIFFERENCE = 2  # of the two, which guidance multiplies
 
@@ -507,10 +511,6 @@ def synchronize() -> None:
 def across_ranks() -> bool:
     """Whether several processes make this video together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def collective_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def as_rank_0(decision: bool, device: torch.device) -> bool:
@@ -560,7 +560,7 @@ class Residuals:
     older one, R'', and the line bends, so that the farther it goes the less it adds:
         guess = R' + D w    with D = R' - R'' and w = k / (1 + b m)
     k = ``Reach.gaps`` and m = ``Reach.steps_beyond`` of the bounded reach: a guess stops after as
-    many steps as lie between R'' and R', and stays there. b is the bend. It begins with 1 / n for a
+    many steps as R' is after R'', and stays there. b is the bend. It begins with 1 / n for a
     first line of n steps; then each computed step R corrects it, with k and m of the unbounded
     reach, that is, of where R is:
         gain = <R - R', D> / (k <D, D>), clipped to 0 .. 1    what was right of the line
@@ -583,7 +583,9 @@ class Residuals:
         """The residual [1, tokens, dim] of a branch for a skipped step."""
         if order == 0 or len(self.newest_first) < 2:
             return self.newest_first[0].residuals[branch]
-        return self.extrapolate(reach, branch, *(step.residuals for step in self.newest_first))
+        return self.extrapolate(
+            reach, branch, *(computed.residuals for computed in self.newest_first)
+        )
 
     def extrapolate(
         self, reach: Reach, branch: int, newer: dict[int, Tensor], older: dict[int, Tensor]
@@ -603,12 +605,15 @@ class Residuals:
 
     def way(self, quantity: int, reach: Reach) -> Tensor:
         """How much of the line to go: w."""
-        return reach.gaps / (1 + self.bends[quantity] * reach.steps_beyond)
+        return reach.gaps * self.damping(quantity, reach)
+
+    def damping(self, quantity: int, reach: Reach) -> Tensor:
+        return 1 / (1 + self.bends[quantity] * reach.steps_beyond)
 
     def free_all_but(self, count: int) -> None:
         """Let go of all residuals but those of so many steps, the newest ones; samples stay."""
-        for step in self.newest_first[count:]:
-            step.residuals.clear()
+        for computed in self.newest_first[count:]:
+            computed.residuals.clear()
 
     def errors(self, computed: ComputedStep, reach: Reach) -> Tensor:
         """What both orders would have guessed for a computed step, against what is true.
@@ -616,7 +621,7 @@ class Residuals:
         [sum|R|, sum|R - guess of order 0|, sum|R - guess of order 1|] of the sampled tokens of both
         branches, float64 on the device, over all ranks.
         """
-        samples = [step.sampled for step in self.newest_first]
+        samples = [earlier.sampled for earlier in self.newest_first]
         sizes, errors_0, errors_1 = [], [], []
         for branch, true in computed.sampled.items():
             held = extrapolated = samples[0][branch]
@@ -642,14 +647,14 @@ class Residuals:
         steps = (computed, *self.newest_first)
         now, newer, older = (step.sampled_quantities() for step in steps)
         products = []
-        for name in now:
-            direction = newer[name] - older[name]
-            products += [(now[name] - newer[name]) * direction, direction * direction]
-        for name, (projection, squared) in zip(now, totals(products).view(-1, 2), strict=True):
-            gain = (projection / (reach.gaps * squared)).nan_to_num(0.0).clamp(0, 1)
-            expected = 1 / (1 + self.bends[name] * reach.steps_beyond)
-            mean = (gain + expected) / 2  # above 0, since what was expected is
-            self.bends[name] = (1 / mean - 1) / reach.steps_beyond
+        for quantity in now:
+            line = newer[quantity] - older[quantity]
+            products += [(now[quantity] - newer[quantity]) * line, line * line]
+        for quantity, (along, squared) in zip(now, totals(products).view(-1, 2), strict=True):
+            # a line of length 0 has no gain
+            gain = (along / (reach.gaps * squared)).nan_to_num(0.0).clamp(0, 1)
+            mean = (gain + self.damping(quantity, reach)) / 2  # above 0, since a damping is
+            self.bends[quantity] = (1 / mean - 1) / reach.steps_beyond
 
 
 # What a run measures of itself
@@ -841,7 +846,7 @@ class TeaCache:
         e and e0 are [1, dim] and [1, 6 * dim], or [1, tokens, ...] in Wan2.2, of which the last
         token tells: the first ones may be of an image that is given, at timestep 0.
         It decides at the conditional call for both branches, with the one host synchronisation
-        of a step; among several processes rank 0 decides.
+        of a step. Among several processes rank 0 decides, with one more.
         """
         if self.branch == UNCONDITIONAL:
             return
@@ -2256,7 +2261,8 @@ def compare(session: Session, jobs: Sequence[Job]) -> list[Outcome]:
         cache, video, run.frames = run.cache, run.frames, None
         if job is jobs[0]:
             stock = video
-            if not as_rank_0(run.status == "finished", collective_device()):
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            if not as_rank_0(run.status == "finished", device):
                 session.videos -= len(jobs) - 1
                 break
         if video is None or run.status != "finished":  # None on all ranks but 0

@@ -418,6 +418,22 @@ def test_a_target_with_increments_of_0_skips_and_does_not_switch_off():
     assert found.computed_steps == [0, 9]
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_target_is_met_beside_a_distance_that_is_no_number(bad):
+    """Its step is computed, and the others give the threshold."""
+    config = TeaCacheConfig(10, 0.0, "plain", (1.0, 0.0))
+    found = plan_speedup(config, wan_timesteps(10, 5), [None, *[0.1] * 4, bad, *[0.1] * 4], 2.0)
+    assert 0 < found.config.thresh < math.inf
+    assert 5 in found.computed_steps
+    assert found.passes == 10
+
+
+@pytest.mark.parametrize("settings", [{"steps": 0}, {"steps": 5, "guided_steps": -1}])
+def test_a_config_without_steps_is_an_error(settings):
+    with pytest.raises(ValueError, match="too few"):
+        TeaCacheConfig(thresh=0.1, mode="sigma", **settings)
+
+
 def test_a_target_tries_few_thresholds_where_it_cannot_be_met(monkeypatch):
     """200 steps have 20,000 thresholds, of which all were tried once."""
     tried = []
