@@ -35,7 +35,7 @@ from teacache_generate import TeaCache
 def learn_rounded(cache: TeaCache, *args: object, learn=TeaCache.learn) -> None:
     """In place of ``TeaCache.learn``: residuals lose what bfloat16 cannot hold."""
     learn(cache, *args)
-    residuals: dict[int, Tensor] = cache.anchor.residuals
+    residuals: dict[int, Tensor] = cache.computing.residuals
     if cache.branch in residuals:
         residuals[cache.branch] = residuals[cache.branch].bfloat16().float()
 

@@ -59,8 +59,8 @@ from teacache_generate import (  # noqa: E402
     PLAIN,
     RETENTION,
     SIGMA,
+    Decision,
     Schedule,
-    Step,
     TeaCacheConfig,
     plan,
     plan_speedup,
@@ -322,7 +322,7 @@ def drift_against_psnr(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"settings": len(found), "spearman": round(float(correlation), 3)}
 
 
-def plain(step: Step) -> dict[str, Any]:
+def plain(step: Decision) -> dict[str, Any]:
     """For JSON, which has no not-a-number: a distance that "sigma" never read."""
     return {
         k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(step).items()
@@ -377,7 +377,7 @@ def bench(
         "rows": rows,
         "drift_against_psnr": drift_against_psnr(rows),
         "schedules": {
-            mode: {"thresh": u.config.thresh, "steps": [plain(step) for step in u.steps]}
+            mode: {"thresh": u.config.thresh, "steps": [plain(step) for step in u.decisions]}
             for mode, (u, _) in plans.items()
         },
     }
