@@ -6,7 +6,9 @@ Copy it beside Wan's generate.py and run it with generate.py's flags and its own
         --prompt "Two cats box on a spotlighted stage." --teacache_thresh 0.08
 
 Each section knows only those above it:
-  policy        numbers in, decisions out: which steps are computed, and the plan of all of them
+  policy        numbers in, decisions out: which steps are computed
+  planning      all decisions ahead, and the threshold for a speed-up
+  measurements  what a run measures of itself
   cache         tensors: the last residual or two of a branch, in place of the blocks of a model
   attention     PyTorch's, where flash-attn cannot be had
   Wan           what the script needs of Wan2.1 and Wan2.2
@@ -387,7 +389,8 @@ def ranges(steps: Sequence[int]) -> str:
     return " ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ends)
 
 
-# All decisions ahead, and the threshold for a speed-up
+# -------------------------------------------------------------------------------------- planning
+# Owns all decisions of a run ahead of it, and the threshold for a speed-up. Numbers only, too.
 
 
 def plan(
@@ -466,6 +469,90 @@ def middle_threshold(schedule: Schedule) -> float:
     if not computed:
         return 2 * max(skipped) or 1.0
     return (max(skipped) + min(computed)) / 2
+
+
+# ---------------------------------------------------------------------------------- measurements
+# Owns what a run measures of itself: seconds, an estimate of its speed-up, drift. Knows schedules.
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far the guesses were off at a computed step that came after skipped ones.
+
+    by_order: mean|true - guess| / mean|true| of the residuals, of order 0 and of order 1.
+    """
+
+    step: int
+    by_order: tuple[float, float]
+
+
+class Measurements:
+    """Marks of time and drift. Nothing waits for the GPU that would not anyway: marks are taken
+    where a step is decided, errors are read at the end."""
+
+    def __init__(self, schedule: Schedule):
+        self.schedule = schedule
+        self.times: list[float] = []  # seconds: begin of sampling, each decision, end of sampling
+        self.drifts: list[Drift] = []
+        self.unread: list[tuple[int, Tensor]] = []  # step, and Residuals.errors on the device
+
+    def mark(self) -> None:
+        self.times.append(time.perf_counter())
+
+    def read(self) -> None:
+        """Bring the errors to the host, all at once."""
+        read = torch.stack([errors for _, errors in self.unread]).tolist() if self.unread else []
+        for (step, _), (size, error_0, error_1) in zip(self.unread, read, strict=True):
+            if size > 0 and math.isfinite(size + error_0 + error_1):
+                self.drifts.append(Drift(step, (error_0 / size, error_1 / size)))
+        self.unread.clear()
+
+    @property
+    def seconds(self) -> float:
+        """Of the sampling, so far or in all."""
+        return self.times[-1] - self.times[0] if self.times else 0.0
+
+    @property
+    def speedup(self) -> float:
+        """Against stock's 2 * steps passes, at the median seconds of the passes that were run."""
+        seconds = np.diff(self.times[1:])  # of each step: from its decision to the next
+        schedule = self.schedule
+        finished = [step for step in schedule.computed_steps if step < len(seconds)]
+        of_a_pass = [seconds[step] / (1 + schedule.config.is_guided(step)) for step in finished]
+        return float(np.median(of_a_pass)) * 2 * len(seconds) / self.seconds
+
+    def drift(self, order: int) -> float | None:
+        """The mean drift by an order; None if no step was computed after a skipped one."""
+        if not self.drifts:
+            return None
+        return float(np.mean([drift.by_order[order] for drift in self.drifts]))
+
+    def summary(self) -> str:
+        """What was computed, how long it took, what it saved and how far off it was."""
+        schedule, config = self.schedule, self.schedule.config
+        if len(self.times) < 3:  # begin of sampling, a decision, end of sampling
+            return "TeaCache: no step was taken"
+        computed, steps = schedule.computed_steps, len(schedule.decisions)
+        text = (
+            f"TeaCache: computed {len(computed)} of {steps} steps "
+            f"({' '.join(map(str, computed))}), sampling {self.seconds:.1f} s, "
+            f"about {self.speedup:.2f}x of stock (estimated from the computed steps)"
+        )
+        if config.guided_steps is not None and config.guided_steps < steps:
+            text += f"; {schedule.passes} of {2 * steps} passes"
+        if not self.drifts:
+            return text
+        order, other = config.order, 1 - config.order
+        worst = max(self.drifts, key=lambda drift: drift.by_order[order])
+        return (
+            f"{text}; reused residuals were off by {percent(self.drift(order))} (largest "
+            f"{percent(worst.by_order[order])} at step {worst.step}); by order {other} they would "
+            f"have been by {percent(self.drift(other))}"
+        )
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 # ----------------------------------------------------------------------------------------- cache
@@ -655,89 +742,6 @@ class Residuals:
             gain = (along / (reach.gaps * squared)).nan_to_num(0.0).clamp(0, 1)
             mean = (gain + self.damping(quantity, reach)) / 2  # above 0, since a damping is
             self.bends[quantity] = (1 / mean - 1) / reach.steps_beyond
-
-
-# What a run measures of itself
-
-
-@dataclass(frozen=True)
-class Drift:
-    """How far the guesses were off at a computed step that came after skipped ones.
-
-    by_order: mean|true - guess| / mean|true| of the residuals, of order 0 and of order 1.
-    """
-
-    step: int
-    by_order: tuple[float, float]
-
-
-class Measurements:
-    """Marks of time and drift. Nothing waits for the GPU that would not anyway: marks are taken
-    where a step is decided, errors are read at the end."""
-
-    def __init__(self, schedule: Schedule):
-        self.schedule = schedule
-        self.times: list[float] = []  # seconds: begin of sampling, each decision, end of sampling
-        self.drifts: list[Drift] = []
-        self.unread: list[tuple[int, Tensor]] = []  # step, and Residuals.errors on the device
-
-    def mark(self) -> None:
-        self.times.append(time.perf_counter())
-
-    def read(self) -> None:
-        """Bring the errors to the host, all at once."""
-        read = torch.stack([errors for _, errors in self.unread]).tolist() if self.unread else []
-        for (step, _), (size, error_0, error_1) in zip(self.unread, read, strict=True):
-            if size > 0 and math.isfinite(size + error_0 + error_1):
-                self.drifts.append(Drift(step, (error_0 / size, error_1 / size)))
-        self.unread.clear()
-
-    @property
-    def seconds(self) -> float:
-        """Of the sampling, so far or in all."""
-        return self.times[-1] - self.times[0] if self.times else 0.0
-
-    @property
-    def speedup(self) -> float:
-        """Against stock's 2 * steps passes, at the median seconds of the passes that were run."""
-        seconds = np.diff(self.times[1:])  # of each step: from its decision to the next
-        schedule = self.schedule
-        finished = [step for step in schedule.computed_steps if step < len(seconds)]
-        of_a_pass = [seconds[step] / (1 + schedule.config.is_guided(step)) for step in finished]
-        return float(np.median(of_a_pass)) * 2 * len(seconds) / self.seconds
-
-    def drift(self, order: int) -> float | None:
-        """The mean drift by an order; None if no step was computed after a skipped one."""
-        if not self.drifts:
-            return None
-        return float(np.mean([drift.by_order[order] for drift in self.drifts]))
-
-    def summary(self) -> str:
-        """What was computed, how long it took, what it saved and how far off it was."""
-        schedule, config = self.schedule, self.schedule.config
-        if len(self.times) < 3:  # begin of sampling, a decision, end of sampling
-            return "TeaCache: no step was taken"
-        computed, steps = schedule.computed_steps, len(schedule.decisions)
-        text = (
-            f"TeaCache: computed {len(computed)} of {steps} steps "
-            f"({' '.join(map(str, computed))}), sampling {self.seconds:.1f} s, "
-            f"about {self.speedup:.2f}x of stock (estimated from the computed steps)"
-        )
-        if config.guided_steps is not None and config.guided_steps < steps:
-            text += f"; {schedule.passes} of {2 * steps} passes"
-        if not self.drifts:
-            return text
-        order, other = config.order, 1 - config.order
-        worst = max(self.drifts, key=lambda drift: drift.by_order[order])
-        return (
-            f"{text}; reused residuals were off by {percent(self.drift(order))} (largest "
-            f"{percent(worst.by_order[order])} at step {worst.step}); by order {other} they would "
-            f"have been by {percent(self.drift(other))}"
-        )
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
 
 
 # In place of the models' methods
