@@ -20,6 +20,7 @@ Each section knows only those above it:
 Where to begin:
   the method    TeaCacheConfig, Schedule.decide, Residuals, TeaCache
   a run         command, job_of, Session.make, Run
+  a failure     latents are on disk before they are decoded: Run.decode, write_ahead, decode_latents
   measured      of every run: seconds, an estimate of its speed-up, and how far off its guesses were
                 (Measurements); of a comparison, beside stock: the speed-up itself, PSNR, SSIM
   to be added   a fitted model to ROWS, a kind of task to KINDS, a Wan with other names to RELEASES
