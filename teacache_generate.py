@@ -211,7 +211,7 @@ class TeaCacheConfig:
     ) -> TeaCacheConfig:
         """The settings for a row, such as ``ROWS["t2v-1.3B"]``.
 
-        thresh: the row's default if None; "sigma" has none, see ``plan_speedup``.
+        thresh: the row's default if None; of "sigma" 0, which skips nothing: see ``plan_speedup``.
         """
         mode = mode_of(row, use_ret_steps)
         if row is None:
@@ -345,7 +345,7 @@ class Schedule:
     @property
     def speedup(self) -> float:
         """Of the transformer against stock's 2 * steps passes, if a skipped step took no time."""
-        return 2 * len(self.decisions) / self.passes
+        return 2 * len(self.decisions) / self.passes if self.passes else 1.0
 
     @property
     def negative_steps(self) -> list[int]:
@@ -488,8 +488,8 @@ class Drift:
 
 
 class Measurements:
-    """Marks of time and drift. Nothing waits for the GPU that would not anyway: marks are taken
-    where a step is decided, errors are read at the end."""
+    """Marks of time and drift. No step waits for the GPU that would not anyway: marks are taken
+    where it is decided, errors are read at the end."""
 
     def __init__(self, schedule: Schedule):
         self.schedule = schedule
@@ -645,7 +645,7 @@ class Residuals:
     """The last two computed steps, and a guess from them.
 
     Order 0 holds the newest residual, R'. Order 1, which is ours, goes on along the line from the
-    older one, R'', and the line bends, so that the farther it goes the less it adds:
+    older one, R'', and the line bends, so that each step farther adds less:
         guess = R' + D w    with D = R' - R'' and w = k / (1 + b m)
     k = ``Reach.gaps`` and m = ``Reach.steps_beyond`` of the bounded reach: a guess stops after as
     many steps as R' is after R'', and stays there. b is the bend. It begins with 1 / n for a
@@ -654,12 +654,14 @@ class Residuals:
         gain = <R - R', D> / (k <D, D>), clipped to 0 .. 1    what was right of the line
         mean = (gain + 1 / (1 + b m)) / 2                     a single gain tells little of the next
         b    = (1 / mean - 1) / m
-    Products are over the sampled tokens of all ranks.
+    Products are over the sampled tokens of all ranks. With one computed step so far R' is held; at
+    k = 0 nothing is corrected; at D = 0 the gain is 0; each model of Wan2.2 begins anew.
 
     With guidance U, of the unconditional branch, and C - U have a bend each, since guidance
     multiplies the error of C - U. The guess of C is the sum of their guesses:
         C' + D_C w_(C-U) + D_U (w_U - w_(C-U))
-    From the first step on that is computed without U, C goes by a bend of its own.
+    C has a bend of its own, too: corrected from the beginning, and used once the newest computed
+    step is without U.
     """
 
     def __init__(self) -> None:
@@ -827,8 +829,8 @@ class TeaCache:
         self.step, self.branch = divmod(self.calls, 2)
         if self.step == self.config.steps:
             raise RuntimeError(
-                f"TeaCache is set up for {self.step} steps, and the pipeline takes more: make "
-                "TeaCacheConfig.steps the pipeline's sampling_steps"
+                f"TeaCache is set up for one video of {self.step} steps, and the pipeline takes "
+                "more: make TeaCacheConfig.steps its sampling_steps, and enter teacache() for each"
             )
         if (
             self.branch == UNCONDITIONAL
@@ -840,6 +842,7 @@ class TeaCache:
                 "this pipeline's second call has another timestep: it is of a distilled model?"
             )
         if self.calls == 0:
+            synchronize()  # the prompt's encoding is not sampling
             self.measurements.mark()
         self.calls, self.timestep = self.calls + 1, t
         if originals is not self.active:  # the first call of a model

@@ -223,6 +223,18 @@ def test_the_script_waits_for_the_gpu_before_it_takes_the_end_of_the_sampling(mo
     assert asked == ["synchronize", "time"]
 
 
+def test_the_script_waits_for_the_gpu_before_it_takes_the_begin_of_the_sampling(monkeypatch):
+    """What encodes the prompt may still be at work."""
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: asked.append("synchronize"))
+    monkeypatch.setattr(time, "perf_counter", lambda: asked.append("time") or 1.0)
+    cache = TeaCache(TeaCacheConfig(2, 0.0))
+    for _ in range(3):  # the others do not wait
+        cache.begin_call(None, torch.tensor([1.0]))
+    assert asked == ["synchronize", "time"]
+
+
 def test_the_seconds_of_decoding_begin_after_the_sampling_and_end_with_the_video(
     monkeypatch, tmp_path
 ):
