@@ -1,10 +1,13 @@
 """The benchmark of fidelity on two prompts, its settings, and the pictures drawn from its data."""
 
 import dataclasses
+import importlib
 
 import imageio
 import numpy as np
 import pytest
+import torch
+from bench_dtype import learn_rounded
 from bench_fidelity import (
     ASSETS,
     METHODS,
@@ -25,7 +28,7 @@ from bench_fidelity import (
 from nano import python
 from PIL import Image
 
-from teacache_generate import TeaCacheConfig
+from teacache_generate import CONDITIONAL, ComputedStep, TeaCache, TeaCacheConfig
 
 # PSNR in dB by method and order at 25 of 50 steps: what bench_fidelity.py measured on
 # assets/wan_nano for its first 2 pairs (2026-11-25, 2 cores of an x86-64 machine, torch 2.13). No
@@ -137,6 +140,18 @@ def test_the_rank_correlation_is_over_what_reuses_residuals_and_does_nothing_els
         {"method": "sigma, guidance until", "drift": 0.05, "psnr": 20},
     ]
     assert drift_against_psnr(rows) == {"settings": 3, "spearman": -1.0}
+
+
+@pytest.mark.parametrize("name", ["bench_order", "bench_plan"])
+def test_the_other_benchmarks_find_what_they_import(name):
+    assert importlib.import_module(name).__doc__
+
+
+def test_a_residual_kept_in_bfloat16_loses_what_that_cannot_hold():
+    cache = TeaCache(TeaCacheConfig(2, 0.1, "sigma"))
+    cache.computing = ComputedStep(0, {}, {CONDITIONAL: torch.tensor([1.0, 1.001])})
+    learn_rounded(cache, learn=lambda cache: None)
+    assert cache.computing.residuals[CONDITIONAL].tolist() == [1.0, 1.0]
 
 
 def test_the_pictures_are_drawn_from_the_data_in_the_repository(tmp_path):
