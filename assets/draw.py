@@ -1,4 +1,4 @@
-"""Draw the pictures in this folder from the data in it, which tests/bench_fidelity.py measured.
+"""Draw the pictures in this folder from the data in it, of tests/bench/bench_fidelity.py.
 
     python assets/draw.py [--json fidelity.json] [--compare x.compare.mp4] [--out FOLDER]
 

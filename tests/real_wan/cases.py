@@ -1,6 +1,6 @@
 """What the tests on the real Wan2.1 and Wan2.2 share: cases, their jobs, and the check of a case.
 
-A case is a command line on which the script is to do what ``real_wan.Reference`` does. It knows
+A case is a command line on which the script is to do what ``harness.Reference`` does. It knows
 nothing of the script but its flags and its report.
 """
 
@@ -48,7 +48,7 @@ PUBLISHED = {
 
 @dataclass
 class Case:
-    """flags: of generate.py. ours: of the script. reference: settings of ``real_wan.Reference``;
+    """flags: of generate.py. ours: of the script. reference: settings of ``harness.Reference``;
     a thresh of None is the script's default, as its report tells it. float32: blocks too."""
 
     flags: list[str]
@@ -142,7 +142,7 @@ def run(repo: Path, jobs: list[dict[str, Any]], out: Path, processes: int = 1) -
     if processes > 1:
         python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     done = subprocess.run(
-        [*python, str(HERE / "real_wan.py"), "--repo", str(repo), str(out / "jobs.json"), str(out)],
+        [*python, str(HERE / "harness.py"), "--repo", str(repo), str(out / "jobs.json"), str(out)],
         capture_output=True,
         text=True,
         cwd=out,

@@ -1,6 +1,6 @@
 """Train the miniature from nothing: VAE, text encoder and transformer, on clips made by code.
 
-    python train.py CKPT
+    python tests/wan_nano_training/train.py CKPT
 
 writes the checkpoint folder CKPT: an hour or two on 2 CPU cores, minutes on a GPU. Stopped, it goes
 on where it was. It ends with a check: 100 videos of prompts that it was not trained on.
@@ -11,18 +11,22 @@ timestep 1000 sigma. One prompt in ten is left out, for classifier-free guidance
 
 import argparse
 import json
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from clips import Scene, draw, pick, seen, vocabulary
-from make_checkpoint import new_transformer, save_transformer, write_vocabulary
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "wan_nano"))
+
+from clips import Scene, draw, pick, seen, vocabulary
+from make_checkpoint import new_transformer, save_transformer, write_vocabulary
 from wan.configs import WAN_CONFIGS
 from wan.modules.t5 import WordEncoder
 from wan.modules.tokenizers import WordTokenizer

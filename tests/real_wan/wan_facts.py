@@ -1,6 +1,6 @@
 """What the script relies on in a Wan2.1 checkout, the real one or the stand-in, as a file.
 
-    python tests/wan_facts.py WAN_REPO OUT.pt WEIGHTS.pt
+    python tests/real_wan/wan_facts.py WAN_REPO OUT.pt WEIGHTS.pt
 
 Flags and signatures, and what a WanModel of each kind gives for fixed inputs. Its weights are read
 from WEIGHTS.pt, or made and written there if the file is missing.
@@ -16,9 +16,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from real_wan import prepare
+from harness import prepare
 
-TRAINED = Path(__file__).resolve().parents[1] / "assets" / "wan_nano"
+TRAINED = Path(__file__).resolve().parents[2] / "assets" / "wan_nano"
 SIZE = dict(dim=48, ffn_dim=96, freq_dim=32, text_dim=24, num_heads=4, num_layers=2)
 
 

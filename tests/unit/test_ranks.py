@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is started on its own, too
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this is started on its own, too
 
 from teacache_generate import TeaCacheConfig, teacache
 

@@ -19,7 +19,7 @@ if not (WAN / "generate.py").is_file():
 def facts(tmp_path_factory) -> tuple[dict, dict]:
     """Of the real one and of the stand-in, with the same weights in both."""
     out, found = tmp_path_factory.mktemp("facts"), []
-    for name, repo in (("real", WAN), ("nano", HERE / "wan_nano")):
+    for name, repo in (("real", WAN), ("nano", HERE.parent / "wan_nano")):
         file = out / f"{name}.pt"
         command = [sys.executable, HERE / "wan_facts.py", repo, file, out / "weights.pt"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)

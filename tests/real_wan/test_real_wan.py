@@ -1,6 +1,6 @@
 """The script on the real Wan2.1, small and on a CPU, against stock and an independent reference.
 
-``real_wan.py`` runs all jobs of a module-wide list in one process, since importing Wan2.1 takes
+``harness.py`` runs all jobs of a module-wide list in one process, since importing Wan2.1 takes
 longer than most of them; the tests then look at what each job left.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 import imageio
 import numpy as np
 import pytest
-from real_cases import (
+from cases import (
     CATS,
     HERE,
     LINES,
@@ -144,7 +144,7 @@ REFUSED = {  # name: (flags, what the one line says)
         "--src_ref_images none.png: cannot be read",
     ),
     "picture-as-video": (
-        command("vace-1.3B", "832*480", "--src_video", str(HERE / "real_wan.py")),
+        command("vace-1.3B", "832*480", "--src_video", str(HERE / "harness.py")),
         "cannot be read",
     ),
     "example-not-there": (command("i2v-14B", "832*480"), "--image examples/i2v_input.JPG"),

@@ -1,6 +1,6 @@
 """Seconds and memory of a plan for a checkpoint of 14B size, made in a temporary folder.
 
-    python tests/bench_plan.py [--wan_repo tests/wan_nano] [--folder FOLDER]
+    python tests/bench/bench_plan.py [--wan_repo tests/wan_nano] [--folder FOLDER]
 
 The checkpoint is sharded as the published one is (7 files, float32, 53 GiB). Its time embedding and
 projection are random; all other tensors are holes in sparse files, which a plan must not read.
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 DIM, FFN, LAYERS, FREQ, SHARDS = 5120, 13824, 40, 256, 7
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PLAN = """
@@ -87,7 +87,7 @@ def make_checkpoint(folder: Path) -> int:
 def measure(repo: Path, folder: Path, flags: list[str]) -> tuple[float, float]:
     """Seconds and peak GiB of one plan, from Python's start to its end; needs Linux's /proc."""
     code = PLAN.format(dim=DIM)
-    script = [HERE.parent / "teacache_generate.py", "--wan_repo", repo, "--ckpt_dir", folder]
+    script = [TESTS.parent / "teacache_generate.py", "--wan_repo", repo, "--ckpt_dir", folder]
     asked = [*script, "--teacache_model", "t2v-14B", "--teacache_plan", *flags]
     began = time.perf_counter()
     done = subprocess.run(
@@ -101,7 +101,7 @@ def measure(repo: Path, folder: Path, flags: list[str]) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--wan_repo", type=Path, default=HERE / "wan_nano")
+    parser.add_argument("--wan_repo", type=Path, default=TESTS / "wan_nano")
     parser.add_argument("--folder", help="where to make the checkpoint; needs 1 GB")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:

@@ -1,7 +1,7 @@
 """What --teacache_order 1 gives over order 0, over a grid of settings, on the trained miniature.
 
-    python tests/bench_order.py
-    python tests/bench_order.py --against-index
+    python tests/bench/bench_order.py
+    python tests/bench/bench_order.py --against-index
 
 PSNR in dB against the stock video of the same prompt and seed, mean over the pairs, for solvers,
 numbers of steps, shifts and guidance scales, over three families of schedules:
@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE / "wan_nano")]
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS.parent), str(TESTS / "wan_nano"), str(TESTS / "wan_nano_training")]
 
 from clips import pick  # noqa: E402
 from scripted import scripted  # noqa: E402
@@ -257,7 +257,7 @@ def report(found: Sequence[Cell]) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ckpt_dir", type=Path, default=HERE.parent / "assets" / "wan_nano")
+    parser.add_argument("--ckpt_dir", type=Path, default=TESTS.parent / "assets" / "wan_nano")
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--seed", type=int, default=2024, help="of prompts and noise")
     parser.add_argument(

@@ -1,7 +1,7 @@
 """The real Wan2.1 or Wan2.2 on a CPU, at small sizes: many jobs for one import of it.
 
-    python tests/real_wan.py --repo WAN_REPO jobs.json OUT_DIR
-    torchrun --nproc_per_node=2 tests/real_wan.py --repo WAN_REPO jobs.json OUT_DIR
+    python tests/real_wan/harness.py --repo WAN_REPO jobs.json OUT_DIR
+    torchrun --nproc_per_node=2 tests/real_wan/harness.py --repo WAN_REPO jobs.json OUT_DIR
 
 jobs.json is a list of
     {"name": ..., "mode": "stock" | "teacache" | "reference", "argv": [flags],
@@ -722,7 +722,7 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
     prepare(given.repo.resolve())
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     harness = Harness()
     gc.collect()
     gc.freeze()  # Wan and the script collect after each run: half a second through all imports

@@ -259,7 +259,7 @@ def small(tmp_path_factory) -> tuple[dict, list[str]]:
         pytest.skip(f"no real Wan2.1 at {WAN} (or $WAN_REPO): not tried")
     file: Path = tmp_path_factory.mktemp("bench") / "bench_gpu.json"
     flags = ["--model", "14B-720P", "--steps", 10, "--rounds", 1, "--json", file]
-    done = python(HERE / "bench_gpu.py", "--wan_repo", WAN, *flags, CUDA_VISIBLE_DEVICES="")
+    done = python(HERE / "bench/bench_gpu.py", "--wan_repo", WAN, *flags, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr[-3000:]
     printed = done.stdout.splitlines()
     return json.loads(file.read_text()), printed[printed.index(NOTE) :]

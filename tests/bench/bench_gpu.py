@@ -1,6 +1,7 @@
 """Times and memory of TeaCache at Wan2.1's full sizes, with no checkpoint: random weights.
 
-    python tests/bench_gpu.py [--model 14B-720P] [--order 1] [--steps 10] [--rounds 1] [--json FILE]
+    python tests/bench/bench_gpu.py [--model 14B-720P] [--order 1] [--steps 10] [--rounds 1]
+        [--json FILE]
 
 Stock and TeaCache take turns in one process, in the stock ``WanT2V.generate`` on the real WanModel
 with stand-ins for T5 and VAE. Random weights have no distances that a threshold could be held to,
@@ -39,9 +40,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "real_wan"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from real_wan import make_model, prepare, seeded
+from harness import make_model, prepare, seeded
 from scripted import scripted, spaced
 
 from teacache_generate import import_wan, teacache

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from real_cases import (
+from cases import (
     LINES,
     Case,
     check_comparison,

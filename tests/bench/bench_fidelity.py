@@ -1,6 +1,7 @@
 """How near videos come to stock's, and how much sooner, on the trained miniature of Wan2.1.
 
-    python tests/bench_fidelity.py [--pairs 8] [--computed 40 33 ...] [--ckpt_dir assets/wan_nano]
+    python tests/bench/bench_fidelity.py [--pairs 8] [--computed 40 33 ...]
+        [--ckpt_dir assets/wan_nano]
 
 Each prompt and seed is sampled by stock and by every setting in turn, in one process with one
 thread, others beside it in another process; prompts and seeds are not among those of the training
@@ -45,9 +46,9 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-ASSETS = HERE.parent / "assets"
-sys.path[:0] = [str(HERE.parent), str(HERE / "wan_nano")]
+TESTS = Path(__file__).resolve().parents[1]
+ASSETS = TESTS.parent / "assets"
+sys.path[:0] = [str(TESTS.parent), str(TESTS / "wan_nano"), str(TESTS / "wan_nano_training")]
 
 from clips import FRAMES, SIZE, pick, seen  # noqa: E402
 from scripted import scripted, spaced  # noqa: E402

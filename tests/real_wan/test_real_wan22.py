@@ -1,6 +1,6 @@
 """The script on the real Wan2.2, small and on a CPU, against stock and an independent reference.
 
-As test_real_wan.py, by the same ``real_wan.py``, in processes of their own.
+As test_real_wan.py, by the same ``harness.py``, in processes of their own.
 """
 
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from real_cases import (
+from cases import (
     CATS,
     LINES,
     Case,

@@ -11,9 +11,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from harness import Reference
 from nano import NANO, PROMPT, ROW, SCRIPT, attempt, frames, python
 from PIL import Image
-from real_wan import Reference
 
 import teacache_generate
 from teacache_generate import ROWS, TeaCacheConfig, choose_row, teacache

@@ -1,6 +1,6 @@
 """Fit TeaCache's polynomials to the miniature: its teacache.json, and the picture of the fit.
 
-    python tests/wan_nano/fit.py [--ckpt_dir assets/wan_nano] [--picture assets/fit.png]
+    python tests/wan_nano_training/fit.py [--ckpt_dir assets/wan_nano] [--picture assets/fit.png]
 
 A polynomial is fitted, by least squares, to how much the residual of all blocks changes from step
 to step (relative L1, both branches, all prompts) over the distance of the timestep embedding. Each
@@ -25,9 +25,9 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 
-HERE = Path(__file__).resolve().parent
-ASSETS = HERE.parents[1] / "assets"
-sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+TESTS = Path(__file__).resolve().parents[1]
+ASSETS = TESTS.parent / "assets"
+sys.path[:0] = [str(TESTS.parent), str(TESTS / "wan_nano")]
 
 from wan import WanT2V  # noqa: E402
 from wan.configs import WAN_CONFIGS  # noqa: E402

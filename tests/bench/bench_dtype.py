@@ -1,6 +1,6 @@
 """What a residual kept in bfloat16 instead of float32 costs, on the trained miniature.
 
-    python tests/bench_dtype.py
+    python tests/bench/bench_dtype.py
 
 Under bfloat16 autocast, as Wan2.1 runs on a GPU: PSNR in dB against the stock video (under the same
 autocast), mean over prompts and seeds, at half of the steps. What is kept is rounded; sums stay in

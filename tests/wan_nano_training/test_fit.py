@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from nano import NANO, attempt
+from nano import HERE, attempt
 from PIL import Image
 from torch import nn
 
@@ -61,4 +61,4 @@ def test_a_fit_runs_one_process_and_says_so(fit, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         fit.main()
     assert "it runs one process" in capsys.readouterr().err
-    assert "one process" in (NANO / "fit.py").read_text().split('"""')[1]
+    assert "one process" in (HERE / "wan_nano_training/fit.py").read_text().split('"""')[1]
