@@ -1,29 +1,22 @@
-"""TeaCache for Wan2.1 and Wan2.2: nearly the same video, much sooner. This one file is all of it.
+"""TeaCache for Wan2.1 and Wan2.2: nearly the same video in about half the time.
 
-Copy it beside Wan's generate.py and run it with generate.py's flags and its own (--help):
+Copy this file beside Wan's generate.py and run it with the same flags and its own (--help):
 
     python teacache_generate.py --task t2v-1.3B --size 832*480 --ckpt_dir ./Wan2.1-T2V-1.3B \\
         --prompt "Two cats box on a spotlighted stage." --teacache_thresh 0.08
 
-Each section knows only those above it:
-  policy        numbers in, decisions out: which steps are computed
-  planning      all decisions ahead, and the threshold for a speed-up
-  measurements  what a run measures of itself
-  cache         tensors: the last residual or two of a branch, in place of the blocks of a model
-  attention     PyTorch's, where flash-attn cannot be had
-  Wan           what the script needs of Wan2.1 and Wan2.2
-  checks        what is refused before a weight is loaded
-  jobs          runs of Wan's own generate(args), one or many, with one pipeline
-  comparison    of several settings with stock, on the user's own model
-  command line  flags, the settings and jobs that they mean, main
+Sections; each uses only those above it:
+  rules         decide which steps are computed; plan them ahead of a run
+  cache         keep residuals and patch a model to reuse them: teacache()
+  attention     PyTorch's attention where flash-attn cannot run
+  Wan           a checkout, its parser, timesteps, models and VAE; a checkpoint's time embedding
+  checks        refuse a wrong command before the weights are loaded
+  session       run Wan's generate(args); latents, videos and records on disk; the queue of a batch
+  comparison    one prompt with several settings: table and picture
+  command line  flags, jobs, main
 
-Where to begin:
-  the method    TeaCacheConfig, Schedule.decide, Residuals, TeaCache
-  a run         command, job_of, Session.make, Run
-  a failure     latents are on disk before they are decoded: Run.decode, write_ahead, decode_latents
-  measured      of every run: seconds, an estimate of its speed-up, and how far off its guesses were
-                (Measurements); of a comparison, beside stock: the speed-up itself, PSNR, SSIM
-  to be added   a fitted model to ROWS, a kind of task to KINDS, a Wan with other names to RELEASES
+The method is TeaCacheConfig, Schedule.decide, ResidualCache and TeaCache. To add a model, add a
+Rule to RULES; to add a kind of task, add a Kind to KINDS.
 
 TeaCache: Liu et al., "Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model",
 arXiv 2411.19108. Wan: https://github.com/Wan-Video/Wan2.1 and Wan2.2.
@@ -32,15 +25,12 @@ arXiv 2411.19108. Wan: https://github.com/Wan-Video/Wan2.1 and Wan2.2.
 from __future__ import annotations
 
 import argparse
-import bisect
 import copy
 import functools
 import gc
 import hashlib
 import importlib
 import importlib.util
-import inspect
-import io
 import itertools
 import json
 import logging
@@ -48,19 +38,21 @@ import math
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from io import StringIO
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import imageio
 import numpy as np
@@ -72,26 +64,23 @@ from torch import Tensor, nn
 
 log = logging.getLogger("teacache")
 
-# ---------------------------------------------------------------------------------------- policy
-# Owns the published polynomials, the settings of a run, and the decision of each step. Knows
-# numbers only: no tensors, no models, no files.
+# ----------------------------------------------------------------------------------------- rules
+# Decides which steps are computed. Uses numbers only: no tensors, models or files.
 #
-# Published are the modes plain and retention with their polynomials and thresholds (TeaCache), and
-# the rule of mode sigma (MagCache). Ours are residual_norm, which spares that rule a table for each
-# model; order 1; guided_steps; and the threshold for a speed-up.
+# TeaCache published the polynomials and their thresholds, MagCache the rule "sigma" stands on.
+# The line residual_norm, order 1 and the threshold for a speed-up are this project's.
 
-PLAIN, RETENTION, SIGMA = "plain", "retention", "sigma"  # the modes
+EMBEDDING, PROJECTION, NOISE_LEVEL = "embedding", "projection", "noise level"  # signals
 RETENTION_STEPS = 5
-TRAIN_TIMESTEPS = 1000  # of Wan's schedulers: a timestep is 1000 times the noise level
-
-# What was fitted
+TRAIN_TIMESTEPS = 1000  # a timestep is 1000 times the noise level
+LARGE_THRESH = 1e9  # above every sum of increments: only forced steps are computed
 
 
 @dataclass(frozen=True)
 class Polynomial:
-    """From a relative L1 distance to an increment: degree 4, highest power first.
+    """Maps a relative L1 distance to an increment.
 
-    thresholds: those that were tried with it; the last is the default.
+    coefficients: highest power first. thresholds: the published ones; the last is the default.
     """
 
     coefficients: Sequence[float]
@@ -99,146 +88,153 @@ class Polynomial:
 
 
 @dataclass(frozen=True)
-class Row:
-    """What was fitted for one model: a polynomial for each mode, at these sampling settings.
+class Rule:
+    """Decides which steps are computed: two polynomials fitted to a model, or "sigma" without.
 
-    tasks: those that run this model. Where several rows have a task, the checkpoint's name or the
-        size of the video tells which (``choose_among``).
-    For the row "sigma" nothing is fitted, and there is no Row: wherever a row may be None, that is
-    meant.
+    plain, retention: the polynomial without and with --use_ret_steps; None for "sigma".
+    steps, shift, solver: the sampling settings of the fit.
+    tasks: Wan's tasks that use this rule by default.
     """
 
-    plain: Polynomial
-    retention: Polynomial
-    steps: int
-    shift: float
+    name: str
+    plain: Polynomial | None = None
+    retention: Polynomial | None = None
+    steps: int = 50
+    shift: float = 5.0
     solver: str = "unipc"
     tasks: Sequence[str] = ()
 
-    def polynomial(self, use_ret_steps: bool) -> Polynomial:
+    def polynomial(self, use_ret_steps: bool) -> Polynomial | None:
         return self.retention if use_ret_steps else self.plain
 
 
-# Published by the authors of TeaCache for Wan2.1, fitted at generate.py's defaults. A new model is
-# one entry more; a task that no row has runs by "sigma".
+# The polynomials are those of TeaCache's authors for Wan2.1, fitted at generate.py's defaults.
+# Tasks that no rule lists use "sigma".
 # fmt: off
-ROWS: dict[str, Row] = {
-    "t2v-1.3B": Row(
-        Polynomial((2396.76752, -1311.10545, 201.331979, -8.29855975, 0.137887774),
-                   (0.05, 0.07, 0.08)),
-        Polynomial((-52186.2437, 9230.41404, -528.275948, 13.6987616, -0.0499875664),
-                   (0.05, 0.1)),
-        steps=50, shift=5.0, tasks=("t2v-1.3B",)),
-    "t2v-14B": Row(
-        Polynomial((-5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404),
-                   (0.14, 0.15, 0.2)),
-        Polynomial((-303318.725, 49053.7029, -2655.30556, 58.7365115, -0.315583525),
-                   (0.1, 0.2)),
-        steps=50, shift=5.0, tasks=("t2v-14B", "t2i-14B")),
-    "i2v-14B-480P": Row(
-        Polynomial((-302.331670, 223.948934, -52.5463970, 5.87348440, -0.201973289),
-                   (0.13, 0.19, 0.26)),
-        Polynomial((257151.496, -35422.9917, 1402.86849, -13.5890334, 0.132517977),
-                   (0.2, 0.3)),
-        steps=40, shift=3.0, tasks=("i2v-14B",)),
-    "i2v-14B-720P": Row(
-        Polynomial((-114.36346466, 65.26524496, -18.82220707, 4.91518089, -0.23412683),
-                   (0.18, 0.2, 0.3)),
-        Polynomial((8107.05460, 2133.93892, -372.934672, 16.6203073, -0.0417769401),
-                   (0.2, 0.3)),
-        steps=40, shift=5.0, tasks=("i2v-14B",)),
-}
+RULES: dict[str, Rule] = {rule.name: rule for rule in (
+    Rule("sigma"),
+    Rule("t2v-1.3B",
+         Polynomial((2396.76752, -1311.10545, 201.331979, -8.29855975, 0.137887774),
+                    (0.05, 0.07, 0.08)),
+         Polynomial((-52186.2437, 9230.41404, -528.275948, 13.6987616, -0.0499875664),
+                    (0.05, 0.1)),
+         tasks=("t2v-1.3B",)),
+    Rule("t2v-14B",
+         Polynomial((-5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404),
+                    (0.14, 0.15, 0.2)),
+         Polynomial((-303318.725, 49053.7029, -2655.30556, 58.7365115, -0.315583525),
+                    (0.1, 0.2)),
+         tasks=("t2v-14B", "t2i-14B")),
+    Rule("i2v-14B-480P",
+         Polynomial((-302.331670, 223.948934, -52.5463970, 5.87348440, -0.201973289),
+                    (0.13, 0.19, 0.26)),
+         Polynomial((257151.496, -35422.9917, 1402.86849, -13.5890334, 0.132517977),
+                    (0.2, 0.3)),
+         steps=40, shift=3.0, tasks=("i2v-14B",)),
+    Rule("i2v-14B-720P",
+         Polynomial((-114.36346466, 65.26524496, -18.82220707, 4.91518089, -0.23412683),
+                    (0.18, 0.2, 0.3)),
+         Polynomial((8107.05460, 2133.93892, -372.934672, 16.6203073, -0.0417769401),
+                    (0.2, 0.3)),
+         steps=40, tasks=("i2v-14B",)),
+)}
 # fmt: on
+SIGMA = RULES["sigma"]
 
-
-def mode_of(row: Row | None, use_ret_steps: bool) -> str:
-    if row is None:
-        return SIGMA
-    return RETENTION if use_ret_steps else PLAIN
-
-
-# The decision
+# MagCache's settings for Wan2.2's pairs of models: the share of each model's first steps that is
+# always computed, and how many steps may be skipped in a row.
+SIGMA_FOR_TWO_MODELS = {"t2v-A14B": ((0.4, 0.4), 2), "i2v-A14B": ((1.0, 0.1), 2)}
 
 
 @dataclass(frozen=True)
 class TeaCacheConfig:
     """Settings of one generation.
 
-    steps: the pipeline's ``sampling_steps``.
-    thresh: a step is computed once the accumulated increments reach it; 0 computes every step.
-    mode: where increments come from, and which steps are always computed.
-        "plain": coefficients at the distance of e [dim], the embedding of the timestep, to that of
-            the step before; the first and the last step.
-        "retention": coefficients at the distance of e0 [6 * dim], the projection of e that
-            modulates the blocks; the first 5 steps.
-        "sigma": the noise level alone (``residual_norm``); the first fifth and the last step.
-    coefficients: of the polynomial, highest power first; not used by "sigma".
-    guided_steps: on so many steps, the first ones, the unconditional branch runs; after them it
-        returns the conditional output, as at guidance scale 1. None: on all, as stock.
-    order: a skipped step holds the last residual (0, as published), or goes on along the line
-        through the last two (1, see ``Residuals``).
-    ValueError: no steps; a threshold that is negative, infinite or not a number; another mode or
-        order; a polynomial without coefficients.
+    Important:
+        steps: the pipeline's ``sampling_steps``.
+        thresh: a step is computed once the accumulated increments reach it; 0 is stock Wan.
+        coefficients: of the polynomial for the increments, highest power first.
+    To tinker with:
+        signal: what increments are computed from.
+            EMBEDDING: the time embedding e [dim]; the first and the last step are forced.
+            PROJECTION: e0 [6 * dim], which modulates the blocks; the first 5 steps are forced.
+            NOISE_LEVEL: rule "sigma", without polynomial; the first fifth and the last step are
+                forced, and at most a tenth of the steps is skipped in a row.
+        order: a skipped step repeats the last residual (0, TeaCache) or continues the line
+            through the last two (1, see ``ResidualCache``).
+        guided_steps: the first steps on which the unconditional branch runs; after them it returns
+            the conditional output, as at guidance scale 1. None: all steps.
+        forced_steps: always computed. None: those of the signal.
+        max_skipped: steps skipped in a row at most. None: that of the signal.
+    Raises ValueError, naming the setting and what is allowed.
     """
 
     steps: int
     thresh: float
-    mode: str = PLAIN
     coefficients: Sequence[float] = ()
-    guided_steps: int | None = None
+    signal: str = EMBEDDING
     order: int = 0
+    guided_steps: int | None = None
+    forced_steps: Sequence[int] | None = None
+    max_skipped: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1 or (self.guided_steps or 0) < 0:
             raise ValueError(f"steps {self.steps}, guided_steps {self.guided_steps}: too few")
         if not 0 <= self.thresh < math.inf:
-            raise ValueError(f"thresh {self.thresh} must be 0 (off) or a positive number")
-        if self.mode not in (PLAIN, RETENTION, SIGMA):
-            raise ValueError(f"mode {self.mode!r} must be {PLAIN}, {RETENTION} or {SIGMA}")
+            raise ValueError(f"thresh {self.thresh} must be 0 (stock) or a positive number")
+        if self.signal not in (EMBEDDING, PROJECTION, NOISE_LEVEL):
+            raise ValueError(f"signal {self.signal!r} must be one of the three constants")
         if self.order not in (0, 1):
             raise ValueError(f"order {self.order} must be 0 or 1")
-        if self.thresh > 0 and self.mode != SIGMA and not len(self.coefficients):
-            raise ValueError(f"mode {self.mode} needs coefficients, such as those of ROWS")
+        if self.thresh > 0 and self.signal != NOISE_LEVEL and not len(self.coefficients):
+            raise ValueError(f"signal {self.signal} needs coefficients, such as RULES has")
+        if self.forced_steps is None:
+            object.__setattr__(self, "forced_steps", self.default_forced_steps())
+        if self.max_skipped is None:
+            a_tenth = math.ceil(self.steps / 10)
+            limit = a_tenth if self.signal == NOISE_LEVEL else self.steps
+            object.__setattr__(self, "max_skipped", limit)
 
     @classmethod
-    def from_row(
+    def from_rule(
         cls,
-        row: Row | None,
+        rule: Rule,
         steps: int,
         thresh: float | None = None,
         use_ret_steps: bool = False,
         **others: Any,
     ) -> TeaCacheConfig:
-        """The settings for a row, such as ``ROWS["t2v-1.3B"]``.
+        """Settings for a rule, such as ``RULES["t2v-1.3B"]``.
 
-        thresh: the row's default if None; of "sigma" 0, which skips nothing: see ``plan_speedup``.
+        thresh: the rule's default if None; that of "sigma" is 0, see ``Preview.plan_speedup``.
         """
-        mode = mode_of(row, use_ret_steps)
-        if row is None:
-            return cls(steps, 0.0 if thresh is None else thresh, mode, **others)
-        polynomial = row.polynomial(use_ret_steps)
+        polynomial = rule.polynomial(use_ret_steps)
+        if polynomial is None:
+            return cls(steps, thresh or 0.0, signal=NOISE_LEVEL, **others)
         thresh = polynomial.thresholds[-1] if thresh is None else thresh
-        return cls(steps, thresh, mode, polynomial.coefficients, **others)
+        compared = PROJECTION if use_ret_steps else EMBEDDING
+        return cls(steps, thresh, polynomial.coefficients, compared, **others)
 
-    def always_computes(self, step: int) -> bool:
+    def default_forced_steps(self) -> tuple[int, ...]:
+        if self.signal == PROJECTION:
+            return tuple(range(RETENTION_STEPS))
+        if self.signal == NOISE_LEVEL:
+            return first_steps([self.steps], [0.2])
+        return (0, self.steps - 1)
+
+    def is_forced(self, step: int) -> bool:
         """Whether a step is computed whatever its increment."""
-        if self.mode == RETENTION:
-            first, last = RETENTION_STEPS, self.steps
-        elif self.mode == SIGMA:
-            first, last = math.ceil(self.steps / 5), self.steps - 1
-        else:
-            first, last = 1, self.steps - 1
-        return step < first or step >= last or self.thresh == 0
+        return self.thresh == 0 or step in self.forced_steps
 
     def increment(self, timestep: float, distance: float, last_computed_timestep: float) -> float:
         """What a step adds to the accumulated value.
 
-        By the polynomials it is TeaCache's rule (arXiv 2411.19108, section 3): the rescaled
-        distance. By "sigma" it is that of MagCache (arXiv 2506.09045): the change of the residual's
-        norm since the last computed step, a sum of which is accumulated; without its limit to the
-        steps that are skipped in a row.
+        TeaCache (arXiv 2411.19108, section 3): the rescaled distance of the embedding to that of
+        the step before. "sigma", after MagCache (arXiv 2506.09045): the relative change of the
+        residual's norm since the last computed step.
         """
-        if self.mode == SIGMA:
+        if self.signal == NOISE_LEVEL:
             return abs(1 - residual_norm(timestep) / residual_norm(last_computed_timestep))
         return float(np.polyval(self.coefficients, distance))
 
@@ -247,334 +243,193 @@ class TeaCacheConfig:
         return self.guided_steps is None or step < self.guided_steps
 
 
-def residual_norm(timestep: float) -> float:
-    """The norm of the blocks' residual at a timestep, up to a factor: only ratios are used.
+def first_steps(steps_by_model: Sequence[int], shares: Sequence[float]) -> tuple[int, ...]:
+    """The first steps of each model, each share rounded up, and the last step of all."""
+    found, begin = set[int](), 0
+    for steps, share in zip(steps_by_model, shares, strict=True):
+        found.update(range(begin, begin + math.ceil(share * steps - 1e-9)))
+        begin += steps
+    return tuple(sorted(found | {begin - 1}))
 
-    One line for all models: the norms that are published with MagCache for five Wan2.1 models are
-    within 0.5 to 2.5 % of lines like it, between noise levels .2 and .93, whatever the shift.
+
+def residual_norm(timestep: float) -> float:
+    """Norm of the blocks' residual at a timestep, up to a factor; only ratios are used.
+
+    One line for all models: the norms published with MagCache for five Wan2.1 models are within
+    0.5 to 2.5 % of such lines, between noise levels 0.2 and 0.93, whatever the shift.
     """
     return 0.33 + 0.66 * timestep / TRAIN_TIMESTEPS
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What was decided at one step, and from what."""
+    """One step: what was decided, from which numbers."""
 
     timestep: float
-    distance: float | None  # relative L1, of e or e0 to that of the step before; None at the first
-    increment: float | None  # None where the threshold is not asked
-    accumulated: float  # what is held against the threshold; 0 where it is not asked
+    distance: float | None  # relative L1 to the embedding of the step before; None at the first
+    increment: float | None  # None on a forced step
+    accumulated: float  # compared with the threshold; 0 on a forced step
     computed: bool
 
 
-@dataclass(frozen=True)
-class Reach:
-    """For order 1: how far a step is beyond the last computed one.
-
-    gaps: (level - newer) / (newer - older), of its noise level and those of the last two computed
-        steps. The residual changes most evenly with the noise level: on the published norms of the
-        real models a line over it has a third of the error of a line over the step's number.
-    steps_beyond: in steps.
-    """
-
-    gaps: float
-    steps_beyond: int
-
-
-NOWHERE = Reach(0.0, 0)
-
-
 class Schedule:
-    """The decisions of one generation, a step each."""
+    """The decisions of one generation, by step."""
 
     def __init__(self, config: TeaCacheConfig):
         self.config = config
         self.decisions: list[Decision] = []
 
     def decide(self, timestep: float, distance: float | None) -> bool:
-        """Take the next step: True to compute it, False to reuse the last residual.
+        """Decide the next step: True to compute it, False to reuse the last residual.
 
         distance: None at the first step of a model, which is computed.
         """
-        if self.config.always_computes(len(self.decisions)) or distance is None:
+        step, done = len(self.decisions), self.computed_steps
+        if (
+            self.config.is_forced(step)
+            or distance is None
+            or step - done[-1] > self.config.max_skipped
+        ):
             self.decisions.append(Decision(timestep, distance, None, 0.0, computed=True))
             return True
-        previous, last_computed = self.decisions[-1], self.decisions[self.computed_steps[-1]]
+        previous, last_computed = self.decisions[-1], self.decisions[done[-1]]
         increment = self.config.increment(timestep, distance, last_computed.timestep)
         accumulated = increment + (0.0 if previous.computed else previous.accumulated)
-        computed = not accumulated < self.config.thresh  # so not-a-number computes
+        computed = not accumulated < self.config.thresh  # not-a-number computes
         self.decisions.append(Decision(timestep, distance, increment, accumulated, computed))
         return computed
 
     def overrule(self, computed: bool) -> None:
-        """Replace what was decided last by what rank 0 has decided."""
+        """Replace the last decision by rank 0's."""
         self.decisions[-1] = replace(self.decisions[-1], computed=computed)
 
     @property
     def computed_steps(self) -> list[int]:
-        return [i for i, decision in enumerate(self.decisions) if decision.computed]
-
-    def reach(self, bounded: bool) -> Reach:
-        """How far the newest step is beyond the last computed one before it.
-
-        bounded: but no more steps than the last two are apart. It is for a guess; what a computed
-            step tells of the line is measured without a bound.
-        NOWHERE without two, and where both are at one noise level. After Wan2.2's change of models
-        the older one may be of the other model: ``Residuals`` then has one step only, and no use
-        for a reach.
-        """
-        now = len(self.decisions) - 1
-        earlier = [step for step in self.computed_steps if step < now]
-        if len(earlier) < 2:
-            return NOWHERE
-        older, newer = earlier[-2:]
-        farthest = min(now, newer + (newer - older)) if bounded else now
-        level, level_newer, level_older = (
-            self.decisions[step].timestep for step in (farthest, newer, older)
-        )
-        if level_newer == level_older:
-            return NOWHERE
-        gaps = (level - level_newer) / (level_newer - level_older)
-        return Reach(gaps, farthest - newer)
+        return [step for step, decision in enumerate(self.decisions) if decision.computed]
 
     @property
     def passes(self) -> int:
-        """How often the blocks run: once or twice on a computed step; 2 * steps for stock."""
+        """How often the blocks run: once or twice a computed step. Stock: twice every step."""
         return sum(1 + self.config.is_guided(step) for step in self.computed_steps)
 
     @property
     def speedup(self) -> float:
-        """Of the transformer against stock's 2 * steps passes, if a skipped step took no time."""
+        """Speed-up of the transformer over stock if a skipped step took no time."""
         return 2 * len(self.decisions) / self.passes if self.passes else 1.0
 
     @property
     def negative_steps(self) -> list[int]:
-        """Those with a negative increment, for which the polynomial was not made."""
-        return [i for i, decision in enumerate(self.decisions) if (decision.increment or 0) < 0]
+        """Steps whose increment is negative: the polynomial is used outside its fitted range."""
+        return [step for step, d in enumerate(self.decisions) if (d.increment or 0) < 0]
 
     @property
     def longest_skip(self) -> int:
-        """The largest number of steps skipped in a row."""
-        return max(map(len, self.marks().split("#")))
+        """The most steps skipped in a row."""
+        return max(map(len, self.as_text().split("#")))
 
-    def marks(self) -> str:
-        """The schedule as text, # computed and . skipped."""
+    @property
+    def skips_too_long(self) -> bool:
+        """Whether more than a quarter of the steps, and more than 6, are skipped in a row."""
+        return self.longest_skip > max(6, len(self.decisions) / 4)
+
+    def as_text(self) -> str:
+        """A character a step: # computed, . skipped."""
         return "".join("#" if decision.computed else "." for decision in self.decisions)
 
     def summary(self) -> str:
-        """How much is computed: "25 of 50 steps (about 2.0x)"."""
+        """Such as "25 of 50 steps (about 2.0x)"."""
         count, steps = len(self.computed_steps), len(self.decisions)
         text = f"{count} of {steps} steps"
         if self.passes != 2 * count:
             text += f", {self.passes} of {2 * steps} passes"
         return f"{text} (about {self.speedup:.1f}x)"
 
-    def faults(self) -> list[str]:
-        """Why this schedule should not be run unseen, a phrase each."""
-        found = []
-        if self.negative_steps:
-            found.append(f"its increments are negative at steps {ranges(self.negative_steps)}")
-        if self.longest_skip > len(self.decisions) / 4:
-            found.append(f"it skips {self.longest_skip} steps in a row")
-        return found
-
 
 def ranges(steps: Sequence[int]) -> str:
-    """Numbers in a few words: 1 2 3 7 is "1-3 7"."""
-    ends: list[list[int]] = []
-    for step in steps:
-        if ends and step == ends[-1][1] + 1:
-            ends[-1][1] = step
-        else:
-            ends.append([step, step])
-    return " ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ends)
+    """Step numbers as short text: 1 2 3 7 as "1-3 7"."""
+    groups = [
+        [step for _, step in group]
+        for _, group in itertools.groupby(enumerate(steps), lambda pair: pair[1] - pair[0])
+    ]
+    return " ".join(f"{g[0]}" if len(g) == 1 else f"{g[0]}-{g[-1]}" for g in groups)
 
 
-# -------------------------------------------------------------------------------------- planning
-# Owns all decisions of a run ahead of it, and the threshold for a speed-up. Numbers only, too.
+@dataclass(frozen=True)
+class Preview:
+    """Runs a schedule ahead of the sampling.
 
-
-def plan(
-    config: TeaCacheConfig, timesteps: Sequence[float], distances: Sequence[float | None]
-) -> Schedule:
-    """All decisions at once.
-
-    distances: of each step to the one before, None at the first step of a model. By "sigma" any
-        number does.
-    """
-    schedule = Schedule(config)
-    for timestep, distance in zip(timesteps, distances, strict=True):
-        schedule.decide(timestep, distance)
-    return schedule
-
-
-def plan_speedup(
-    config: TeaCacheConfig,
-    timesteps: Sequence[float],
-    distances: Sequence[float | None],
-    speedup: float,
-) -> Schedule:
-    """The plan with the fewest passes that has at least 2 * steps / speedup of them.
-
-    Its threshold is the middle of all that give the same plan, so that the rounding of another
-    machine or of bfloat16 does not change it. Even the largest threshold may leave more passes than
-    that, since some steps are always computed.
-    ValueError: an increment is negative, and no threshold can be trusted.
+    distances: of each step's embedding to the step before; None at the first step of a model.
+        For "sigma" any number serves.
     """
 
-    def at(thresh: float) -> Schedule:
-        return plan(replace(config, thresh=thresh), timesteps, distances)
+    timesteps: Sequence[float]
+    distances: Sequence[float | None]
 
-    thresholds = distinct_thresholds(config, timesteps, distances)
-    fewest = at(thresholds[-1])
-    if fewest.negative_steps:
-        raise ValueError(f"the increments are negative at steps {ranges(fewest.negative_steps)}")
-    wanted = 2 * config.steps / speedup - 1e-9
-    # passes never grow with the threshold: those with too few are at the end of the list
-    count = bisect.bisect_left(thresholds, True, key=lambda thresh: at(thresh).passes < wanted)
-    largest = thresholds[count - 1] if count else 0.0  # of those with enough
-    return at(middle_threshold(at(largest)))
+    def plan(self, config: TeaCacheConfig) -> Schedule:
+        schedule = Schedule(config)
+        for timestep, distance in zip(self.timesteps, self.distances, strict=True):
+            schedule.decide(timestep, distance)
+        return schedule
 
+    def plan_speedup(self, config: TeaCacheConfig, speedup: float) -> Schedule:
+        """The plan with the fewest passes, but at least 2 * steps / speedup of them.
 
-def distinct_thresholds(
-    config: TeaCacheConfig, timesteps: Sequence[float], distances: Sequence[float | None]
-) -> list[float]:
-    """A threshold for every schedule that there is, in order.
+        Passes never grow with the threshold, so bisection finds the largest that leaves enough.
+        Of all thresholds with that plan the middle is taken: rounding on another machine or in
+        bfloat16 then changes no decision. Forced steps may leave more passes than asked for.
+        ValueError: an increment is negative; no threshold can be trusted.
+        """
+        wanted = 2 * config.steps / speedup - 1e-9
 
-    A decision changes only where the threshold crosses a sum of increments in a row: between any
-    two of these, and above the last, one is enough. Sums that differ by rounding alone are one.
-    """
-    sums = set[float]()
-    for start, last_computed_timestep in enumerate(timesteps):
-        total = 0.0
-        for step in range(start + 1, len(timesteps)):
-            if distances[step] is None:  # another model begins, and the sum anew
-                break
-            total += config.increment(timesteps[step], distances[step], last_computed_timestep)
-            if 0 < total < math.inf:  # so not-a-number is left out too
-                sums.add(total)
-    edges = [0.0, *sorted(sums)]
-    intervals = [ends for ends in itertools.pairwise(edges) if ends[1] - ends[0] > 1e-6 * ends[1]]
-    above_all = 2 * edges[-1] or 1.0
-    return [*(sum(ends) / 2 for ends in intervals), above_all]
+        def at(thresh: float) -> Schedule:
+            return self.plan(replace(config, thresh=thresh))
+
+        fewest = at(LARGE_THRESH)
+        if fewest.negative_steps:
+            raise ValueError(f"increments are negative at steps {ranges(fewest.negative_steps)}")
+        if fewest.passes >= wanted:
+            return at(middle_threshold(fewest))
+        enough, too_large = 0.0, LARGE_THRESH
+        while too_large - enough > 1e-9 * too_large:
+            middle = (enough + too_large) / 2
+            if at(middle).passes >= wanted:
+                enough = middle
+            else:
+                too_large = middle
+        return at(middle_threshold(at(enough)))
 
 
 def middle_threshold(schedule: Schedule) -> float:
     """The middle of the thresholds that give a schedule; 0 where it skips nothing."""
     free = [decision for decision in schedule.decisions if decision.increment is not None]
     skipped = [decision.accumulated for decision in free if not decision.computed]
-    computed = [decision.accumulated for decision in free if decision.computed]
-    computed = [accumulated for accumulated in computed if math.isfinite(accumulated)]
+    reached = [decision.accumulated for decision in free if decision.computed]
+    reached = [accumulated for accumulated in reached if math.isfinite(accumulated)]
     if not skipped:
         return 0.0
-    if not computed:
+    if not reached:
         return 2 * max(skipped) or 1.0
-    return (max(skipped) + min(computed)) / 2
-
-
-# ---------------------------------------------------------------------------------- measurements
-# Owns what a run measures of itself: seconds, an estimate of its speed-up, drift. Knows schedules.
-
-
-@dataclass(frozen=True)
-class Drift:
-    """How far the guesses were off at a computed step that came after skipped ones.
-
-    by_order: mean|true - guess| / mean|true| of the residuals, of order 0 and of order 1.
-    """
-
-    step: int
-    by_order: tuple[float, float]
-
-
-class Measurements:
-    """Marks of time and drift. No step waits for the GPU that would not anyway: marks are taken
-    where it is decided, errors are read at the end."""
-
-    def __init__(self, schedule: Schedule):
-        self.schedule = schedule
-        self.times: list[float] = []  # seconds: begin of sampling, each decision, end of sampling
-        self.drifts: list[Drift] = []
-        self.unread: list[tuple[int, Tensor]] = []  # step, and Residuals.errors on the device
-
-    def mark(self) -> None:
-        self.times.append(time.perf_counter())
-
-    def read(self) -> None:
-        """Bring the errors to the host, all at once."""
-        read = torch.stack([errors for _, errors in self.unread]).tolist() if self.unread else []
-        for (step, _), (size, error_0, error_1) in zip(self.unread, read, strict=True):
-            if size > 0 and math.isfinite(size + error_0 + error_1):
-                self.drifts.append(Drift(step, (error_0 / size, error_1 / size)))
-        self.unread.clear()
-
-    @property
-    def seconds(self) -> float:
-        """Of the sampling, so far or in all."""
-        return self.times[-1] - self.times[0] if self.times else 0.0
-
-    @property
-    def speedup(self) -> float:
-        """Against stock's 2 * steps passes, at the median seconds of the passes that were run."""
-        seconds = np.diff(self.times[1:])  # of each step: from its decision to the next
-        schedule = self.schedule
-        finished = [step for step in schedule.computed_steps if step < len(seconds)]
-        of_a_pass = [seconds[step] / (1 + schedule.config.is_guided(step)) for step in finished]
-        return float(np.median(of_a_pass)) * 2 * len(seconds) / self.seconds
-
-    def drift(self, order: int) -> float | None:
-        """The mean drift by an order; None if no step was computed after a skipped one."""
-        if not self.drifts:
-            return None
-        return float(np.mean([drift.by_order[order] for drift in self.drifts]))
-
-    def summary(self) -> str:
-        """What was computed, how long it took, what it saved and how far off it was."""
-        schedule, config = self.schedule, self.schedule.config
-        if len(self.times) < 3:  # begin of sampling, a decision, end of sampling
-            return "TeaCache: no step was taken"
-        computed, steps = schedule.computed_steps, len(schedule.decisions)
-        text = (
-            f"TeaCache: computed {len(computed)} of {steps} steps "
-            f"({' '.join(map(str, computed))}), sampling {self.seconds:.1f} s, "
-            f"about {self.speedup:.2f}x of stock (estimated from the computed steps)"
-        )
-        if config.guided_steps is not None and config.guided_steps < steps:
-            text += f"; {schedule.passes} of {2 * steps} passes"
-        if not self.drifts:
-            return text
-        order, other = config.order, 1 - config.order
-        worst = max(self.drifts, key=lambda drift: drift.by_order[order])
-        return (
-            f"{text}; reused residuals were off by {percent(self.drift(order))} (largest "
-            f"{percent(worst.by_order[order])} at step {worst.step}); by order {other} they would "
-            f"have been by {percent(self.drift(other))}"
-        )
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return (max(skipped) + min(reached)) / 2
 
 
 # ----------------------------------------------------------------------------------------- cache
-# Owns the residuals of one generation and what stands in for a model's methods during it. Knows
-# WanModel's forward, blocks and time_projection; no flags, files or pipelines.
+# Keeps the residuals of one generation and patches the model to reuse them. Knows WanModel's
+# forward, blocks, head, time_projection and forward_vace; no flags, files or pipelines.
 
-SAMPLE_TOKENS = 1024  # of a rank are measured at most: of 32,760 tokens every 32nd
-CONDITIONAL, UNCONDITIONAL = 0, 1  # the branches: with the prompt, and then without
-DIFFERENCE = 2  # of the two, which guidance multiplies
+PROBE_TOKENS = 1024  # at most, of each rank: of 32,760 tokens every 32nd
+CONDITIONAL, UNCONDITIONAL = 0, 1  # branches: with the prompt, then without
 
 
-def relative_l1(signal: Tensor, previous: Tensor) -> Tensor:
-    """mean|signal - previous| / mean|previous| of two tensors of one shape, as a scalar tensor."""
-    return (signal - previous).abs().mean() / previous.abs().mean()
+def relative_l1(embedding: Tensor, previous: Tensor) -> Tensor:
+    """mean|embedding - previous| / mean|previous| of two tensors of one shape, a scalar tensor."""
+    return (embedding - previous).abs().mean() / previous.abs().mean()
 
 
 @contextmanager
-def shadow(target: object, **attributes: Any) -> Iterator[None]:
-    """Put attributes in the way of an object's own ones, and take them away whatever happens.
+def patched(target: object, **attributes: Any) -> Iterator[None]:
+    """Set attributes of one object, and restore them whatever happens.
 
-    They go into ``vars(target)``: the class is left alone, and an nn.Module registers nothing.
+    Writes to ``vars(target)``: the class stays as it is, and an nn.Module registers nothing.
     """
     namespace = vars(target)
     before = {name: namespace[name] for name in attributes if name in namespace}
@@ -588,33 +443,29 @@ def shadow(target: object, **attributes: Any) -> Iterator[None]:
 
 
 def synchronize() -> None:
-    """Wait for the GPU, so that the next mark of time is of what was asked before it."""
+    """Wait for the GPU, where there is one, so that the clock counts its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-# Several processes
-
-
 def across_ranks() -> bool:
-    """Whether several processes make this video together."""
+    """Whether several processes make one video together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def as_rank_0(decision: bool, device: torch.device) -> bool:
-    """Rank 0's decision, on every rank: ranks that decide by themselves may differ, and hang."""
+    """Broadcast rank 0's decision: ranks that decide for themselves may differ, and hang."""
     if not across_ranks():
         return decision
-    flag = torch.tensor([int(decision)], device=device)
+    flag = torch.full((1,), int(decision), device=device)
     dist.broadcast(flag, src=0)
     return bool(flag.item())
 
 
-def totals(terms: Sequence[Tensor]) -> Tensor:
-    """The sum of each tensor, float64 on the device, over the tokens of all ranks.
+def sum_over_ranks(terms: Sequence[Tensor]) -> Tensor:
+    """Sum each tensor over the tokens of all ranks; float64 [len(terms)] on the device.
 
-    Only for ratios: where each rank has all tokens, as without Ulysses and ring, every sum is too
-    large by the number of ranks.
+    Use ratios of sums only: ranks that hold the same tokens (FSDP without Ulysses) count twice.
     """
     sums = torch.stack([term.sum(dtype=torch.float64) for term in terms])
     if across_ranks():
@@ -622,377 +473,464 @@ def totals(terms: Sequence[Tensor]) -> Tensor:
     return sums
 
 
-# The residuals, and what a skipped step takes for its own
-
-
 @dataclass
 class ComputedStep:
-    """A computed step, and its residuals by branch."""
+    """The residuals B(h) - h of one computed step, by branch."""
 
     step: int
-    sampled: dict[int, Tensor]  # every n-th token in float32, [1, up to 1024, dim], to measure by
-    residuals: dict[int, Tensor]  # of all tokens, [1, tokens, dim], as long as they are needed
-
-    def sampled_quantities(self) -> dict[int, Tensor]:
-        """What is measured apart: the branches and, with guidance, their difference."""
-        found = dict(self.sampled)
-        if UNCONDITIONAL in found:
-            found[DIFFERENCE] = found[CONDITIONAL] - found[UNCONDITIONAL]
-        return found
+    residual: dict[int, Tensor]  # [1, tokens, dim]
+    probe: dict[int, Tensor]  # every n-th token in float32, small enough to keep and measure with
 
 
-class Residuals:
-    """The last two computed steps, and a guess from them.
+class ResidualCache:
+    """Predicts the residual of a skipped step from the last one or two computed steps.
 
-    Order 0 holds the newest residual, R'. Order 1, which is ours, goes on along the line from the
-    older one, R'', and the line bends, so that each step farther adds less:
-        guess = R' + D w    with D = R' - R'' and w = k / (1 + b m)
-    k = ``Reach.gaps`` and m = ``Reach.steps_beyond`` of the bounded reach: a guess stops after as
-    many steps as R' is after R'', and stays there. b is the bend. It begins with 1 / n for a
-    first line of n steps; then each computed step R corrects it, with k and m of the unbounded
-    reach, that is, of where R is:
-        gain = <R - R', D> / (k <D, D>), clipped to 0 .. 1    what was right of the line
-        mean = (gain + 1 / (1 + b m)) / 2                     a single gain tells little of the next
-        b    = (1 / mean - 1) / m
-    Products are over the sampled tokens of all ranks. With one computed step so far R' is held; at
-    k = 0 nothing is corrected; at D = 0 the gain is 0; each model of Wan2.2 begins anew.
+    Order 0 repeats the newest residual (TeaCache). Order 1 continues the line through the last
+    two over the noise level, no further than the two are apart (in steps):
 
-    With guidance U, of the unconditional branch, and C - U have a bend each, since guidance
-    multiplies the error of C - U. The guess of C is the sum of their guesses:
-        C' + D_C w_(C-U) + D_U (w_U - w_(C-U))
-    C has a bend of its own, too: corrected from the beginning, and used once the newest computed
-    step is without U.
+        prediction = new + gain * distance * (new - old)
+
+    where ``distance`` is in lengths of the line. The gain of a branch is the share of its last
+    line that turned out right, clipped to 0..1; it starts at 1/2. D2Cache published a linear
+    prediction for Wan2.1 before this one; the measured gain is this project's.
+
+    levels: the noise level of each step so far, up to a factor.
     """
 
-    def __init__(self) -> None:
-        self.newest_first: list[ComputedStep] = []
-        # of each branch and of DIFFERENCE; tensors, so that nothing waits for the GPU
-        self.bends: dict[int, Tensor] = {}
+    def __init__(self, levels: Sequence[float]):
+        self.levels = levels
+        self.history: deque[ComputedStep] = deque(maxlen=2)  # old, new
+        self.gain: dict[int, Tensor | float] = defaultdict(lambda: 0.5)  # on the GPU once measured
 
-    def guess(self, branch: int, order: int, reach: Reach) -> Tensor:
-        """The residual [1, tokens, dim] of a branch for a skipped step."""
-        if order == 0 or len(self.newest_first) < 2:
-            return self.newest_first[0].residuals[branch]
-        return self.extrapolate(
-            reach, branch, *(computed.residuals for computed in self.newest_first)
-        )
+    def predict(self, order: int, branch: int, step: int, of: str = "residual") -> Tensor:
+        """The residual of a skipped step; with of="probe", its probe."""
+        newest = getattr(self.history[-1], of)[branch]
+        if order == 0 or len(self.history) < 2:
+            return newest
+        old, new = self.history
+        distance = self.distance(min(step, 2 * new.step - old.step))
+        change = newest - getattr(old, of)[branch]
+        return change.mul_(self.gain[branch] * distance).add_(newest)  # in place: 1.5 GB for 14B
 
-    def extrapolate(
-        self, reach: Reach, branch: int, newer: dict[int, Tensor], older: dict[int, Tensor]
-    ) -> Tensor:
-        """Order 1, from the residuals of two steps by branch, or from samples of them.
+    def distance(self, step: int) -> float:
+        """How far a step lies beyond the newest one, in lengths of the line; 0 without a line."""
+        old, new = (self.levels[computed.step] for computed in self.history)
+        return (self.levels[step] - new) / (new - old) if new != old else 0.0
 
-        In place where it can be: for 14B at 720P a residual has 1.5 GB.
+    def free(self, keep: int) -> None:
+        """Free all residuals but those of the ``keep`` newest steps; probes stay."""
+        for computed in list(self.history)[: len(self.history) - keep]:
+            computed.residual.clear()
+
+    def add(self, computed: ComputedStep) -> Tensor | None:
+        """Take a computed step; measure the predictions it replaces and the gain of the line.
+
+        Returns [sum|R|, sum|R - prediction of order 0|, sum|R - prediction of order 1|] over the
+        probes of both branches and all ranks, or None without a step to predict from.
         """
-        change = newer[branch] - older[branch]
-        if branch == CONDITIONAL and UNCONDITIONAL in newer:
-            change_of_u = newer[UNCONDITIONAL] - older[UNCONDITIONAL]
-            w_difference, w_u = self.way(DIFFERENCE, reach), self.way(UNCONDITIONAL, reach)
-            change.mul_(w_difference).add_(change_of_u.mul_(w_u - w_difference))
-        else:
-            change.mul_(self.way(branch, reach))
-        return change.add_(newer[branch])
+        sums = None
+        if self.history:
+            terms = self.error_terms(computed) + self.line_terms(computed)
+            sums = sum_over_ranks(terms)
+            self.set_gains(computed, sums[3:].view(-1, 2))
+        self.history.append(computed)
+        return None if sums is None else sums[:3]
 
-    def way(self, quantity: int, reach: Reach) -> Tensor:
-        """How much of the line to go: w."""
-        return reach.gaps * self.damping(quantity, reach)
+    def error_terms(self, computed: ComputedStep) -> list[Tensor]:
+        pairs = [
+            (true, *(self.predict(order, branch, computed.step, of="probe") for order in (0, 1)))
+            for branch, true in computed.probe.items()
+        ]
+        terms = [(true.abs(), (true - p0).abs(), (true - p1).abs()) for true, p0, p1 in pairs]
+        return [torch.stack(term) for term in zip(*terms, strict=True)]
 
-    def damping(self, quantity: int, reach: Reach) -> Tensor:
-        return 1 / (1 + self.bends[quantity] * reach.steps_beyond)
+    def line_terms(self, computed: ComputedStep) -> list[Tensor]:
+        """For each branch <now - new, line> and <line, line>, before they are summed."""
+        if len(self.history) < 2:
+            return []
+        old, new = self.history
+        terms = []
+        for branch, now in computed.probe.items():
+            line = new.probe[branch] - old.probe[branch]
+            terms += [(now - new.probe[branch]) * line, line * line]
+        return terms
 
-    def free_all_but(self, count: int) -> None:
-        """Let go of all residuals but those of so many steps, the newest ones; samples stay."""
-        for computed in self.newest_first[count:]:
-            computed.residuals.clear()
-
-    def errors(self, computed: ComputedStep, reach: Reach) -> Tensor:
-        """What both orders would have guessed for a computed step, against what is true.
-
-        [sum|R|, sum|R - guess of order 0|, sum|R - guess of order 1|] of the sampled tokens of both
-        branches, float64 on the device, over all ranks.
-        """
-        samples = [earlier.sampled for earlier in self.newest_first]
-        sizes, errors_0, errors_1 = [], [], []
-        for branch, true in computed.sampled.items():
-            held = extrapolated = samples[0][branch]
-            if len(samples) == 2:
-                extrapolated = self.extrapolate(reach, branch, *samples)
-            sizes.append(true.abs())
-            errors_0.append((true - held).abs())
-            errors_1.append((true - extrapolated).abs())
-        return totals([torch.stack(terms) for terms in (sizes, errors_0, errors_1)])
-
-    def add(self, computed: ComputedStep, reach: Reach) -> None:
-        """Take a computed step, and correct the bends by it. reach: how far it was, unbounded."""
-        if len(self.newest_first) == 1:
-            steps_between = computed.step - self.newest_first[0].step
-            first_bend = torch.tensor(1 / steps_between, dtype=torch.float64)
-            self.bends = dict.fromkeys((CONDITIONAL, UNCONDITIONAL, DIFFERENCE), first_bend)
-        elif self.newest_first and reach.gaps != 0:  # at 0 there was no line, or no way to go
-            self.correct_bends(computed, reach)
-        self.newest_first = [computed, *self.newest_first[:1]]
-
-    def correct_bends(self, computed: ComputedStep, reach: Reach) -> None:
-        """By how much of the line was right at a computed step."""
-        steps = (computed, *self.newest_first)
-        now, newer, older = (step.sampled_quantities() for step in steps)
-        products = []
-        for quantity in now:
-            line = newer[quantity] - older[quantity]
-            products += [(now[quantity] - newer[quantity]) * line, line * line]
-        for quantity, (along, squared) in zip(now, totals(products).view(-1, 2), strict=True):
+    def set_gains(self, computed: ComputedStep, products: Tensor) -> None:
+        distance = self.distance(computed.step) if len(self.history) == 2 else 0.0
+        if distance == 0:
+            return
+        for branch, (along, squared) in zip(computed.probe, products, strict=True):
             # a line of length 0 has no gain
-            gain = (along / (reach.gaps * squared)).nan_to_num(0.0).clamp(0, 1)
-            mean = (gain + self.damping(quantity, reach)) / 2  # above 0, since a damping is
-            self.bends[quantity] = (1 / mean - 1) / reach.steps_beyond
-
-
-# In place of the models' methods
+            self.gain[branch] = (along / (distance * squared)).nan_to_num(0.0).clamp(0, 1)
 
 
 @dataclass(frozen=True)
-class Originals:
-    """A model's own methods and blocks, which the stand-ins call."""
+class Drift:
+    """Relative L1 error of the predicted residual at a computed step after skipped ones."""
 
-    forward: Callable
-    blocks: Sequence[nn.Module]
-    forward_vace: Callable | None  # None without VACE
+    step: int
+    by_order: tuple[float, float]
 
 
 class TeaCache:
-    """The state of one generation, and what stands in place of the models' methods during it.
+    """Patches a pipeline's models for one generation, and holds its state.
 
     Wan calls a model twice a step, first with the prompt (the conditional branch), then without.
-    In each call come, in this order:
-        forward       counts the call, and calls the model's own; once guidance has ended, the
-                      unconditional call gets the conditional output instead
-        decide        after time_projection: whether the step is computed, for both its calls
-        forward_vace  calls VACE's own, on a computed step
-        blocks        on a computed step calls the model's own blocks and keeps their residual, on
-                      a skipped one adds a guess of it
-    After the last call, before the VAE, all tensors are let go of.
+    For the generation these parts of the model instance are patched:
 
-    Wan2.2 begins with one model and goes on with another: the first step of each is computed, and
-    nothing that was kept of the one is of use to the other.
+        forward           counts the call; after guidance has ended, the unconditional call
+                          returns the conditional output
+        time_projection   decides, once a step; on a skipped step it projects one token only
+        forward_vace      returns None on a skipped step
+        blocks' forward   the first one called notes its input h; on a skipped step each returns
+                          its input
+        head's forward    gets B(h) on a computed step and stores B(h) - h, gets
+                          h + prediction on a skipped one
+
+    Nothing is patched at threshold 0, but ``forward`` if guidance ends early. After the last call,
+    before the VAE, all tensors are freed. Wan2.2's A14B samples with one model, then with another:
+    the first step of each is computed, and no residual is used across them.
     """
 
     def __init__(self, config: TeaCacheConfig):
         self.config, self.schedule = config, Schedule(config)
-        self.measurements = Measurements(self.schedule)
-        self.calls = 0  # of the models, so far
-        # of the model that is sampling
-        self.active: Originals | None = None
-        self.residuals = Residuals()
-        self.signal: Tensor | None = None  # of the step before
+        self.thread = threading.get_ident()
+        self.times: list[float] = []  # seconds: first call, each decision, end of sampling
+        self.drifts: list[Drift] = []
+        self.unread: list[tuple[int, Tensor]] = []  # step, sums of ResidualCache.add
+        self.levels: list[float] = []
+        self.calls = 0
+        # of the model that samples
+        self.model: nn.Module | None = None
+        self.residuals = ResidualCache(self.levels)
+        self.embedding: Tensor | None = None  # of the step before
         # of the step
-        self.step, self.computes = 0, True
-        self.computing: ComputedStep | None = None
-        self.output: list[Tensor] | None = None  # of the last call that ran
-        # of the call
-        self.branch = CONDITIONAL
+        self.step, self.branch = -1, UNCONDITIONAL
+        self.computes = True
+        self.computed: ComputedStep | None = None
         self.timestep: Tensor | None = None
-        self.outer_timestep: Tensor | None = None  # as it reached FSDP, which may cast it
-        self.blocks_were_called = False
+        self.outer_timestep: Tensor | None = None  # before a wrapper such as FSDP casts it
+        self.output: Any = None  # of the conditional call
+        # of the call
+        self.block_input: Tensor | None = None
 
-    def forward(
-        self, originals: Originals, x: list[Tensor], t: Tensor, *args: Any, **kwargs: Any
-    ) -> list[Tensor]:
-        """In place of a model's forward, and around it: stock, VACE's or that of Ulysses/ring.
-
-        t: [1], or [1, tokens] as Wan2.2's ti2v has it.
-        RuntimeError: calls that are not two a step, or of more steps than configured.
-        """
-        self.begin_call(originals, t if self.outer_timestep is None else self.outer_timestep)
-        if self.branch == CONDITIONAL or self.config.is_guided(self.step):
-            self.blocks_were_called = False
-            self.output = originals.forward(x, t, *args, **kwargs)
-            self.check_stand_ins()
-        output = self.output  # without guidance the conditional one, for both branches
-        if self.calls == 2 * self.config.steps:
-            self.end_sampling()
-        return output
-
-    def check_stand_ins(self) -> None:
-        """RuntimeError: a forward had its way without them."""
-        if not self.blocks_were_called or len(self.schedule.decisions) != self.step + 1:
-            raise RuntimeError(
-                "TeaCache: this model's forward went past the stand-in for its blocks, so "
-                "nothing would be skipped: wrap blocks, not the model, in torch.compile"
-            )
+    # Calls of the model
 
     def note_timestep(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
-        """Forward pre-hook of FSDP's wrapper: its mixed precision casts the inputs of the model."""
+        """Forward pre-hook of a wrapper: FSDP's mixed precision casts the model's inputs."""
         self.outer_timestep = kwargs["t"] if "t" in kwargs else args[1]
 
-    def begin_call(self, originals: Originals, t: Tensor) -> None:
-        """Count the call, and see whether it is the one that was expected."""
-        self.step, self.branch = divmod(self.calls, 2)
+    def forward(
+        self, model: nn.Module, forward: Callable, /, x: Any, t: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Replaces a model's forward and calls it: stock's, VACE's, or that for Ulysses.
+
+        t: [1], or [1, tokens] in Wan2.2's ti2v.
+        RuntimeError: the model is not called twice a step, or called from another thread.
+        """
+        if threading.get_ident() != self.thread:
+            raise RuntimeError("teacache() serves the thread that entered it: use one per thread")
+        self.begin_call(model, t if self.outer_timestep is None else self.outer_timestep)
+        if self.branch == UNCONDITIONAL and not self.config.is_guided(self.step):
+            output = self.output
+        else:
+            output = forward(x, t, *args, **kwargs)
+            self.end_call()
+        self.output = output if self.branch == CONDITIONAL else None
+        one_a_step = self.step > 0 and self.calls == self.step + 1
+        if self.step == self.config.steps - 1 and (self.branch == UNCONDITIONAL or one_a_step):
+            self.finish()
+        return output
+
+    def begin_call(self, model: nn.Module, t: Tensor) -> None:
+        """Find out which step and branch a call is."""
+        if self.calls == 0:
+            synchronize()  # encoding the prompt is not sampling
+            self.times.append(time.perf_counter())
+        same = t is self.timestep
+        if self.branch == CONDITIONAL and (same or torch.equal(t, self.timestep)):
+            self.branch = UNCONDITIONAL
+        elif same:
+            raise RuntimeError(f"step {self.step}: the model was called three times, not twice")
+        else:
+            self.check_two_calls()
+            self.step, self.branch = self.step + 1, CONDITIONAL
         if self.step == self.config.steps:
             raise RuntimeError(
-                f"TeaCache is set up for one video of {self.step} steps, and the pipeline takes "
-                "more: make TeaCacheConfig.steps its sampling_steps, and enter teacache() for each"
+                f"the pipeline takes more than {self.step} steps: set TeaCacheConfig.steps to its "
+                "sampling_steps, and enter teacache() for each video"
             )
-        if (
-            self.branch == UNCONDITIONAL
-            and t is not self.timestep
-            and not torch.equal(t, self.timestep)
-        ):
-            raise RuntimeError(
-                "TeaCache needs two calls of the model a step, with the prompt and then without; "
-                "this pipeline's second call has another timestep: it is of a distilled model?"
-            )
-        if self.calls == 0:
-            synchronize()  # the prompt's encoding is not sampling
-            self.measurements.mark()
         self.calls, self.timestep = self.calls + 1, t
-        if originals is not self.active:  # the first call of a model
-            self.active, self.signal, self.residuals = originals, None, Residuals()
+        if model is not self.model:  # its first call
+            self.model, self.embedding = model, None
+            self.residuals = ResidualCache(self.levels)
 
-    def decide(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        """Forward hook of time_projection, which takes e to e0; both still as the model made them.
+    def check_two_calls(self) -> None:
+        """RuntimeError: the step that ends here lacks its unconditional call."""
+        if self.step >= 0 and self.branch == CONDITIONAL and self.config.is_guided(self.step):
+            raise RuntimeError(f"step {self.step}: the model was called once, not twice")
 
-        e and e0 are [1, dim] and [1, 6 * dim], or [1, tokens, ...] in Wan2.2, of which the last
-        token tells: the first ones may be of an image that is given, at timestep 0.
-        It decides at the conditional call for both branches, with the one host synchronisation
-        of a step. Among several processes rank 0 decides, with one more.
-        """
-        if self.branch == UNCONDITIONAL:
+    def end_call(self) -> None:
+        """RuntimeError: the model's forward bypassed the patches; nothing would be skipped."""
+        if self.config.thresh == 0:
             return
-        signal = output if self.config.mode == RETENTION else inputs[0]
-        signal = signal.flatten(0, -2)[-1]
-        scalars = [self.timestep.flatten()[-1].double()]
-        if self.signal is not None:
-            scalars.append(relative_l1(signal, self.signal).double())
-        timestep, *distance = torch.stack(scalars).tolist()
-        self.signal = signal.clone()  # a view would keep all tokens' alive
-        decision = self.schedule.decide(timestep, distance[0] if distance else None)
-        self.computes = as_rank_0(decision, self.timestep.device)
-        self.schedule.overrule(self.computes)
-        self.measurements.mark()
+        if self.block_input is not None or len(self.schedule.decisions) != self.step + 1:
+            raise RuntimeError(
+                f"step {self.step}: this model's forward does not call time_projection, blocks and "
+                "head in this order, which TeaCache needs: use --teacache_thresh 0"
+            )
 
-    def forward_vace(self, originals: Originals, *args: Any, **kwargs: Any) -> list[Tensor] | None:
-        """In place of ``model.forward_vace``: its hints are for the blocks that are skipped."""
-        return originals.forward_vace(*args, **kwargs) if self.computes else None
+    # The decision
 
-    def blocks(self, originals: Originals, h: Tensor, **kwargs: Any) -> Tensor:
-        """In place of all blocks, h [1, tokens, dim] to B(h): computed, or h + residual.
+    def project(self, projection: Callable, /, e: Tensor) -> Tensor:
+        """Replaces time_projection: e [..., dim] to e0 [..., 6 * dim].
 
-        Out of place: under autocast h is bfloat16, B(h) and the residual are float32, and so the
-        head gets float32 on every step.
+        Wan2.2 has one e a token, [1, tokens, dim]; the last one counts, since the first may belong
+        to a given image at timestep 0. On a skipped step nobody reads e0, so it is one projected
+        token, expanded.
         """
-        self.blocks_were_called = True
-        if self.computes:
-            return self.compute(originals, h, **kwargs)
-        reach = self.schedule.reach(bounded=True)
-        return h + self.residuals.guess(self.branch, self.config.order, reach)
-
-    def compute(self, originals: Originals, h: Tensor, **kwargs: Any) -> Tensor:
-        """B(h), and what is to be remembered of it."""
+        last = e.flatten(0, -2)[-1:]
         if self.branch == CONDITIONAL:
-            # before the blocks need the memory; order 1 will need the newest as the older of two
-            self.residuals.free_all_but(self.config.order)
-            self.computing = ComputedStep(self.step, {}, {})
-        out = h
-        for block in originals.blocks:
-            out = block(out, **kwargs)
-        if self.config.thresh > 0:
-            self.learn(h, out)
-        return out
+            self.decide(projection(last)[0] if self.config.signal == PROJECTION else last[0])
+        if self.computes:
+            return projection(e)
+        return projection(last).expand(*e.shape[:-1], -1)
 
-    def learn(self, h: Tensor, out: Tensor) -> None:
-        """Keep a computed step's residual and, after skipped steps, hold the guesses against it."""
-        every = math.ceil(h.size(1) / SAMPLE_TOKENS)
-        self.computing.sampled[self.branch] = (out[:, ::every] - h[:, ::every]).float()
-        self.computing.residuals[self.branch] = out - h
-        is_last_call = self.branch == UNCONDITIONAL or not self.config.is_guided(self.step)
-        if not is_last_call:
+    def decide(self, embedding: Tensor) -> None:
+        """Decide a step for both branches, with one wait for the GPU; with several processes one
+        more, for rank 0's decision."""
+        numbers = [self.timestep.flatten()[-1].double()]
+        if self.embedding is not None:
+            numbers.append(relative_l1(embedding, self.embedding).double())
+        timestep, *distance = torch.stack(numbers).tolist()
+        self.embedding = embedding.clone()  # a view would keep the embeddings of all tokens
+        decision = self.schedule.decide(timestep, distance[0] if distance else None)
+        self.computes = as_rank_0(decision, embedding.device)
+        self.schedule.overrule(self.computes)
+        self.levels.append(timestep)
+        self.times.append(time.perf_counter())
+        if self.computes:
+            self.residuals.free(keep=self.config.order)  # the blocks need the memory
+            self.computed = ComputedStep(self.step, {}, {})
+
+    # Blocks and head
+
+    def run_vace(self, forward_vace: Callable, /, *args: Any, **kwargs: Any) -> Any:
+        """Replaces forward_vace: only the blocks read its hints."""
+        return forward_vace(*args, **kwargs) if self.computes else None
+
+    def run_block(self, block: Callable, /, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Replaces each block's forward."""
+        if self.block_input is None:
+            self.block_input = x
+        return block(x, *args, **kwargs) if self.computes else x
+
+    def run_head(self, head: Callable, /, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Replaces the head's forward; x [1, tokens, dim] is B(h), or h on a skipped step.
+
+        The sum is out of place: under autocast h is bfloat16, B(h) and the residual are float32,
+        and the head must get float32 on every step.
+        """
+        h, self.block_input = self.block_input, None
+        if h is None:
+            raise RuntimeError(f"step {self.step}: the model's forward called none of its blocks")
+        if self.computes:
+            self.remember(h, x)
+        else:
+            x = h + self.residuals.predict(self.config.order, self.branch, self.step)
+        return head(x, *args, **kwargs)
+
+    def remember(self, h: Tensor, out: Tensor) -> None:
+        """Store a branch's residual; after the step's last branch, measure with it."""
+        every = math.ceil(h.size(1) / PROBE_TOKENS)
+        self.computed.probe[self.branch] = (out[:, ::every] - h[:, ::every]).float()
+        self.computed.residual[self.branch] = out - h
+        if self.branch == UNCONDITIONAL or not self.config.is_guided(self.step):
+            sums = self.residuals.add(self.computed)
+            if sums is not None and not self.schedule.decisions[self.step - 1].computed:
+                self.unread.append((self.step, sums))
+
+    # The end
+
+    def finish(self) -> None:
+        """Take the time, read the drifts, free all tensors. Called before the VAE decodes.
+
+        RuntimeError: the last step lacks its unconditional call.
+        """
+        if self.model is None:
             return
-        if self.residuals.newest_first and not self.schedule.decisions[self.step - 1].computed:
-            errors = self.residuals.errors(self.computing, self.schedule.reach(bounded=True))
-            self.measurements.unread.append((self.step, errors))
-        self.residuals.add(self.computing, self.schedule.reach(bounded=False))
-
-    def end_sampling(self) -> None:
-        """Take the time, read what was measured, and let go of all tensors: the VAE is next."""
+        self.check_two_calls()
         synchronize()
-        self.measurements.mark()
-        self.measurements.read()
+        self.times.append(time.perf_counter())
+        read = torch.stack([sums for _, sums in self.unread]).tolist() if self.unread else []
+        for (step, _), (size, error_0, error_1) in zip(self.unread, read, strict=True):
+            if size > 0 and math.isfinite(size + error_0 + error_1):
+                self.drifts.append(Drift(step, (error_0 / size, error_1 / size)))
         self.release()
 
     def release(self) -> None:
-        """Let go of models and tensors; decisions and what was measured stay."""
-        self.residuals = Residuals()
-        self.measurements.unread.clear()
-        self.active = self.signal = self.computing = self.output = None
+        """Free models and tensors; decisions and measurements stay."""
+        self.residuals = ResidualCache(self.levels)
+        self.unread.clear()
+        self.model = self.embedding = self.computed = self.output = self.block_input = None
         self.timestep = self.outer_timestep = None
 
+    # What was measured
+
+    @property
+    def computed_steps(self) -> list[int]:
+        """Step numbers; all at threshold 0."""
+        if self.config.thresh == 0:
+            return list(range(self.config.steps))
+        return self.schedule.computed_steps
+
+    def drift(self, order: int) -> float | None:
+        """Mean drift with an order; None if no step was computed after a skipped one."""
+        if not self.drifts:
+            return None
+        return float(np.mean([drift.by_order[order] for drift in self.drifts]))
+
+    @property
+    def speedup(self) -> float | None:
+        """Estimated speed-up of the sampling over stock, from the seconds of the computed passes;
+        None before a step was finished."""
+        seconds = np.diff(self.times[1:])  # of each step, from its decision to the next
+        a_pass = [
+            seconds[step] / (1 + self.config.is_guided(step))
+            for step in self.schedule.computed_steps
+            if step < len(seconds)
+        ]
+        if not a_pass:
+            return None
+        return float(np.median(a_pass)) * 2 * len(seconds) / (self.times[-1] - self.times[0])
+
     def summary(self) -> str:
-        """What was computed and measured, in a line."""
-        return self.measurements.summary()
+        """One line: the computed steps, the estimated speed-up and the drift."""
+        config, schedule = self.config, self.schedule
+        if config.thresh == 0:
+            return f"TeaCache: computed all {config.steps} steps (threshold 0)"
+        if self.speedup is None:
+            return "TeaCache: no step was taken"
+        computed = schedule.computed_steps
+        text = (
+            f"TeaCache: computed {len(computed)} of {len(schedule.decisions)} steps "
+            f"({' '.join(map(str, computed))})"
+        )
+        if schedule.passes != 2 * len(computed):
+            text += f", {schedule.passes} of {2 * len(schedule.decisions)} passes"
+        text += f", about {self.speedup:.2f}x of stock"
+        if not self.drifts:
+            return text
+        order, other = config.order, 1 - config.order
+        worst = max(self.drifts, key=lambda drift: drift.by_order[order])
+        return (
+            f"{text}, mean drift {percent(self.drift(order))} (max "
+            f"{percent(worst.by_order[order])} at step {worst.step}; order {other}: "
+            f"{percent(self.drift(other))})"
+        )
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 @contextmanager
 def teacache(models: nn.Module | Sequence[nn.Module], config: TeaCacheConfig) -> Iterator[TeaCache]:
     """Let one ``generate`` of a Wan pipeline skip steps.
 
-        config = TeaCacheConfig.from_row(ROWS["t2v-1.3B"], steps=50)
+        config = TeaCacheConfig.from_rule(RULES["t2v-1.3B"], steps=50)
         with teacache(pipeline.model, config) as cache:
             video = pipeline.generate(prompt, size=(832, 480), sampling_steps=50)
         print(cache.summary())
 
-    models: the pipeline's WanModel or VaceWanModel, or the FSDP wrapper of one; for Wan2.2's
-        A14B both of its models. These instances only are touched, and left as they were, also
-        after an error.
-    Among several processes all must take the same steps, as Wan's own do.
-    RuntimeError: a model is in use by another ``teacache``, takes more steps than configured, or
-        is called otherwise than twice a step.
+    models: the pipeline's WanModel or VaceWanModel, or a wrapper of it (FSDP, PEFT); for Wan2.2's
+        A14B both models. Only these instances are patched, and restored also after an error. At
+        threshold 0 nothing is patched.
+    With several processes all must take the same steps, as Wan's do.
+    TypeError: not a Wan transformer. RuntimeError: a model is compiled as a whole, is patched by
+        another ``teacache``, takes more steps than configured, or is not called twice a step.
     """
+    models = models if isinstance(models, (list, tuple)) else [models]
+    found = [find_transformer(model) for model in models]
     cache = TeaCache(config)
+    guides_less = config.guided_steps is not None and config.guided_steps < config.steps
     with ExitStack() as stack:
-        for model in [models] if isinstance(models, nn.Module) else models:
-            inner = getattr(model, "module", model)
-            if inner is not model:  # FSDP's wrapper
-                hook = model.register_forward_pre_hook(cache.note_timestep, with_kwargs=True)
-                stack.enter_context(hook)
-            stack.enter_context(stand_ins(inner, cache))
+        for model, inner in zip(models, found, strict=True):
+            if config.thresh > 0 or guides_less:
+                stack.enter_context(patched_model(cache, model, inner))
         try:
             yield cache
-            if cache.calls != 2 * config.steps:
-                cache.end_sampling()
+            cache.finish()
         finally:
             cache.release()
-    if cache.calls != 2 * config.steps:
-        log.warning(f"TeaCache: set up for {config.steps} steps, but saw {cache.calls / 2:g}")
+    taken = cache.step + 1
+    if cache.calls and taken != config.steps:
+        log.warning(f"TeaCache: set up for {config.steps} steps, but the pipeline took {taken}")
     if cache.schedule.negative_steps:
         log.warning(
-            f"TeaCache: negative increments at steps {ranges(cache.schedule.negative_steps)}: the "
-            "coefficients are not made for these distances, and too many steps may be skipped"
+            f"TeaCache: increments were negative at steps {ranges(cache.schedule.negative_steps)}: "
+            "the polynomial was used outside its fitted range and may skip too many steps"
         )
 
 
+def find_transformer(model: object) -> nn.Module:
+    """The module with blocks, head and time_projection, inside any wrapper."""
+    parts, outside = {"blocks", "head", "time_projection"}, []
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        outside.append(module)
+        if parts <= module._modules.keys():
+            break
+    else:
+        raise TypeError(
+            f"teacache() needs Wan's own transformer, such as pipeline.model, not a "
+            f"{type(model).__name__}"
+        )
+    if any(map(is_compiled, outside)):
+        raise RuntimeError("the model is compiled as a whole: compile its blocks instead")
+    return outside[-1]
+
+
+def is_compiled(module: nn.Module) -> bool:
+    return (
+        hasattr(module, "_orig_mod")  # torch.compile(module)
+        or getattr(module, "_compiled_call_impl", None) is not None  # module.compile()
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+    )
+
+
 @contextmanager
-def stand_ins(model: nn.Module, cache: TeaCache) -> Iterator[None]:
-    """Put a cache in the way of one model's forward, blocks and forward_vace."""
-    if "blocks" in vars(model):
-        raise RuntimeError("this model is in use by another teacache(): leave that one first")
-    originals = Originals(model.forward, model.blocks, getattr(model, "forward_vace", None))
-    forward = functools.wraps(model.forward)(functools.partial(cache.forward, originals))
-    blocks = (functools.partial(cache.blocks, originals),)  # one in place of all: called once
-    forward_vace = functools.partial(cache.forward_vace, originals)
-    hook = model.time_projection.register_forward_hook(cache.decide)
-    with hook, shadow(model, forward=forward, blocks=blocks, forward_vace=forward_vace):
+def patched_model(cache: TeaCache, model: nn.Module, inner: nn.Module) -> Iterator[None]:
+    """Patch one transformer, ``inner``, which ``model`` is or wraps."""
+    if "teacache" in vars(inner):
+        raise RuntimeError("this model is patched by another teacache(): leave that one first")
+    with ExitStack() as stack:
+        if model is not inner:
+            hook = model.register_forward_pre_hook(cache.note_timestep, with_kwargs=True)
+            stack.enter_context(hook)
+        forward = functools.wraps(inner.forward)(
+            functools.partial(cache.forward, inner, inner.forward)
+        )
+        stack.enter_context(patched(inner, forward=forward, teacache=cache))
+        if cache.config.thresh > 0:
+            for block in inner.blocks:
+                stack.enter_context(patched_call(block, cache.run_block))
+            stack.enter_context(patched_call(inner.time_projection, cache.project))
+            stack.enter_context(patched_call(inner.head, cache.run_head))
+            if hasattr(inner, "forward_vace"):
+                run_vace = functools.partial(cache.run_vace, inner.forward_vace)
+                stack.enter_context(patched(inner, forward_vace=run_vace))
         yield
 
 
-# ------------------------------------------------------------------------------------- attention
-# Owns PyTorch's attention in flash-attn's place. Knows the names of Wan's modules.
+def patched_call(module: nn.Module, replacement: Callable) -> Any:
+    """Patch what calling a module runs: its forward, or what ``module.compile()`` made of it."""
+    compiled = getattr(module, "_compiled_call_impl", None) is not None
+    name = "_compiled_call_impl" if compiled else "forward"
+    return patched(module, **{name: functools.partial(replacement, getattr(module, name))})
 
-# flash-attn 2 and 3: the compute capabilities that have kernels, from the first up to the second.
-# On others they fail at the first block (Dao-AILab/flash-attention issue 1049, pull request 2593).
-FLASH_ATTENTION = {
-    "flash_attn": ((8, 0), (math.inf, 0)),
-    "flash_attn_interface": ((9, 0), (10, 0)),
-}
+
+# ------------------------------------------------------------------------------------- attention
+# PyTorch's attention in place of flash-attn where that cannot run. Knows the names of Wan's modules.
 
 
 def sdpa_attention(
@@ -1006,16 +944,16 @@ def sdpa_attention(
     window_size: tuple[int, int] = (-1, -1),
     version: int | None = None,
 ) -> Tensor:
-    """Wan's ``flash_attention`` by scaled_dot_product_attention, computed in v's dtype.
+    """Wan's ``flash_attention`` with scaled_dot_product_attention, computed in v's dtype.
 
-    q [B, Lq, N, C], k and v [B, Lk, N, C], k_lens [B] valid keys; [B, Lq, N, C] in q's dtype comes
-    back. ``version``, of flash-attn, is ignored. NotImplementedError: a window; Wan has none.
+    q [B, Lq, N, C], k and v [B, Lk, N, C]; k_lens [B]: valid keys. Returns [B, Lq, N, C] in q's
+    dtype. ``version``, of flash-attn, is ignored. NotImplementedError: a window; Wan uses none.
     """
     if tuple(window_size) != (-1, -1):
         raise NotImplementedError(f"window_size {window_size} needs flash-attn")
     mask = None
     if k_lens is not None:
-        longest = int(k_lens.max())  # a mask would rule out the fast kernels: Wan has one sample
+        longest = int(k_lens.max())  # slicing keeps the fast kernels, which take no mask
         k, v = k[:, :longest], v[:, :longest]
         if int(k_lens.min()) < longest:
             mask = torch.arange(longest, device=q.device) < k_lens.to(q.device)[:, None]
@@ -1025,60 +963,69 @@ def sdpa_attention(
     return out.transpose(1, 2).to(q.dtype)
 
 
-def hide_unusable_flash_attention(capability: tuple[int, int] | None) -> list[str]:
-    """Hide those of flash-attn 2 and 3 that cannot compute here from Wan's import; the others come
-    back.
+def prepare_flash_attention() -> None:
+    """Let Wan's import survive a broken flash-attn; call it before ``import wan``.
 
-    capability: the GPU's compute capability; None without one. A package of another torch or CUDA
-    can fail at import with any exception.
+    Wan expects ModuleNotFoundError; a package built for another torch raises anything. Newer
+    versions of flash-attn 3 return a tensor where Wan takes the first of a tuple.
     """
-    usable = []
-    for name, (lowest, beyond) in FLASH_ATTENTION.items():
-        with suppress(Exception):
-            if capability is not None and lowest <= capability < beyond:
-                importlib.import_module(name)
-                usable.append(name)
-        if name not in usable:  # Wan expects ModuleNotFoundError, which this makes of an import
+    for name in ("flash_attn", "flash_attn_interface"):
+        try:
+            importlib.import_module(name)
+        except Exception:
             sys.modules[name] = None  # type: ignore[assignment]
-    return usable
+    interface = sys.modules["flash_attn_interface"]
+    if interface is None:
+        return
+    varlen = interface.flash_attn_varlen_func
+
+    @functools.wraps(varlen)
+    def in_tuple(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        out = varlen(*args, **kwargs)
+        return out if isinstance(out, tuple) else (out,)
+
+    interface.flash_attn_varlen_func = in_tuple
 
 
-def install_attention(usable: Sequence[str]) -> None:
-    """Give every module of Wan an attention that works here; call it after ``import wan``.
+def install_attention(device: torch.device) -> None:
+    """Replace Wan's ``flash_attention`` where it cannot run on a device; call after ``import wan``.
 
-    usable: what ``hide_unusable_flash_attention`` gave, [] where there is no flash-attn.
+    Each module's function is called once with 16 tokens. An attention of the user's own, in place
+    of Wan's, is left as it is.
     """
-    if "flash_attn_interface" in usable:
-        interface = sys.modules["flash_attn_interface"]
-        varlen = interface.flash_attn_varlen_func
-
-        @functools.wraps(varlen)
-        def in_tuple(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-            out = varlen(*args, **kwargs)  # a tensor from newer versions; Wan takes [0] of it
-            return out if isinstance(out, tuple) else (out,)
-
-        interface.flash_attn_varlen_func = in_tuple
-    replaced = []
+    reasons = {}
     for name, module in list(sys.modules.items()):
-        if name.startswith("wan.") and hasattr(module, "flash_attention"):
-            serves = {"flash_attn"} if name == "wan.modules.clip" else set(FLASH_ATTENTION)
-            if serves.isdisjoint(usable):  # CLIP's calls ask for flash-attn 2
-                module.flash_attention = sdpa_attention
-                replaced.append(name)
-    if replaced:
-        where = " for CLIP" if replaced == ["wan.modules.clip"] else ""
-        log.info(f"TeaCache: no usable flash-attn{where}: scaled_dot_product_attention instead")
+        attend = getattr(module, "flash_attention", None) if name.startswith("wan.") else None
+        if attend is None or not is_wans_own(attend):
+            continue
+        version = {"version": 2} if name.endswith(".clip") else {}  # as CLIP calls it
+        q = torch.zeros(1, 16, 1, 128, dtype=torch.bfloat16, device=device)
+        try:
+            attend(q, q, q, **version)
+        except Exception as error:
+            module.flash_attention = sdpa_attention
+            reasons[name] = str(error).strip().split("\n")[0] or "flash-attn is not installed"
+    used = sys.modules["wan.modules.model"].flash_attention
+    if reasons:
+        name, reason = next(iter(reasons.items()))
+        where = "" if used is sdpa_attention else f" in {', '.join(reasons)}"
+        log.info(f"TeaCache: attention{where}: PyTorch's (Wan's cannot run here: {reason:.200})")
+    else:
+        log.info(f"TeaCache: attention: {used.__module__}.{used.__name__}")
+
+
+def is_wans_own(attend: Any) -> bool:
+    """Whether a flash_attention is Wan's: only that looks whether flash-attn 2 was imported."""
+    return "FLASH_ATTN_2_AVAILABLE" in getattr(getattr(attend, "__code__", None), "co_names", ())
 
 
 # ------------------------------------------------------------------------------------------- Wan
-# Owns what the script needs of a checkout of Wan2.1 or Wan2.2 (import, parser, timesteps, models
-# of a pipeline, VAE, writers) and of a checkpoint (time embedding). Knows no jobs.
-
-# What is wrong with a command
+# A checkout of Wan2.1 or Wan2.2: import, parser, timesteps, models of a pipeline, VAE, writers; a
+# checkpoint's time embedding. Knows no jobs.
 
 
 class Refused(Exception):
-    """What is wrong with the command, found before any weight is loaded: a line each, exit 2."""
+    """A wrong command, found before the weights are loaded: one line each, exit status 2."""
 
     def __init__(self, *messages: str):
         super().__init__(*(" ".join(message.split()) for message in messages))
@@ -1092,7 +1039,7 @@ def require(condition: Any, message: str) -> None:
 
 @contextmanager
 def refusing(what: str, cure: str) -> Iterator[None]:
-    """Refuse what cannot be read or written; each decoder and writer has its own exceptions."""
+    """Turn any exception into a refusal: each decoder and writer raises its own kinds."""
     try:
         yield
     except Refused:
@@ -1103,13 +1050,10 @@ def refusing(what: str, cure: str) -> Iterator[None]:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that objects in one line."""
+    """An ArgumentParser whose errors are refusals."""
 
     def error(self, message: str) -> NoReturn:
         raise Refused(f"{message.removeprefix('argument ')} (see --help)")
-
-
-# What torchrun tells
 
 
 def environment(name: str, default: int) -> int:
@@ -1118,26 +1062,29 @@ def environment(name: str, default: int) -> int:
 
 
 def is_rank_0() -> bool:
-    """Whether this process speaks and writes, of all that torchrun has started."""
+    """Whether this process logs and writes for all that make a video together."""
     return environment("RANK", 0) == 0
 
 
-# A checkout
+def device_of_run() -> torch.device:
+    """The device of this process's models."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", environment("LOCAL_RANK", 0))
+    return torch.device("cpu")
+
+
+# Tasks
 
 
 @dataclass(frozen=True)
 class Release:
-    """What is named otherwise in Wan2.1 and in Wan2.2; told apart by the name of the writer.
-
-    All other differences are seen where they matter: in the task's config, the parser's flags, the
-    attributes of a pipeline or the modules that are there.
-    """
+    """The names that differ between Wan2.1 and Wan2.2, told apart by their video writer."""
 
     name: str
-    video_writer: str  # of generate.py
+    video_writer: str  # in generate.py
     image_writer: str | None
-    vaes: dict[str, str]  # how a config's vae_checkpoint begins: MODULE.CLASS in wan.modules
-    no_cache: Sequence[str] = ()  # tasks that sample clip after clip, with other models
+    vaes: dict[str, str]  # start of a config's vae_checkpoint: MODULE.CLASS in wan.modules
+    refused_tasks: Sequence[str] = ()  # they sample clip after clip, with other models
 
 
 RELEASES = (
@@ -1147,24 +1094,25 @@ RELEASES = (
         "save_video",
         None,
         {"Wan2.1_VAE": "vae2_1.Wan2_1_VAE", "Wan2.2_VAE": "vae2_2.Wan2_2_VAE"},
-        no_cache=("s2v-14B", "animate-14B"),
+        refused_tasks=("s2v-14B", "animate-14B"),
     ),
 )
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What the tasks of one kind need, before a weight is loaded."""
+    """What the tasks of one kind need before the weights are loaded."""
 
-    transformers: Sequence[str]  # the model_type of those that will do
-    inputs: Sequence[str] = ()  # the flags whose files generate.py opens
+    transformers: Sequence[str]  # model_type of the transformers that fit
+    inputs: Sequence[str] = ()  # flags of the files that generate.py opens
+    only_81_frames: bool = False  # hard-coded in Wan
 
 
 KINDS = {  # by the first word of a task, such as t2v of t2v-14B
     "t2v": Kind(("t2v",)),
     "t2i": Kind(("t2v",)),
     "i2v": Kind(("i2v",), ("image",)),
-    "flf2v": Kind(("flf2v", "i2v"), ("first_frame", "last_frame")),
+    "flf2v": Kind(("flf2v", "i2v"), ("first_frame", "last_frame"), only_81_frames=True),
     "vace": Kind(("vace",), ("src_video", "src_mask", "src_ref_images")),
     "ti2v": Kind(("ti2v",), ("image",)),
 }
@@ -1176,31 +1124,43 @@ def kind_of(args: argparse.Namespace) -> str:
 
 
 def makes_image(args: argparse.Namespace) -> bool:
-    """Whether a task makes one image, not a video."""
     return kind_of(args) == "t2i"
 
 
-class Wan:
-    """A checkout of Wan2.1 or Wan2.2, imported.
+# Flags of generate.py that the script reads. A fork may lack the optional ones.
+NEEDED_FLAGS = (
+    "task", "size", "frame_num", "ckpt_dir", "save_file", "prompt", "base_seed", "sample_solver",
+    "sample_steps", "sample_shift", "sample_guide_scale",
+)  # fmt: skip
+OPTIONAL_FLAGS = {
+    "ulysses_size": 1, "ring_size": 1, "dit_fsdp": False, "t5_fsdp": False, "t5_cpu": False,
+    "offload_model": None, "use_prompt_extend": False, **dict.fromkeys(INPUTS),
+}  # fmt: skip
 
-    generate_py: its generate.py. release: what differs. What is slow to find out and the same for
-    many videos is remembered here.
+
+# A checkout
+
+
+class Wan:
+    """An imported checkout of Wan2.1 or Wan2.2. Caches what is slow to compute.
+
+    generate_py: its generate.py. release: the names that differ.
     """
 
     def __init__(self, generate_py: ModuleType, release: Release):
         self.generate_py, self.release = generate_py, release
         self.package = sys.modules["wan"]
-        self.writers = [w for w in (release.video_writer, release.image_writer) if w]
+        self.image_writer = release.image_writer and getattr(generate_py, release.image_writer)
         self.folder = Path(generate_py.__file__).parent
-        self.known_distances: dict[tuple[Any, ...], list[float | None]] = {}
-        self.good_targets = set[tuple[Path, str]]()  # folder and ending
+        self.distances: dict[tuple[Any, ...], list[float | None]] = {}
+        self.checked = set[tuple[Any, ...]]()  # checkpoints, and folders of targets
 
     def task_config(self, task: str) -> dict[str, Any]:
-        """The model's config of a task: sizes, names of files."""
+        """A task's model config: sizes, names of files."""
         return self.generate_py.WAN_CONFIGS[task]
 
     def examples(self, task: str) -> dict[str, str]:
-        """The prompt and inputs that generate.py takes where none are given."""
+        """The prompt and inputs that generate.py uses where none are given."""
         return getattr(self.generate_py, "EXAMPLE_PROMPT", {}).get(task, {})
 
     def pipelines(self) -> dict[str, type]:
@@ -1208,30 +1168,37 @@ class Wan:
         exported = vars(self.package).items()
         return {name: value for name, value in exported if hasattr(value, "generate")}
 
-    def parse(self, argv: Sequence[str], whole: bool = True) -> argparse.Namespace:
-        """generate.py's parser and assertions, with their objections in our form.
+    def parse(self, argv: Sequence[str], validate: bool = True) -> argparse.Namespace:
+        """generate.py's flags, parsed by its own parser; its errors are refusals.
 
-        whole: it is all of a command line; to a part of one its assertions do not apply.
+        validate: also apply its assertions and defaults, which need a whole command line.
         """
         our_argparse = SimpleNamespace(**{**vars(argparse), "ArgumentParser": Parser})
-        argv = [sys.argv[0], *argv]
         replaced = {"argparse": our_argparse}
-        replaced |= {} if whole else {"_validate_args": lambda args: None}
-        with shadow(self.generate_py, **replaced), shadow(sys, argv=argv):
+        replaced |= {} if validate else {"_validate_args": lambda args: None}
+        with patched(self.generate_py, **replaced), patched(sys, argv=[sys.argv[0], *argv]):
             try:
                 args = self.generate_py._parse_args()
             except AssertionError as error:
                 what = "--ckpt_dir, --task, --size or --frame_num"
                 raise Refused(f"{what}: {error} (see --help)") from error
+        for name in NEEDED_FLAGS:
+            require(
+                hasattr(args, name),
+                f"--{name}: TeaCache reads this flag, and {self.generate_py.__file__} has none: "
+                "add it to its parser, or use Wan's own generate.py",
+            )
+        for name, default in OPTIONAL_FLAGS.items():
+            vars(args).setdefault(name, default)
         require(
-            args.task not in self.release.no_cache,
-            f"--task {args.task}: it samples clip after clip with other models, which TeaCache is "
-            "not made for: run generate.py itself",
+            args.task not in self.release.refused_tasks,
+            f"--task {args.task}: TeaCache does not support it (it samples clip after clip): run "
+            "generate.py itself",
         )
         return args
 
     def vae(self, args: argparse.Namespace, device: torch.device) -> Any:
-        """The VAE of a task alone."""
+        """A task's VAE alone."""
         file = self.task_config(args.task)["vae_checkpoint"]
         names = [name for start, name in self.release.vaes.items() if file.startswith(start)]
         module, vae_class = names[0].split(".")
@@ -1239,7 +1206,7 @@ class Wan:
         return make(vae_pth=str(Path(args.ckpt_dir) / file), device=device)
 
     def timesteps(self, args: argparse.Namespace) -> list[int]:
-        """The timesteps of a run, by Wan's own schedulers."""
+        """The timesteps of a run, from Wan's own schedulers."""
         solvers = importlib.import_module("wan.utils.fm_solvers")
         train = self.task_config(args.task)["num_train_timesteps"]
         common = {"num_train_timesteps": train, "shift": 1, "use_dynamic_shifting": False}
@@ -1254,17 +1221,9 @@ class Wan:
         require(
             timesteps[:1] != timesteps[1:2],
             f"--sample_steps {args.sample_steps} --sample_shift {args.sample_shift}: the first two "
-            "timesteps are equal, with which unipc fails at the last step: fewer steps, or dpm++",
+            "timesteps are equal, and unipc fails at the last step: use fewer steps, or dpm++",
         )
         return timesteps
-
-
-def ring_size(args: argparse.Namespace) -> int:
-    """1 for Wan2.2, which has no ring."""
-    return getattr(args, "ring_size", 1)
-
-
-# The transformers of a task, and when they run
 
 
 def models_of(pipeline: Any) -> list[nn.Module]:
@@ -1280,41 +1239,36 @@ def transformer_folders(ckpt_dir: str, task_config: dict[str, Any]) -> list[Path
     return [Path(ckpt_dir) / name for name in names if name] or [Path(ckpt_dir)]
 
 
-def steps_of_first(timesteps: Sequence[float], task_config: dict[str, Any]) -> int:
-    """How many steps the first transformer of a pipeline samples: all, where it has one only."""
+def split_by_model(timesteps: Sequence[float], task_config: dict[str, Any]) -> tuple[int, ...]:
+    """The number of steps of each transformer: (steps,), or (high noise, low noise) for A14B."""
     if "boundary" not in task_config:
-        return len(timesteps)
-    return sum(timestep >= task_config["boundary"] * TRAIN_TIMESTEPS for timestep in timesteps)
+        return (len(timesteps),)
+    high = sum(timestep >= task_config["boundary"] * TRAIN_TIMESTEPS for timestep in timesteps)
+    return (high, len(timesteps) - high)
 
 
 def count_guided_steps(
-    scale: float | Sequence[float] | None, steps: int, of_first: int, until: float
+    scale: float | Sequence[float], steps_by_model: Sequence[int], until: float
 ) -> int | None:
-    """On how many steps guidance needs the unconditional branch; None for all of them.
+    """The number of first steps that need the unconditional branch; None for all.
 
-    scale: Wan's guide_scale, of Wan2.2's A14B a pair (low noise, high noise). At 1 the output of
-        that branch is multiplied by 0, and it need not run; a scale of None never ends it.
-    of_first: ``steps_of_first``, which are those of high noise.
-    until: the share of the steps that is asked for.
+    scale: Wan's guide_scale, for A14B a pair (low noise, high noise). At 1 the branch is
+        multiplied by 0. until: the share of guided steps that is asked for.
     """
+    steps = sum(steps_by_model)
     low, high = scale if isinstance(scale, (tuple, list)) else (scale, scale)
-    if low != 1:
-        guided = steps
-    elif high != 1:
-        guided = of_first
-    else:
-        guided = 0
+    guided = steps if low != 1 else steps_by_model[0] if high != 1 else 0
     guided = min(guided, round(until * steps))
     return None if guided == steps else guided
 
 
 # Importing it
 
-PACKAGES = {"cv2": "opencv-python", "PIL": "pillow", "skimage": "scikit-image"}  # by other names
+PACKAGES = {"cv2": "opencv-python", "PIL": "pillow", "skimage": "scikit-image"}  # pip's names
 
 
 def import_wan(wan_repo: str | None, generates: bool) -> Wan:
-    """Wan's generate.py, imported. Only to generate does it need and touch CUDA."""
+    """Import Wan's generate.py. generates: sampling follows, which needs CUDA and attention."""
     script = Path(__file__)
     folders = [Path(wan_repo)] if wan_repo else [script.parent, script.resolve().parent, Path.cwd()]
     found = [f for f in folders if (f / "generate.py").is_file() and (f / "wan").is_dir()]
@@ -1325,62 +1279,64 @@ def import_wan(wan_repo: str | None, generates: bool) -> Wan:
         "git clone https://github.com/Wan-Video/Wan2.1 and copy this script into it",
     )
     sys.path.insert(0, str(found[0].resolve()))
-    cuda = generates and torch.cuda.is_available()
-    usable = hide_unusable_flash_attention(compute_capability() if cuda else None)
+    if generates:
+        check_gpus()
+    prepare_flash_attention()
     no_gpu = {} if generates else {"current_device": lambda: 0}
-    with shadow(torch.cuda, **no_gpu):  # wan/modules/t5.py asks for the device when imported
+    with patched(torch.cuda, **no_gpu):  # wan/modules/t5.py asks for the device when imported
         try:
             generate_py = importlib.import_module("generate")
         except Exception as error:
-            raise Refused(why_no_import(error, cuda_needed=generates and not cuda)) from error
+            needs_cuda = generates and not torch.cuda.is_available()
+            raise Refused(why_no_import(error, needs_cuda)) from error
     releases = [r for r in RELEASES if hasattr(generate_py, r.video_writer)]
     needed = ("_parse_args", "generate", "WAN_CONFIGS")
     missing = [name for name in needed if not hasattr(generate_py, name)]
     missing += [] if releases else [" or ".join(release.video_writer for release in RELEASES)]
     require(
         not missing,
-        f"--wan_repo {found[0]}: its generate.py has no {', '.join(missing)}: it is not that of "
-        "Wan2.1 or Wan2.2, or a fork too far from them",
+        f"--wan_repo {found[0]}: its generate.py has no {', '.join(missing)}: use Wan2.1's or "
+        "Wan2.2's, or a fork nearer to them",
     )
     if hasattr(generate_py, "_init_logging"):
-        generate_py._init_logging(environment("RANK", 0))  # only rank 0 speaks
-    install_attention(usable)
+        generate_py._init_logging(environment("RANK", 0))  # only rank 0 logs
+    if generates:
+        install_attention(device_of_run())
     return Wan(generate_py, releases[0])
 
 
-def compute_capability() -> tuple[int, int]:
-    """That of this process's GPU."""
-    device, there = environment("LOCAL_RANK", 0), torch.cuda.device_count()
+def check_gpus() -> None:
+    """Each process of this machine has a GPU, where there is one."""
+    if not torch.cuda.is_available():
+        return
+    device, count = environment("LOCAL_RANK", 0), torch.cuda.device_count()
     processes = environment("LOCAL_WORLD_SIZE", 1)
-    require(processes <= there, f"--nproc_per_node {processes}: must be {there} GPUs or fewer")
+    require(processes <= count, f"--nproc_per_node {processes}: must be {count} GPUs or fewer")
     require(
-        device < there,
-        f"LOCAL_RANK {device}: there are {there} GPUs: start by torchrun, or unset LOCAL_RANK",
+        device < count,
+        f"LOCAL_RANK {device}: there are {count} GPUs: start with torchrun, or unset LOCAL_RANK",
     )
-    return torch.cuda.get_device_capability(device)
 
 
-def why_no_import(error: Exception, cuda_needed: bool) -> str:
-    """What to do about an exception from importing Wan, in one line."""
+def why_no_import(error: Exception, needs_cuda: bool) -> str:
+    """The reason and the cure of a failed import of Wan, in one line."""
     reason = " ".join(str(error).split()) or type(error).__name__
     reason = reason if len(reason) < 400 else f"{reason[:200]} ... {reason[-200:]}"
+    what = f"Wan cannot be imported: {reason}"
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.split(".")[0]
         if package == "wan":
-            return f"Wan cannot be imported: {reason}: this checkout lacks it: clone it again"
-        install = PACKAGES.get(package, package)
-        return f"Wan cannot be imported: {reason}: pip install {install}"
+            return f"{what}: this checkout lacks it: clone it again"
+        return f"{what}: pip install {PACKAGES.get(package, package)}"
     if "torchvision" in reason:
-        cure = f"install the torchvision that was built for torch {torch.__version__}"
-        return f"Wan cannot be imported: {reason}: {cure}"
-    if cuda_needed and not isinstance(error, ImportError) and re.search("(?i)cuda|nvidia", reason):
+        return f"{what}: install the torchvision built for torch {torch.__version__}"
+    if needs_cuda and not isinstance(error, ImportError) and re.search("(?i)cuda|nvidia", reason):
         cure = f"see nvidia-smi, and whether torch {torch.__version__} is a CUDA build"
         return f"no CUDA device, and Wan needs one ({reason}): {cure}"
-    cure = "install what its requirements.txt lists"
-    return f"Wan cannot be imported: {type(error).__name__}: {reason}: {cure}"
+    return f"{what} ({type(error).__name__}): install what its requirements.txt lists"
 
 
-# What the time embedding of a checkpoint says, for the plan
+# A checkpoint's time embedding
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -1389,7 +1345,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def tensor_files(folder: Path) -> dict[str | None, Path]:
-    """The file of each of a transformer's tensors; {None: file} where one file has them all."""
+    """The file of each of a transformer's tensors; {None: file} if one file holds all."""
     names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
     for name in names:  # in the order in which from_pretrained looks
         index = folder / f"{name}.index.json"
@@ -1398,11 +1354,11 @@ def tensor_files(folder: Path) -> dict[str | None, Path]:
             return {tensor: folder / file for tensor, file in files.items()}
         if (folder / name).exists():
             return {None: folder / name}
-    return {None: folder / names[0]}  # is not there: check_intact says so
+    return {None: folder / names[0]}  # missing: check_file refuses it
 
 
 def read_tensor(folder: Path, name: str) -> Any:
-    """One tensor of a transformer, to be sliced: only an old pickle is read as a whole."""
+    """One tensor of a transformer, to be sliced; only an old pickle is read as a whole."""
     files = tensor_files(folder)
     file = files.get(name) or files.get(None)
     if file is None:
@@ -1413,8 +1369,8 @@ def read_tensor(folder: Path, name: str) -> Any:
     return torch.load(file, mmap=mmap, weights_only=True, map_location="cpu")[name]
 
 
-def signal_distances(folder: Path, timesteps: Sequence[float], mode: str) -> list[float]:
-    """The relative L1 distances of one transformer's signal, one less than timesteps."""
+def embedding_distances(folder: Path, timesteps: Sequence[float], signal: str) -> list[float]:
+    """The relative L1 distances of one transformer's embeddings, one fewer than timesteps."""
 
     def linear(x: Tensor, layer: str, outputs: slice = slice(None)) -> Tensor:
         weight, bias = (read_tensor(folder, f"{layer}.{n}")[outputs] for n in ("weight", "bias"))
@@ -1424,108 +1380,70 @@ def signal_distances(folder: Path, timesteps: Sequence[float], mode: str) -> lis
     freq_dim = read_tensor(folder, "time_embedding.0.weight")[:1].shape[1]
     hidden = linear(sinusoid(freq_dim, torch.tensor(timesteps)).float(), "time_embedding.0")
     e = linear(nn.functional.silu(hidden), "time_embedding.2")
-    signals = [e]
-    if mode == RETENTION:  # e0, one of its six parts at a time: for 14B it has 0.6 GB of weights
+    parts = [e]
+    if signal == PROJECTION:  # e0, a sixth at a time: for 14B it has 0.6 GB of weights
         dim, modulation = e.size(1), nn.functional.silu(e)
         sixths = (slice(i * dim, (i + 1) * dim) for i in range(6))
-        signals = (linear(modulation, "time_projection.1", sixth) for sixth in sixths)
+        parts = (linear(modulation, "time_projection.1", sixth) for sixth in sixths)
     change, size = 0.0, 0.0
-    for values in signals:  # [timesteps, dim]
+    for values in parts:  # [timesteps, dim]
         change = change + values.diff(dim=0).abs().sum(1)
         size = size + values[:-1].abs().sum(1)
     return (change / size).tolist()
 
 
-def distances_of(
-    wan: Wan, args: argparse.Namespace, timesteps: Sequence[float], mode: str
-) -> list[float | None]:
-    """The distance of each step to the one before, read out of the weights; None at the first step
-    of each transformer.
-
-    mode: that of the config; "sigma" does without, and nothing is read.
-    """
-    key = (args.ckpt_dir, mode, *timesteps)
-    if key not in wan.known_distances:
-        task_config, distances = wan.task_config(args.task), []
-        of_first = steps_of_first(timesteps, task_config)
-        by_model = (timesteps[:of_first], timesteps[of_first:])  # of one model all are the first
+def preview_of(wan: Wan, args: argparse.Namespace, signal: str) -> Preview:
+    """A run's timesteps and, from the checkpoint, its distances: none is read for NOISE_LEVEL."""
+    timesteps, task_config = wan.timesteps(args), wan.task_config(args.task)
+    key = (args.ckpt_dir, signal, *timesteps)
+    if key not in wan.distances:
+        distances, begin = [], 0
         folders = transformer_folders(args.ckpt_dir, task_config)
-        for folder, its_timesteps in zip(folders, by_model, strict=False):
-            if its_timesteps and mode == SIGMA:
-                distances += [None, *[math.nan] * (len(its_timesteps) - 1)]
-            elif its_timesteps:
+        steps_by_model = split_by_model(timesteps, task_config)
+        for folder, steps in zip(folders, steps_by_model, strict=False):
+            of_model, begin = timesteps[begin : begin + steps], begin + steps
+            if steps and signal == NOISE_LEVEL:
+                distances += [None, *[math.nan] * (steps - 1)]
+            elif steps:
                 with refusing(
                     f"--ckpt_dir {folder}: its time embedding cannot be read",
-                    "download it again, or take --teacache_model sigma, which needs none",
+                    "download it again, or use --teacache_rule sigma, which needs none",
                 ):
-                    distances += [None, *signal_distances(folder, its_timesteps, mode)]
-        wan.known_distances[key] = distances
-    return wan.known_distances[key]
+                    distances += [None, *embedding_distances(folder, of_model, signal)]
+        wan.distances[key] = distances
+    return Preview(timesteps, wan.distances[key])
 
 
-# Writing, and reading back what was written
+# Writing
 
 
-def write_video(wan: Wan, video: Tensor, file: str, fps: int, image: bool) -> None:
-    """A video [3, F, H, W] in [-1, 1], or its one frame, by Wan's writer. OSError: not all."""
+def to_bytes(video: Tensor) -> np.ndarray:
+    """[3, F, H, W] in [-1, 1] to uint8 [F, H, W, 3] on the CPU, rounded as Wan's writer does."""
+    levels = (video.cpu().clamp(-1, 1) + 1) / 2 * 255
+    return levels.byte().permute(1, 2, 3, 0).numpy()
+
+
+def write_video(frames: np.ndarray, file: str | Path, fps: float) -> None:
+    """Write uint8 [F, H, W, 3] with Wan's parameters, and read it back. OSError: not all."""
+    with imageio.get_writer(str(file), fps=fps, codec="libx264", quality=8) as writer:
+        for frame in frames:
+            writer.append_data(frame)
+    check_written(file, len(frames))
+
+
+def write_image(wan: Wan, video: Tensor, file: str | Path) -> None:
+    """Write one frame [3, 1, H, W] with Wan's writer, and read it back: it hides its errors."""
+    pixels = video.squeeze(1)[None]
     options = {"nrow": 1, "normalize": True, "value_range": (-1, 1)}
-    if image:
-        write = getattr(wan.generate_py, wan.release.image_writer)
-        checked(write, tensor=video.squeeze(1)[None], save_file=file, **options)
-    else:
-        write = getattr(wan.generate_py, wan.release.video_writer)
-        checked(write, tensor=video[None], save_file=file, fps=fps, **options)
+    wan.image_writer(tensor=pixels, save_file=str(file), **options)
+    check_written(file, 1)
 
 
-def checked(write: Callable, *args: Any, **kwargs: Any) -> str:
-    """Call a writer of Wan, which hides its errors. OSError: the file does not hold the frames."""
-    call = inspect.signature(write).bind(*args, **kwargs)
-    if "retry" in inspect.signature(write).parameters:
-        call.arguments["retry"] = 1  # Wan2.1's tells the reason of the last try only
-    arguments = {**call.arguments, **call.kwargs}  # a fork's may take **kwargs
-    tensor, file = arguments["tensor"], str(arguments["save_file"])
-    with logged_and_printed() as printed:
-        write(*call.args, **call.kwargs)
-    try:
-        check_written(file, tensor.size(2) if tensor.dim() == 5 else 1)
-    except OSError as error:
-        raise OSError(f"{error}: {why_not_written(file, printed.getvalue())}") from error
-    return file
-
-
-@contextmanager
-def logged_and_printed() -> Iterator[io.StringIO]:
-    """What is printed and logged meanwhile: Wan2.1's writer prints its error, Wan2.2's logs it."""
-    text = io.StringIO()
-    handler = logging.StreamHandler(text)
-    logging.getLogger().addHandler(handler)
-    try:
-        with redirect_stdout(text):
-            yield text
-    finally:
-        logging.getLogger().removeHandler(handler)
-
-
-def why_not_written(file: str, printed: str) -> str:
-    """The reason, as far as anybody tells it."""
-    folder = Path(file).absolute().parent
-    if folder.is_dir() and shutil.disk_usage(folder).free < 2**20:
-        return "the disk is full (No space left on device)"
-    try:
-        if Path(file).exists():
-            open(file, "ab").close()
-        else:
-            tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        return str(error)
-    return printed.strip() or "its writer gives no reason"
-
-
-def check_written(file: str, frames: int) -> None:
-    """OSError: the file does not hold the frames, since the disk was full, or ffmpeg failed."""
+def check_written(file: str | Path, frames: int) -> None:
+    """OSError: the file does not hold the frames."""
     try:
         image_format = Image.registered_extensions().get(Path(file).suffix.lower())
-        if image_format not in (None, "MPEG"):  # of MPEG Pillow knows the name only
+        if image_format not in (None, "MPEG"):  # Pillow knows MPEG by name only
             with Image.open(file) as picture:
                 found = sum(frame.load() is not None for frame in ImageSequence.Iterator(picture))
             found = frames if found else 0  # equal frames are merged into one
@@ -1535,37 +1453,43 @@ def check_written(file: str, frames: int) -> None:
     except Exception as error:  # each decoder has its own
         raise OSError(f"{file} does not hold {frames} frames: {error!r:.200}") from error
     if found < frames:
-        raise OSError(f"{file} does not hold {frames} frames, but {found}")
+        raise OSError(f"{file} holds {found} of {frames} frames")
 
 
 # ---------------------------------------------------------------------------------------- checks
-# Owns what is looked at before a weight is loaded: numbers, checkpoint, inputs, target. Each check
-# raises Refused with one line, and leaves nothing behind.
+# Refuses a wrong command before a weight is loaded: numbers, checkpoint, inputs, target. Each
+# check raises Refused with one line and leaves no file behind.
 
 
 def check_numbers(wan: Wan, args: argparse.Namespace) -> None:
-    """Numbers that the VAE, the sampler and the processes of torchrun can work with."""
-    frames, processes = args.frame_num, environment("WORLD_SIZE", 1)
+    """Check the numbers that the VAE, the sampler and the processes must be able to use."""
+    frames = args.frame_num
     below = max((frames - 1) // 4, 0) * 4 + 1
     require(frames == below, f"--frame_num {frames}: must be 4n+1, such as {below} or {below + 4}")
-    pipeline = wan.pipelines().get(f"Wan{kind_of(args).upper()}")
+    kind, pipelines = KINDS.get(kind_of(args)), wan.pipelines()
+    first_release = wan.release.name == "Wan2.1" and "WanFLF2V" not in pipelines
+    only_81 = kind and (kind.only_81_frames or (first_release and kind_of(args) == "i2v"))
     require(
-        frames == 81 or not makes_81_frames_only(pipeline),
+        frames == 81 or not only_81,
         f"--frame_num {frames}: must be 81 for {args.task}, as Wan2.1 has it",
     )
     steps, shift, scale = args.sample_steps, args.sample_shift, args.sample_guide_scale
     require(steps >= 1, f"--sample_steps {steps}: must be 1 or more, such as 50")
     require(0 < shift < math.inf, f"--sample_shift {shift}: must be positive, such as 5")
-    require(np.isfinite(scale).all(), f"--sample_guide_scale {scale}: must be a number, as 5")
+    require(np.isfinite(scale).all(), f"--sample_guide_scale {scale}: must be a number, such as 5")
     require(args.base_seed < 2**63, f"--base_seed {args.base_seed}: must be under 2**63")
+    check_processes(args)
+
+
+def check_processes(args: argparse.Namespace) -> None:
+    processes = environment("WORLD_SIZE", 1)
     require(
         processes > 1 or not (args.t5_fsdp or args.dit_fsdp),
-        f"--t5_fsdp {args.t5_fsdp} --dit_fsdp {args.dit_fsdp}: must be started by "
+        f"--t5_fsdp {args.t5_fsdp} --dit_fsdp {args.dit_fsdp}: must be started with "
         "torchrun --nproc_per_node=N, N above 1",
     )
-    ulysses, ring = args.ulysses_size, ring_size(args)
-    sizes = f"--ulysses_size {ulysses}"
-    sizes += f" --ring_size {ring}" if hasattr(args, "ring_size") else ""
+    ulysses, ring = args.ulysses_size, args.ring_size
+    sizes = f"--ulysses_size {ulysses} --ring_size {ring}"
     require(
         ulysses * ring in (1, processes) and min(ulysses, ring) > 0,
         f"{sizes}: their product must be the number of processes, {processes} here; "
@@ -1577,48 +1501,36 @@ def check_numbers(wan: Wan, args: argparse.Namespace) -> None:
     )
 
 
-def makes_81_frames_only(pipeline: type | None) -> bool:
-    """Whether a pipeline's mask is of 81 frames, whatever it is asked for."""
-    return pipeline is not None and "ones(1, 81" in inspect.getsource(pipeline.generate)
-
-
 def uses_xfuser(args: argparse.Namespace) -> bool:
-    """Whether the tokens are split over the processes by xfuser: Wan2.1 does, Wan2.2 does not."""
-    split = args.ulysses_size * ring_size(args) > 1
+    """Whether xfuser splits the tokens over the processes; Wan2.2 does without."""
+    split = args.ulysses_size * args.ring_size > 1
     return split and importlib.util.find_spec("wan.distributed.xdit_context_parallel") is not None
 
 
-def damage(file: Path) -> str | None:
-    """What is wrong with a file of weights, by its size and its ends; None if nothing is seen."""
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        head = opened.read(64)
-        if size == 0:
-            return "is empty: download this file again"
-        if head.startswith(b"version https://git-lfs"):
-            return "is a git-lfs pointer, not the file: run git lfs pull in its folder"
-        if file.suffix == ".safetensors":
-            header = int.from_bytes(head[:8], "little")
-            if header > size:
-                return "is cut short: download this file again"
-            opened.seek(8)
-            ends = [
-                t["data_offsets"][1]
-                for t in json.loads(opened.read(header)).values()
-                if "data_offsets" in t
-            ]
-            expected = 8 + header + max(ends, default=0)
-            if size != expected:
-                return f"has {size:,} bytes of {expected:,}: download this file again"
-        elif head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(file):
-            return "is cut short: download this file again"  # an older pickle has no such sign
-        elif file.suffix in (".pth", ".bin") and head[:1] not in (b"P", b"\x80"):
-            return "holds no weights, but perhaps an error's web page: download this file again"
-    return None
+def check_checkpoint(wan: Wan, args: argparse.Namespace, all_files: bool) -> None:
+    """Check that every file to be loaded exists, is complete, and fits the task. Once a command.
+
+    all_files: also those of text encoder, VAE and CLIP.
+    """
+    if (key := (args.ckpt_dir, args.task)) in wan.checked:
+        return
+    folder, task_config = Path(args.ckpt_dir), wan.task_config(args.task)
+    require(
+        folder.is_dir(), f"--ckpt_dir {folder}: must be a folder with a checkpoint of {args.task}"
+    )
+    foreign = find_foreign(folder, task_config)
+    require(not foreign, f"--ckpt_dir {folder}: {foreign}")
+    for transformer in transformer_folders(args.ckpt_dir, task_config):
+        check_transformer(args, transformer, task_config)
+    for name, value in task_config.items() if all_files else ():
+        # the two keys with "noise" are folders of transformers
+        if name.endswith(("_checkpoint", "_tokenizer")) and "noise" not in name:
+            check_file(args, folder / value)
+    wan.checked.add(key)
 
 
-def foreign_checkpoint(folder: Path, task_config: dict[str, Any]) -> str | None:
-    """What a folder is that other code is for."""
+def find_foreign(folder: Path, task_config: dict[str, Any]) -> str | None:
+    """Which other code a checkpoint folder belongs to, if any."""
     if (folder / "model_index.json").is_file():
         return "is a -Diffusers checkpoint: download the one of the same name without -Diffusers"
     if (folder / "high_noise_model").is_dir() and "high_noise_checkpoint" not in task_config:
@@ -1628,27 +1540,23 @@ def foreign_checkpoint(folder: Path, task_config: dict[str, Any]) -> str | None:
     return None
 
 
-def check_checkpoint(
-    args: argparse.Namespace, task_config: dict[str, Any], all_files: bool
-) -> None:
-    """Every file that will be loaded is there and whole, and the transformer is the task's."""
-    folder = Path(args.ckpt_dir)
-    require(
-        folder.is_dir(), f"--ckpt_dir {folder}: must be a folder with a checkpoint of {args.task}"
-    )
-    foreign = foreign_checkpoint(folder, task_config)
-    require(not foreign, f"--ckpt_dir {folder}: {foreign}")
-    for transformer in transformer_folders(args.ckpt_dir, task_config):
-        check_transformer(args, transformer, task_config)
-    if not all_files:
-        return
-    for key, name in task_config.items():  # the two keys with "noise" are folders of transformers
-        if key.endswith(("_checkpoint", "_tokenizer")) and "noise" not in key:
-            check_intact(args, folder / name)
+def check_transformer(args: argparse.Namespace, folder: Path, task_config: dict[str, Any]) -> None:
+    """Check that a transformer's files are complete, and that its kind and size fit the task."""
+    what = f"--ckpt_dir {folder}: damaged, incomplete or not of --task {args.task}"
+    with refusing(what, "download it again, or give the task or folder that fits"):
+        for file in [folder / "config.json", *sorted(set(tensor_files(folder).values()))]:
+            check_file(args, file)
+        found = read_json(folder / "config.json")
+        kind, model_type = KINDS.get(kind_of(args)), found.get("model_type")
+        if kind and model_type and model_type not in kind.transformers:
+            raise ValueError(f"a {model_type} transformer, not one of --task {args.task}")
+        if found.get("dim") != task_config["dim"]:
+            dims = f"dim {found.get('dim')}, but --task {args.task} has {task_config['dim']}"
+            raise ValueError(f"its transformer has {dims} (1536 is 1.3B, 3072 5B, 5120 14B)")
 
 
-def check_intact(args: argparse.Namespace, path: Path) -> None:
-    """A file of weights, or a folder of a tokenizer, is there and whole."""
+def check_file(args: argparse.Namespace, path: Path) -> None:
+    """Check that a file of weights, or a tokenizer's folder, exists and is complete."""
     what = f"--ckpt_dir {args.ckpt_dir}: {path.name}"
     require(path.exists(), f"{what} is missing, and --task {args.task} needs it: download it")
     files = [path]
@@ -1657,149 +1565,161 @@ def check_intact(args: argparse.Namespace, path: Path) -> None:
     require(files, f"{what} is an empty folder: download it again")
     for file in files:
         with refusing(f"--ckpt_dir {args.ckpt_dir}: {file.name}", "download this file again"):
-            fault = damage(file)
-        require(not fault, f"--ckpt_dir {args.ckpt_dir}: {file.name} {fault}")
+            damage = find_damage(file)
+        require(not damage, f"--ckpt_dir {args.ckpt_dir}: {file.name} {damage}")
 
 
-def check_transformer(args: argparse.Namespace, folder: Path, task_config: dict[str, Any]) -> None:
-    """A transformer's files are there and whole, and it is of the task's kind and size."""
-    what = f"--ckpt_dir {folder}: damaged, incomplete or not of --task {args.task}"
-    with refusing(what, "download it again, or give the task or the folder that fits"):
-        for file in [folder / "config.json", *sorted(set(tensor_files(folder).values()))]:
-            check_intact(args, file)
-        found = read_json(folder / "config.json")
-        kind, model_type = KINDS.get(kind_of(args)), found.get("model_type")
-        if kind and model_type and model_type not in kind.transformers:
-            raise ValueError(f"a {model_type} transformer, not one of --task {args.task}")
-        if found.get("dim") != task_config["dim"]:
-            dims = f"dim {found.get('dim')}, that of --task {args.task} {task_config['dim']}"
-            raise ValueError(f"its transformer has {dims} (1536 is 1.3B, 3072 5B, 5120 14B)")
+def find_damage(file: Path) -> str | None:
+    """What is wrong with a file of weights, from its size and its ends; None if nothing is."""
+    with file.open("rb") as opened:
+        head = opened.read(64)
+    if not head:
+        return "is empty: download this file again"
+    if head.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer, not the file: run git lfs pull in its folder"
+    if file.suffix == ".safetensors":
+        with safetensors.safe_open(file, "pt"):  # raises if the file is cut short
+            return None
+    if head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(file):
+        return "is cut short: download this file again"  # an older pickle shows no such sign
+    if file.suffix in (".pth", ".bin") and head[:1] not in (b"P", b"\x80"):
+        return "holds no weights, but perhaps an error's web page: download this file again"
+    return None
 
 
-def inputs_of(args: argparse.Namespace, examples: dict[str, str]) -> dict[str, str]:
-    """The flags whose files generate.py will open, with their files."""
-    kind = kind_of(args)
-    takes_examples = kind != "vace" or args.prompt is None  # for what is not given
-    found = {}
-    for name in KINDS[kind].inputs if kind in KINDS else ():
-        file = getattr(args, name, None)
-        if file is None and takes_examples:
-            file = examples.get(name)
-        if file is not None:
-            found[name] = file
-    return found
-
-
-def check_named(flag: str, file: str | None) -> None:
+def check_named(flag: str, file: Any) -> None:
     require(
         file != "",
-        f'--{flag} "": is empty, as of an unset shell variable: give a file or leave it out',
+        f'--{flag} "": is empty, as from an unset shell variable: give a file or leave it out',
     )
 
 
-def check_inputs(args: argparse.Namespace, examples: dict[str, str]) -> None:
-    """Every image and video that generate.py will open is there and can be read."""
-    if kind_of(args) == "flf2v":
+def check_inputs(wan: Wan, args: argparse.Namespace) -> None:
+    """Check that every image and video that generate.py will open exists and can be read."""
+    kind = kind_of(args)
+    if kind == "flf2v":
         require(
             bool(args.first_frame) == bool(args.last_frame),
-            "--first_frame, --last_frame: give both, or Wan2.1 takes its example for both",
+            "--first_frame, --last_frame: give both, or Wan2.1 uses its example for both",
         )
-    for name in KINDS["vace"].inputs:
-        value = getattr(args, name, None)
+    uses_examples = kind != "vace" or args.prompt is None  # for inputs that are not given
+    for name in KINDS[kind].inputs if kind in KINDS else ():
+        value = getattr(args, name)
         require(
-            value is None or args.prompt is not None or kind_of(args) != "vace",
-            f"--{name} {value}: needs --prompt, or Wan2.1 takes its example instead",
+            value is None or args.prompt is not None or kind != "vace",
+            f"--{name} {value}: needs --prompt, or Wan2.1 uses its example instead",
         )
-    for name, value in inputs_of(args, examples).items():
-        for file in value.split(",") if name == "src_ref_images" else [value]:
-            with refusing(f"--{name} {file}: cannot be read", "give a file that is there"):
-                if name in ("src_video", "src_mask"):
-                    video_reader(name)(file)[0]
-                else:
-                    Image.open(file).convert("RGB")
+        if value is None and uses_examples:
+            value = wan.examples(args.task).get(name)
+        for file in (value or "").split(",") if name == "src_ref_images" else [value]:
+            check_input(name, file)
+
+
+def check_input(name: str, file: str | None) -> None:
+    if not file:
+        return
+    with refusing(f"--{name} {file}: cannot be read", "give a file that exists"):
+        if name in ("src_video", "src_mask"):
+            video_reader(name)(file)[0]
+        else:
+            Image.open(file).convert("RGB")
 
 
 def video_reader(flag: str) -> Any:
-    """What Wan2.1 reads videos with, and does not require."""
+    """decord's, which Wan2.1 reads videos with and does not list."""
     try:
         return importlib.import_module("decord").VideoReader
     except ImportError as error:
         raise Refused(f"--{flag}: {error}: pip install decord") from error
 
 
-def check_prompt_extension(wan: Wan, args: argparse.Namespace) -> None:
-    """What a prompt expander needs is there, as far as can be told without loading it."""
-    if not args.use_prompt_extend:
-        return
-    flags = f"--use_prompt_extend --prompt_extend_method {args.prompt_extend_method}"
-    if args.prompt_extend_method == "dashscope":
-        require(importlib.util.find_spec("dashscope"), f"{flags}: pip install dashscope")
-        require(
-            os.getenv("DASH_API_KEY"),
-            f"{flags}: needs a key: export DASH_API_KEY=..., or --prompt_extend_method local_qwen",
-        )
-        return
-    model = args.prompt_extend_model
-    known = getattr(getattr(wan.generate_py, "QwenPromptExpander", None), "model_dict", {})
-    is_hub_name = model and re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith(".")
-    require(
-        model is None or model in known or is_hub_name or Path(model).exists(),
-        f"--prompt_extend_model {model}: is neither a folder nor one of {', '.join(known)}",
-    )
-
-
 def check_target(wan: Wan, args: argparse.Namespace) -> None:
-    """Two frames, of an image one, go through Wan's own writer into the folder and with the ending
-    asked for."""
-    image, printed = makes_image(args), io.StringIO()
-    target = Path(args.save_file).absolute()
+    """Write two frames (one for an image) into the target's folder, with its ending."""
+    image, target = makes_image(args), Path(args.save_file).absolute()
     ending, cure = (".png", "") if image else (".mp4", "; have ffmpeg (pip install imageio-ffmpeg)")
     with (
         refusing(
             f"--save_file {target}: cannot be written",
-            f"give a {ending} in a folder that is there{cure}",
+            f"give a {ending} in a folder that exists{cure}",
         ),
         tempfile.TemporaryDirectory(dir=target.resolve().parent) as folder,
-        redirect_stderr(io.StringIO()),
-        redirect_stdout(printed),
+        redirect_stderr(StringIO()),
+        redirect_stdout(StringIO()),
     ):
         if target.is_dir() or not target.suffix:
             raise OSError("no file with an ending")
         if target.exists():
             target.open("r+b").close()
-        if (target.parent, target.suffix) in wan.good_targets:
+        if (key := (target.parent, target.suffix)) in wan.checked:
             return
-        frames = torch.linspace(-1, 1, 2).view(1, 1, 2, 1, 1).expand(1, 3, 2, 64, 64)
-        probe = f"{folder}/probe{target.suffix}"
-        write_video(wan, frames[0, :, :1] if image else frames[0], probe, 16, image)
-    wan.good_targets.add((target.parent, target.suffix))
+        probe = Path(folder) / f"probe{target.suffix}"
+        ramp = torch.linspace(-1, 1, 2).view(1, 2, 1, 1).expand(3, 2, 64, 64)
+        if image:
+            write_image(wan, ramp[:, :1], probe)
+        else:
+            write_video(to_bytes(ramp), probe, 16)
+    wan.checked.add(key)
 
 
-# ------------------------------------------------------------------------------------------ jobs
-# Owns runs of Wan's own generate(args), one or many with one pipeline: latents on disk before they
-# are decoded, the table of a batch, the report. Knows what our flags have become, not how.
+def warn_of_scores(wan: Wan, args: argparse.Namespace) -> None:
+    """Warn where PyTorch's attention stores the whole score matrix: on GPUs before Ampere."""
+    used = sys.modules["wan.modules.model"].flash_attention
+    if used is not sdpa_attention or not torch.cuda.is_available():
+        return
+    capability = torch.cuda.get_device_capability(device_of_run())
+    if capability >= (8, 0):
+        return
+    config = wan.task_config(args.task)
+    width, height = map(int, args.size.split("*"))
+    stride, patch = config["vae_stride"], config["patch_size"]
+    frames = (args.frame_num - 1) // stride[0] + 1
+    tokens = frames * (width // stride[2] // patch[2]) * (height // stride[1] // patch[1])
+    gib = tokens**2 * config["num_heads"] * 2 / 2**30
+    log.warning(
+        f"TeaCache: attention on this GPU (capability {capability[0]}.{capability[1]}) stores all "
+        f"scores in bfloat16: about {gib:,.0f} GiB for {tokens:,} tokens: use a smaller --size or "
+        "--frame_num, or a newer GPU"
+    )
 
 
-# A job, and what stops it
+# --------------------------------------------------------------------------------------- session
+# Makes videos with Wan's own generate(args) on one pipeline: latents on disk before they are
+# decoded, a record beside each video, the queue of a batch. Knows jobs, not our flags.
+
+SAMPLE, DECODE, SKIP = "sample", "decode", "skip"  # what is left to do for a job
+LATENTS = ".latents.pt"
 
 
 @dataclass
 class Job:
-    """One video to be made: generate.py's flags, and how TeaCache is set."""
+    """One video to make.
+
+    settings: what makes two videos the same (``settings_of``). has_seed: --base_seed was given.
+    by_default: neither a threshold nor a speed-up was given. exclusive: the name is a default and
+    must not be another run's. label, noise, compared_in: of an entry of a comparison, whose files
+    are named after the last.
+    """
 
     args: argparse.Namespace
     config: TeaCacheConfig
-    row_text: str  # whose coefficients, and why
+    rule: str  # its name and why it was chosen
     planned: Schedule
-    by_default: bool = False  # neither a threshold nor a speed-up was asked for
-    # of a comparison
-    compared_in: Path | None = None  # the target that its own files are named after
+    settings: dict[str, Any]
+    has_seed: bool = True
+    by_default: bool = False
+    exclusive: bool = False
     label: str = ""
-    noise: float = 0.0  # added to the latents that the model sees at the first step
+    noise: float = 0.0
+    compared_in: Path | None = None
+    todo: str = SAMPLE
+
+    @property
+    def target(self) -> Path:
+        return Path(self.args.save_file)
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C, or a signal that ends a process."""
+    """Ctrl-C, or a signal that ends the process."""
 
     def __init__(self, number: int):
         self.number = number
@@ -1808,14 +1728,14 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a run as Ctrl-C does. What was ignored (nohup) stays ignored."""
+    """Let SIGTERM and SIGHUP end a run as Ctrl-C does. Ignored signals (nohup) stay ignored."""
 
     def stop(number: int, frame: Any) -> NoReturn:
         raise Stopped(number)
 
     numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
-    before = {n: signal.getsignal(n) for n in numbers if n is not None}
-    # None is one that Python did not set, and cannot put back
+    before = {number: signal.getsignal(number) for number in numbers if number is not None}
+    # None: a handler that Python did not set and cannot restore
     ours = {n: handler for n, handler in before.items() if handler not in (signal.SIG_IGN, None)}
     try:
         for number in ours:
@@ -1826,13 +1746,11 @@ def stopped_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-# Names, and latents on disk
-
-LATENTS = ".latents.pt"  # the ending of latents that are kept
+# Files beside a video
 
 
 def numbered(path: Path) -> Iterator[Path]:
-    """A path, and then the same with a number before its ending: x.mp4, x.2.mp4, x.3.mp4."""
+    """A path, then the same with a number before its ending: x.mp4, x.2.mp4, x.3.mp4."""
     yield path
     ending = LATENTS if path.name.endswith(LATENTS) else path.suffix
     stem = path.name.removesuffix(ending)
@@ -1840,44 +1758,39 @@ def numbered(path: Path) -> Iterator[Path]:
         yield path.with_name(f"{stem}.{i}{ending}")
 
 
-def default_target(args: argparse.Namespace, prompt: str, mark: str) -> str:
-    """A name for a video that says what it is of; ``mark`` tells it from others."""
-    words = "_".join(re.findall(r"\w+", prompt))[:50]
-    ending = ".png" if makes_image(args) else ".mp4"
-    return f"{args.task}_{args.size.replace('*', 'x')}_{words}_{mark}{ending}"
-
-
 def latents_path(target: Path) -> Path:
     return target.with_name(target.stem + LATENTS)
 
 
-def write_ahead(latents: Sequence[Tensor], job: Job, fps: int) -> Path | None:
-    """Put latents, and what it takes to make the video of them, on disk: beside the target, or in
-    the folder for temporary files. None, and an error in the log, if neither can be written.
+def record_path(target: Path) -> Path:
+    return target.with_suffix(".json")
 
-    Plain types only, for ``torch.load(weights_only=True)``.
-    """
-    target = Path(job.args.save_file).absolute()
-    content = {
-        "latents": [latent.detach().cpu() for latent in latents],
-        "task": job.args.task,
-        "ckpt_dir": str(Path(job.args.ckpt_dir).absolute()),
-        "save_file": str(target),
-        "fps": fps,
-        "seed": job.args.base_seed,
-        "prompt": job.args.prompt,
-    }
-    for folder in (target.parent, Path(tempfile.gettempdir())):
-        try:
-            return write_exclusively(content, latents_path(folder / target.name))
-        except (OSError, RuntimeError) as error:
-            log.error(f"TeaCache: latents cannot be kept in {folder}: {error}")
-    return None
+
+def read_record(target: Path) -> dict[str, Any] | None:
+    """The record beside a target, if one exists. Refused: the file is not a record."""
+    file = record_path(target)
+    if not file.exists():
+        return None
+    with refusing(f"--save_file {target}: {file} exists", "give another --save_file"):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or not {"status", "settings"} <= record.keys():
+            raise ValueError("it is not a record of this script")
+    return record
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file under a temporary name, then rename it: it is never half written."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_exclusively(content: dict[str, Any], path: Path) -> Path:
-    """torch.save under a name that nobody has: a second run gets another one."""
-    for free in numbered(path):  # without an end
+    """torch.save under a name that is free: another run's latents are never overwritten."""
+    for free in numbered(path):  # endless
         try:
             file = free.open("xb")
         except FileExistsError:
@@ -1892,163 +1805,124 @@ def write_exclusively(content: dict[str, Any], path: Path) -> Path:
 
 
 def decode_command(wan: Wan, latents: Path) -> str:
-    """The command line that makes a video of kept latents, quoted for this system's shell."""
-    script = str(Path(__file__).absolute())
+    """The command that makes the video from latents, quoted for this system's shell."""
     flags = ["--wan_repo", str(wan.folder), "--teacache_decode", str(latents)]
-    argv = [sys.executable, script, *flags]
+    argv = [sys.executable, str(Path(__file__).absolute()), *flags]
     return subprocess.list2cmdline(argv) if os.name == "nt" else shlex.join(argv)
 
 
-# One run of generate(args)
+@dataclass
+class Video:
+    """One video, as far as it came. Its record holds the same."""
 
+    job: Job
+    target: Path
+    prompt: str | None = None  # as passed to pipeline.generate
+    cache: TeaCache | None = None
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase
+    frames: int | None = None
+    pixels: np.ndarray | None = None  # uint8 [F, H, W, 3], for a comparison
+    latents: Path | None = None  # on disk, until the video is
+    failure: Exception | None = None  # of decoder or writer
+    status: str = "started"
+    began: float | None = None  # when sampling began
 
-@contextmanager
-def nudged(models: Sequence[nn.Module], std: float) -> Iterator[None]:
-    """Noise on the latents that the model sees at the first step: on both branches and all ranks
-    the same."""
-    calls = itertools.count()
-
-    def add(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if next(calls) >= 2:  # the first step has two
-            return None
-        generator = torch.Generator().manual_seed(0)
-        latents = [x + std * torch.randn(x.shape, generator=generator).to(x) for x in args[0]]
-        return (latents, *args[1:])
-
-    with ExitStack() as stack:
-        for model in models if std > 0 else ():
-            stack.enter_context(model.register_forward_pre_hook(add))
-        yield
-
-
-class Run:
-    """One run of generate(args): what stands in place of Wan's steps, and what was measured."""
-
-    def __init__(self, wan: Wan, job: Job, keep_frames: bool = False):
-        self.wan, self.job, self.keep_frames = wan, job, keep_frames
-        self.cache: TeaCache | None = None
-        self.frames: np.ndarray | None = None  # uint8 [F, H, W, 3], if they are kept
-        self.latents: Path | None = None
-        self.seconds: dict[str, float] = {}  # by phase
-        self.failure: Exception | None = None
-        self.status = "started"
-
-    def sample(self, pipeline: Any, generate: Callable, *args: Any, **kwargs: Any) -> Tensor | None:
-        """In place of a pipeline's ``generate``, and around it."""
-        models, job = models_of(pipeline), self.job
-        decode = functools.partial(self.decode, pipeline.vae.decode)
-        began = time.perf_counter()
-        with (
-            nudged(models, job.noise),
-            teacache(models, job.config) as self.cache,
-            shadow(pipeline.vae, decode=decode),
-        ):
-            video = generate(*args, **kwargs)
-        measurements = self.cache.measurements
-        if measurements.times:
-            self.seconds["encode"] = measurements.times[0] - began
-            self.seconds["sampling"] = measurements.seconds
-        if job.config.thresh > 0 or not job.label:  # of stock, in a comparison, there is no news
-            log.info(self.cache.summary())
-        planned, taken = job.planned, self.cache.schedule
-        if planned.computed_steps != taken.computed_steps:
-            log.warning(
-                f"TeaCache: planned were {len(planned.computed_steps)} steps, {planned.marks()}, "
-                f"and computed {len(taken.computed_steps)}, {taken.marks()}"
-            )
-        return video
-
-    def decode(self, decode: Callable, latents: list[Tensor], *args: Any) -> list[Tensor]:
-        """In place of ``vae.decode``, on rank 0. A failure waits until the ranks are together."""
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase, and keep its failure for later: other ranks wait at a barrier."""
         synchronize()
         began = time.perf_counter()
         try:
-            fps = self.wan.task_config(self.job.args.task)["sample_fps"]
-            self.latents = write_ahead(latents, self.job, fps)
-            if not all(latent.isfinite().all() for latent in latents):
-                raise FloatingPointError("the latents are not finite: a video of them is black")
-            video = decode(latents, *args)
+            yield
             synchronize()
-            if self.keep_frames:
-                self.frames = to_bytes(video[0])
-            return video
         except Exception as error:
             self.failure = error
-            # at once, since Wan goes on to say that it saves a video
-            log.error(f"TeaCache: not decoded: {error}")
-            return [torch.zeros(3, 1, 16, 16)]
-        finally:
-            self.seconds["decode"] = time.perf_counter() - began
+        self.seconds[name] = time.perf_counter() - began
 
-    def write(self, write: Callable, *args: Any, **kwargs: Any) -> str | None:
-        """In place of Wan's writer, on rank 0: the file is read back, then the latents go."""
-        if self.failure:
-            return None
-        began = time.perf_counter()
+    def record(self) -> dict[str, Any]:
+        job, cache = self.job, self.cache
+        cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+        return {
+            "status": self.status,
+            "file": str(self.target),
+            "prompt": self.prompt,
+            "asked_prompt": job.settings["prompt"],
+            "seed": job.args.base_seed,
+            "rule": job.rule,
+            "thresh": job.config.thresh,
+            "order": job.config.order,
+            "frames": self.frames,
+            "computed": cache.computed_steps if cache else [],
+            "steps": job.config.steps,
+            "drift": cache.drift(job.config.order) if cache else None,
+            "seconds": self.seconds,
+            "peak_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
+            "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+            "latents": str(self.latents.absolute()) if self.latents else None,
+            "settings": job.settings,
+        }
+
+    def save_record(self) -> None:
+        """On rank 0. What cannot be written is logged, and stops no video."""
+        if not is_rank_0():
+            return
         try:
-            file = checked(write, *args, **kwargs)
-        except Exception as error:
-            self.failure = error
-            return None
-        finally:
-            self.seconds[write.__name__] = time.perf_counter() - began
+            text = json.dumps(self.record(), indent=1, ensure_ascii=False)
+            write_whole(record_path(self.target), text)
+        except OSError as error:
+            log.error(f"TeaCache: the record of {self.target} cannot be written: {error}")
+
+    def take_free_name(self) -> None:
+        """Create the record exclusively, under the next number if the name is taken."""
+        for target in numbered(self.target):
+            if target.exists():
+                continue
+            with suppress(FileExistsError):
+                record_path(target).open("x").close()
+                self.target = target
+                return
+
+    def keep_latents(self, latents: Sequence[Tensor], fps: float) -> None:
+        """Write latents, and what it takes to decode them, beside the target; if that fails, into
+        the folder for temporary files. Plain types only, for ``torch.load(weights_only=True)``."""
+        args, target = self.job.args, self.target.absolute()
+        content = {
+            "latents": [latent.detach().cpu() for latent in latents],
+            "task": args.task,
+            "ckpt_dir": str(Path(args.ckpt_dir).absolute()),
+            "save_file": str(target),
+            "fps": fps,
+            "seed": args.base_seed,
+            "prompt": self.prompt,
+        }
+        for folder in (target.parent, Path(tempfile.gettempdir())):
+            try:
+                self.latents = write_exclusively(content, latents_path(folder / target.name))
+                return
+            except (OSError, RuntimeError) as error:
+                log.error(f"TeaCache: latents cannot be kept in {folder}: {error}")
+
+    def finish(self, frames: int) -> None:
+        """The file was written and read back: delete its latents."""
+        self.status, self.frames = "finished", frames
         if self.latents:
             self.latents.unlink(missing_ok=True)
             self.latents = None
-        return file
+        self.save_record()
 
-    def explain(self, error: BaseException) -> None:
-        """Say what went wrong, and how to go on."""
-        log.error(f"TeaCache: {self.job.args.save_file}: failed: {error!r}")
-        if self.latents and self.latents.is_file():
-            how = f"this makes the video of them:\n{decode_command(self.wan, self.latents)}"
-            if isinstance(error, FloatingPointError):
-                how = "no video can be made of them, but what went wrong can be looked for"
-            log.error(f"TeaCache: its latents are in {self.latents}; {how}")
-
-    def report(self) -> dict[str, Any]:
-        """All that is known, as far as the run came."""
-        job, cache = self.job, self.cache
-        report = {
-            "status": self.status,
-            "file": job.args.save_file,
-            "settings": vars(job.args),
-            "row": job.row_text,
-            "config": asdict(job.config),
-            "seconds": self.seconds,
-            "latents": str(self.latents) if self.latents else None,
-        }
-        if job.label:
-            report["label"] = job.label
-        if cache and cache.measurements.times:
-            schedule, measurements = cache.schedule, cache.measurements
-            drifts = {drift.step: drift_report(drift.by_order) for drift in measurements.drifts}
-            report["computed"] = schedule.computed_steps
-            report["passes"] = schedule.passes
-            report["drift"] = drift_report([measurements.drift(0), measurements.drift(1)])
-            report["speedup"] = measurements.speedup if self.status == "finished" else None
-            report["steps"] = [
-                {**asdict(decision), "drift": drifts.get(step)}
-                for step, decision in enumerate(schedule.decisions)
-            ]
-        return report
+    def rename(self, target: Path) -> None:
+        """Follow a fork that passes another name to the writer."""
+        record_path(self.target).unlink(missing_ok=True)
+        self.target = target
+        if self.latents and self.latents.exists():
+            self.latents = self.latents.rename(latents_path(target))
 
 
-def drift_report(by_order: Sequence[float | None]) -> dict[str, float | None]:
-    return {f"order {order}": drift for order, drift in enumerate(by_order)}
+# The videos of a process
 
 
-def to_bytes(video: Tensor) -> np.ndarray:
-    """[3, F, H, W] in [-1, 1] to uint8 [F, H, W, 3] in the CPU's memory, as Wan's writer does."""
-    levels = (video.cpu().clamp(-1, 1) + 1) / 2 * 255
-    return levels.byte().permute(1, 2, 3, 0).numpy()
-
-
-# Many runs, with one pipeline
-
-
-def once(make: Callable) -> Callable:
-    """A function whose first result is that of all its calls."""
+def first_call_only(make: Callable) -> Callable:
+    """A function that returns the result of its first call at each call."""
     results: list[Any] = []
 
     @functools.wraps(make)
@@ -2060,308 +1934,685 @@ def once(make: Callable) -> Callable:
     return first_result
 
 
-class Session:
-    """Runs in this process, with one pipeline, one process group and one prompt expander.
+@contextmanager
+def with_noise(models: Sequence[nn.Module], std: float) -> Iterator[None]:
+    """Add noise to the latents that the model sees at the first step: the same on both branches
+    and on all ranks."""
+    calls = itertools.count()
 
-    report: a file that says what is known, from the beginning on. flags: ours, for the report.
+    def add(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if next(calls) >= 2:  # the first step has two calls
+            return None
+        generator = torch.Generator().manual_seed(0)
+        latents = [x + std * torch.randn(x.shape, generator=generator).to(x) for x in args[0]]
+        return (latents, *args[1:])
+
+    with ExitStack() as stack:
+        for model in models if std > 0 else ():
+            stack.enter_context(model.register_forward_pre_hook(add))
+        yield
+
+
+class Session:
+    """Makes videos with Wan's own generate(args), on a pipeline that is loaded once.
+
+    generate(args) builds a pipeline and calls its generate(), which samples and calls vae.decode();
+    then it calls a writer. These four are replaced by load, sample, decode and write. A fork's
+    generate(args) may make several videos: each call of pipeline.generate is one.
     """
 
-    def __init__(self, wan: Wan, report: str | None, flags: dict[str, Any]):
-        self.wan, self.flags = wan, flags
-        self.report_file = Path(report) if report and is_rank_0() else None
-        self.runs = list[Run]()
-        self.videos = 1  # that this command is to make
-        self.pipelines = {name: once(kind) for name, kind in wan.pipelines().items()}
-        self.load_began = False  # from then on a failure is not the command's
-        self.all_written = True  # the comparisons
+    def __init__(self, wan: Wan, keeps_pixels: bool = False):
+        self.wan, self.keeps_pixels = wan, keeps_pixels
+        self.pipelines: dict[str, Any] = {}
+        self.loading = False
+        self.load_failed = False
+        self.comparisons_failed = False
+        self.job: Job | None = None
+        self.videos: list[Video] = []  # of this job
+        self.load_seconds = 0.0
 
     @contextmanager
-    def opened(self, with_xfuser: bool) -> Iterator[None]:
-        """Around all runs: what each generate(args) would make anew is made once, and its process
-        group lives until the last one is over."""
-
-        def only_once(module: ModuleType, *names: str) -> None:
-            makers = {name: once(getattr(module, name)) for name in names if hasattr(module, name)}
-            stack.enter_context(shadow(module, **makers))
-
+    def patches(self, with_xfuser: bool) -> Iterator[None]:
+        """Patch Wan's modules, once, around all videos."""
+        generate_py, release = self.wan.generate_py, self.wan.release
+        pipelines = {
+            name: functools.partial(self.load, name, cls)
+            for name, cls in self.wan.pipelines().items()
+        }
+        replaced = {release.video_writer: functools.partial(self.write, release.video_writer)}
+        if release.image_writer:
+            replaced[release.image_writer] = functools.partial(self.write, release.image_writer)
+        for name in ("DashScopePromptExpander", "QwenPromptExpander"):
+            if hasattr(generate_py, name):
+                replaced[name] = first_call_only(self.expander(getattr(generate_py, name)))
+        group = {
+            "init_process_group": first_call_only(dist.init_process_group),
+            "destroy_process_group": lambda *args: None,
+        }
         with ExitStack() as stack:
-            only_once(self.wan.generate_py, "DashScopePromptExpander", "QwenPromptExpander")
-            only_once(dist, "init_process_group")
-            stack.enter_context(shadow(dist, destroy_process_group=lambda *args: None))
+            stack.enter_context(patched(self.wan.package, **pipelines))
+            stack.enter_context(patched(generate_py, **replaced))
+            stack.enter_context(patched(dist, **group))
             if with_xfuser:
                 xfuser = importlib.import_module("xfuser.core.distributed")
-                only_once(xfuser, "init_distributed_environment", "initialize_model_parallel")
+                names = ("init_distributed_environment", "initialize_model_parallel")
+                once = {name: first_call_only(getattr(xfuser, name)) for name in names}
+                stack.enter_context(patched(xfuser, **once))
             yield
-        if dist.is_available() and dist.is_initialized():  # after an error the process ends with it
+        if dist.is_available() and dist.is_initialized():  # after an error the process ends
             dist.destroy_process_group()
 
-    def pipeline(self, name: str, run: Run, *args: Any, **kwargs: Any) -> Any:
-        """In place of a pipeline class: the one that is there, or a new one."""
-        self.load_began = True
-        pipeline = self.pipelines[name](*args, **kwargs)
-        generate = functools.partial(type(pipeline).generate, pipeline)
-        pipeline.generate = functools.partial(run.sample, pipeline, generate)
-        return pipeline
+    def expander(self, cls: type) -> Callable:
+        """A prompt expander's class, whose errors are refusals: nothing is loaded yet."""
 
-    def make(self, job: Job, keep_frames: bool = False) -> Run:
-        """One video. Whatever goes wrong is raised: what fails in decoder or writer, when all ranks
-        are past it."""
-        run = Run(self.wan, job, keep_frames)
-        self.runs.append(run)
-        generate_py = self.wan.generate_py
-        pipelines = {n: functools.partial(self.pipeline, n, run) for n in self.pipelines}
-        writers = {n: self.writer(run, getattr(generate_py, n)) for n in self.wan.writers}
+        @functools.wraps(cls)
+        def make(*args: Any, **kwargs: Any) -> Any:
+            with refusing("--use_prompt_extend", "see --prompt_extend_method in Wan's README"):
+                return cls(*args, **kwargs)
+
+        return make
+
+    # In place of Wan's four steps
+
+    def load(self, name: str, cls: type, *args: Any, **kwargs: Any) -> Any:
+        if name not in self.pipelines:
+            self.loading, began = True, time.perf_counter()
+            pipeline = cls(*args, **kwargs)
+            self.loading, self.load_seconds = False, time.perf_counter() - began
+            pipeline.generate = functools.partial(self.sample, pipeline, pipeline.generate)
+            pipeline.vae.decode = functools.partial(self.decode, pipeline.vae.decode)
+            self.pipelines[name] = pipeline
+        return self.pipelines[name]
+
+    def sample(self, pipeline: Any, generate: Callable, *args: Any, **kwargs: Any) -> Any:
+        prompt = args[0] if args else kwargs.get("input_prompt", kwargs.get("prompt"))
+        video, models = self.begin_video(prompt), models_of(pipeline)
+        began = time.perf_counter()
+
+        def note_begin(*_: Any) -> None:
+            if video.began is None:
+                synchronize()
+                video.began = time.perf_counter()
+                video.seconds["encode"] = video.began - began
+            for hook in hooks:
+                hook.remove()
+
+        hooks = [model.register_forward_pre_hook(note_begin) for model in models]
+        with with_noise(models, video.job.noise), teacache(models, video.job.config) as video.cache:
+            result = generate(*args, **kwargs)
+        self.report_sampling(video)
+        return result
+
+    def begin_video(self, prompt: str | None) -> Video:
+        logging.disable(logging.NOTSET)
+        if self.videos[0].cache is not None:  # the first is made with the job
+            target = next(itertools.islice(numbered(self.job.target), len(self.videos), None))
+            self.videos.append(Video(self.job, target))
+        video = self.videos[-1]
+        video.prompt = prompt
+        if self.job.exclusive and is_rank_0():
+            video.take_free_name()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        if len(self.videos) == 1 and self.load_seconds:
+            video.seconds["load"], self.load_seconds = self.load_seconds, 0.0
+        video.save_record()
+        return video
+
+    def report_sampling(self, video: Video) -> None:
+        """Log what was computed; warn where it differs from the plan."""
+        cache, planned = video.cache, video.job.planned
+        if video.began is None:
+            raise RuntimeError("this pipeline does not call its model, and TeaCache cannot act")
+        if video.job.label not in (STOCK, NOISE):
+            seconds = video.seconds.get("sampling")
+            log.info(cache.summary() + (f", sampling {seconds:.1f} s" if seconds else ""))
+        if cache.config.thresh > 0 and planned.computed_steps != cache.computed_steps:
+            log.warning(
+                f"TeaCache: computed other steps than planned: {cache.schedule.as_text()}, "
+                f"planned {planned.as_text()}"
+            )
+
+    def decode(self, decode: Callable, latents: list[Tensor], *args: Any) -> list[Tensor]:
+        """Replaces vae.decode, on rank 0: latents to disk, then decode."""
+        video = self.videos[-1]
+        video.cache.finish()
+        synchronize()
+        if video.began is not None:
+            video.seconds["sampling"] = time.perf_counter() - video.began
+        decoded = [torch.zeros(3, 1, 16, 16)]  # after a failure Wan goes on to the barrier
+        with video.phase("decode"):
+            video.keep_latents(latents, self.wan.task_config(video.job.args.task)["sample_fps"])
+            video.save_record()
+            if not all(latent.isfinite().all() for latent in latents):
+                raise FloatingPointError("the latents are not finite: the video would be black")
+            decoded = decode(latents, *args)
+        if video.failure:
+            logging.disable(logging.INFO)  # Wan would log that it saves the video, and "Finished."
+        return decoded
+
+    def write(
+        self, writer: str, tensor: Tensor, save_file: Any = None, fps: Any = None, **_: Any
+    ) -> str | None:
+        """Replaces Wan's writers, on rank 0; tensor [1, 3, F, H, W], of an image [1, 3, H, W]."""
+        video = self.videos[-1]
+        if video.failure:
+            return None
+        if save_file is not None and str(save_file) != self.job.args.save_file:
+            video.rename(Path(save_file))
+        is_image = writer == self.wan.release.image_writer
+        frames = tensor[0].unsqueeze(1) if is_image else tensor[0]  # [3, F, H, W]
+        with video.phase("write"):
+            pixels = to_bytes(frames)
+            if is_image:
+                write_image(self.wan, frames, video.target)
+            else:
+                fps = fps or self.wan.task_config(video.job.args.task)["sample_fps"]
+                write_video(pixels, video.target, fps)
+            video.pixels = pixels if self.keeps_pixels else None
+        if video.failure:
+            logging.disable(logging.INFO)
+            return None
+        video.finish(frames.size(1))
+        return str(video.target)
+
+    # One job and many
+
+    def make(self, job: Job) -> Video:
+        """Make a job's video. Whatever fails is raised: a failure of decoder or writer when all
+        ranks are past it."""
+        self.job, self.videos = job, [Video(job, job.target)]
         try:
-            with shadow(self.wan.package, **pipelines), shadow(generate_py, **writers):
-                generate_py.generate(job.args)
-            if run.failure:
-                raise run.failure
-            if run.cache is None or run.cache.calls == 0:
-                raise RuntimeError("no model of this Wan's pipelines was run with TeaCache")
-            run.status = "finished"
+            self.wan.generate_py.generate(copy.copy(job.args))
+            self.check_made()
         except BaseException as error:
-            # after a failure of the decoder Wan went on with a frame in place of the video
-            cause = run.failure if run.failure and isinstance(error, Exception) else error
-            run.status = f"failed: {cause!r}"
-            if isinstance(error, (AssertionError, ValueError)) and not self.load_began:
+            video = self.videos[-1]
+            # after a failure of the decoder Wan goes on with a stand-in for the video
+            cause = video.failure if video.failure and isinstance(error, Exception) else error
+            stopped = isinstance(cause, KeyboardInterrupt)
+            video.status = "stopped" if stopped else f"failed: {cause!r:.500}"
+            self.load_failed = self.loading
+            if isinstance(error, (AssertionError, ValueError)) and not self.has_loaded:
                 raise Refused(f"{type(error).__name__}: {error} (see --help)") from error
-            run.explain(cause)
+            if not isinstance(error, Refused):
+                video.save_record()
+            if cause is not error:
+                raise cause from None
             raise
         finally:
-            self.write_report()
-        return run
-
-    @staticmethod
-    def writer(run: Run, write: Callable) -> Callable:
-        return functools.wraps(write)(functools.partial(run.write, write))
-
-    def make_all(self, jobs: Sequence[Job]) -> None:
-        """One video after the other, and the table of them."""
-        self.videos = len(jobs)
-        if not jobs:  # all videos are there: the report is of none
-            self.write_report()
-        for job in jobs:
-            self.attempt(job)
-        if len(jobs) > 1:
-            for text in batch_table(self.runs):
-                log.info(text)
-
-    def attempt(self, job: Job, keep_frames: bool = False) -> Run:
-        """One video. Its failure is said, and is in the run's status; it is raised where it may
-        have left the other ranks somewhere else."""
-        if self.videos > 1:
-            log.info(f"TeaCache: {self.progress()}: {job.args.save_file}")
-        try:
-            self.make(job, keep_frames)
-        except Exception as error:
-            in_step = error is self.runs[-1].failure  # of decoder or writer: all ranks are past it
-            if isinstance(error, Refused) or (across_ranks() and not in_step):
-                raise
-            log.error("TeaCache: here is where:", exc_info=self.runs[-1].failure or error)
-        self.runs[-1].failure = None  # it holds on to the tensors of where it was raised
-        gc.collect()
-        torch.cuda.empty_cache()
-        return self.runs[-1]
+            logging.disable(logging.NOTSET)
+        return self.videos[0]
 
     @property
-    def failed(self) -> list[Run]:
-        return [run for run in self.runs if run.status != "finished"]
+    def has_loaded(self) -> bool:
+        """Whether a failure can still be the command's."""
+        return bool(self.loading or self.pipelines)
 
-    def progress(self) -> str:
-        """Which video is next, and how long all that are left will take, by those before them."""
-        seconds = [sum(run.seconds.values()) for run in self.runs if run.status == "finished"]
-        number, to_go = len(self.runs) + 1, ""
-        if seconds:  # without the load, which was once
-            minutes = np.mean(seconds) * (self.videos - len(self.runs)) / 60
-            to_go = f", about {math.ceil(minutes)} min to go"
-        return f"video {number} of {self.videos}{to_go}"
+    def check_made(self) -> None:
+        """Raise the failure of any video of the job."""
+        for video in self.videos:
+            if video.failure:
+                raise video.failure
+            if video.cache is None:
+                raise RuntimeError("generate.py made no video with a pipeline of package wan")
+            if is_rank_0() and video.status != "finished":
+                raise RuntimeError(f"generate.py did not write {video.target} with its own writer")
 
-    def write_report(self) -> None:
-        """For --teacache_report; what cannot be written is said, and hides nothing."""
-        if not self.report_file:
-            return
-        cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-        common = {
-            "flags": self.flags,
-            "device": torch.cuda.get_device_name() if cuda else "cpu",
-            "peak_gpu_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
-            "versions": {"python": sys.version, "torch": torch.__version__},
-        }
-        reports = [run.report() for run in self.runs]
-        content = {**common, "videos": reports}
-        if self.videos == 1 and reports:
-            content |= reports[0]
+    def attempt(self, job: Job) -> Video:
+        """Make a job's video; tell a failure once. It is raised where other ranks may wait, or
+        where no further job can work."""
         try:
-            self.report_file.write_text(json.dumps(content, indent=1, default=str))
-        except OSError as error:
-            log.error(f"TeaCache: --teacache_report {self.report_file}: {error}")
+            return self.make(job)
+        except Exception as error:
+            if isinstance(error, Refused):
+                raise
+            video = self.videos[-1]
+            in_step = error is video.failure  # of decoder or writer: all ranks are past it
+            tell_failure(self.wan, video, error)
+            video.failure = None  # holds the tensors of where it was raised
+            if self.load_failed or (across_ranks() and not in_step):
+                raise Told from error
+            return video
+        finally:
+            self.recover(job)
+
+    def recover(self, job: Job) -> None:
+        """Free memory, and after a failure bring the pipeline to where a video begins."""
+        failed = self.videos[-1].status != "finished"
+        for pipeline in self.pipelines.values() if failed else ():
+            if hasattr(getattr(pipeline.vae, "model", None), "clear_cache"):
+                pipeline.vae.model.clear_cache()  # Wan's VAE keeps its feature maps until then
+            offloads = job.args.offload_model is not False and not across_ranks()
+            for model in models_of(pipeline) if offloads else ():
+                model.cpu()
+            if offloads and hasattr(pipeline, "text_encoder"):
+                pipeline.text_encoder.model.cpu()
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
-def batch_table(runs: Sequence[Run]) -> list[str]:
-    """What a batch made, a line a video."""
-    lines = ["TeaCache: computed  sampling  speed-up   drift  file"]
-    for run in runs:
-        cache = run.cache
-        if run.status != "finished" or not cache:
-            lines.append(f"TeaCache: {run.status[:36]:>36}  {run.job.args.save_file}")
+class Told(Exception):
+    """A failure that was logged already."""
+
+
+def tell_failure(wan: Wan, video: Video, error: Exception) -> None:
+    """Log what failed, where the latents are, and the command that finishes the video."""
+    text = f"TeaCache: {video.target} failed: {str(error) or type(error).__name__:.500}"
+    if video.latents and video.latents.is_file():
+        text += f"\nTeaCache: its latents are in {video.latents}"
+        if not isinstance(error, FloatingPointError):
+            text += f"; this makes the video:\n{decode_command(wan, video.latents)}"
+    known = isinstance(error, (torch.OutOfMemoryError, OSError, FloatingPointError))
+    log.error(text, exc_info=None if known else error)
+
+
+def decode_latents(wan: Wan, file: Path, content: dict[str, Any], target: Path) -> np.ndarray:
+    """Decode kept latents, write the video (or image), finish its record, delete the latents.
+
+    Returns the frames, uint8 [F, H, W, 3].
+    """
+    args = argparse.Namespace(task=content["task"], ckpt_dir=content["ckpt_dir"])
+    device = device_of_run()
+    with torch.no_grad():
+        video = wan.vae(args, device).decode([u.to(device) for u in content["latents"]])[0]
+    if makes_image(args):
+        write_image(wan, video, target)
+    else:
+        write_video(to_bytes(video), target, content["fps"])
+    source = Path(content["save_file"])
+    record = read_record(source) if record_path(source).exists() else None
+    if record is not None and record["latents"] == str(file.absolute()):
+        record |= {"status": "finished", "latents": None, "file": str(target)}
+        record["frames"] = video.size(1)
+        write_whole(record_path(source), json.dumps(record, indent=1, ensure_ascii=False))
+    file.unlink()
+    return to_bytes(video)
+
+
+def read_latents(file: Path) -> dict[str, Any]:
+    """The content of a file of kept latents. Refused: it cannot be decoded."""
+    with refusing(
+        f"--teacache_decode {file}: cannot be used", "give a NAME.latents.pt that was kept"
+    ):
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        for name in ("latents", "task", "ckpt_dir", "save_file", "fps"):
+            content[name]
+        if not all(latent.isfinite().all() for latent in content["latents"]):
+            raise ValueError("its latents are not finite: the video would be black")
+    return content
+
+
+# The queue of a batch
+
+
+class Queue:
+    """Hands the jobs of a batch to the processes of torchrun, each a single-GPU Wan of its own.
+
+    The processes share torchrun's own store. Waiting is polling: a blocked wait would delay
+    signals. Make it before CUDA is initialised and Wan is imported.
+    """
+
+    def __init__(self) -> None:
+        self.store, self.rank, self.processes = next(dist.rendezvous("env://"))
+        local = environment("LOCAL_RANK", 0)
+        visible = os.getenv("CUDA_VISIBLE_DEVICES")
+        devices = visible.split(",") if visible else [str(local)] * (local + 1)
+        alone = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        if visible != "":
+            alone["CUDA_VISIBLE_DEVICES"] = devices[local] if local < len(devices) else ""
+        os.environ.update(alone)
+        if self.rank:
+            disable_progress_bars()
+
+    def share(self, content: Any) -> None:
+        self.store.set("jobs", json.dumps(content))
+
+    def receive(self) -> Any:
+        self.wait(lambda: self.store.check(["jobs"]))
+        return json.loads(self.store.get("jobs"))
+
+    def turns(self, count: int) -> Iterator[int]:
+        """The numbers of the jobs that this process is the first to take."""
+        while (number := self.store.add("next", 1) - 1) < count:
+            yield number
+
+    def finish(self, last: Callable[[], None]) -> None:
+        """Wait for all processes; rank 0 then runs ``last`` and leaves after the others."""
+        self.store.add("finished", 1)
+        self.wait(lambda: self.store.add("finished", 0) == self.processes)
+        if self.rank == 0:
+            last()
+            self.store.set("table", "printed")
+            self.wait(lambda: self.store.add("left", 0) == self.processes - 1)
+        else:
+            self.wait(lambda: self.store.check(["table"]))
+            self.store.add("left", 1)
+
+    @staticmethod
+    def wait(until: Callable[[], bool]) -> None:
+        while not until():
+            time.sleep(1)
+
+
+def disable_progress_bars() -> None:
+    bar = importlib.import_module("tqdm").tqdm
+    bar.__init__ = functools.partialmethod(bar.__init__, disable=True)
+
+
+def make_batch(session: Session, jobs: Sequence[Job], queue: Queue | None) -> int:
+    """Make one video after the other, then print the table of all. Returns the exit status."""
+    status = 0
+
+    def end() -> None:
+        nonlocal status
+        records = [read_record(job.target) or {"status": "not made"} for job in jobs]
+        if len(jobs) > 1 and is_rank_0():
+            for text in batch_table(jobs, records):
+                log.info(text)
+        if any(record["status"] != "finished" for record in records):
+            status = 1
+
+    began, made = time.monotonic(), 0
+    for number in queue.turns(len(jobs)) if queue else range(len(jobs)):
+        job = jobs[number]
+        if job.todo == SKIP:
+            log.info(f"TeaCache: {job.target} is finished: skipped")
             continue
-        measurements = cache.measurements
-        drift = measurements.drift(cache.config.order)
+        to_go = (time.monotonic() - began) / made * (len(jobs) - number) / 60 if made else 0
+        left = f", about {math.ceil(to_go)} min to go" if made else ""
+        if len(jobs) > 1:
+            log.info(f"TeaCache: video {number + 1} of {len(jobs)}{left}: {job.target}")
+        try:
+            make_one(session, job)
+        except Told:
+            break
+        made += 1
+        if queue:
+            log.info(f"TeaCache: {job.target}: {session.videos[-1].status}")
+    if queue:
+        queue.finish(end)
+    elif is_rank_0():
+        end()
+    return status
+
+
+def make_one(session: Session, job: Job) -> Video:
+    """Decode what an earlier run has kept, or sample."""
+    record = read_record(job.target) if job.todo == DECODE else None
+    if record is None:
+        return session.attempt(job)
+    video = Video(job, job.target, latents=Path(record["latents"]))
+    session.videos = [video]
+    video.status = "finished"
+    if is_rank_0():
+        try:
+            log.info(f"TeaCache: {job.target}: decoding the latents of an earlier run")
+            content = read_latents(video.latents)
+            video.pixels = decode_latents(session.wan, video.latents, content, job.target)
+        except Exception as error:
+            video.status = f"failed: {error!r:.500}"
+            tell_failure(session.wan, video, error)
+    return video
+
+
+def batch_table(jobs: Sequence[Job], records: Sequence[dict[str, Any]]) -> list[str]:
+    """One line a video, from the records."""
+    lines = ["TeaCache: computed  sampling   drift  file"]
+    for job, record in zip(jobs, records, strict=True):
+        if record["status"] != "finished":
+            lines.append(f"TeaCache: {record['status'][:26]:>26}  {job.target}")
+            continue
+        drift = "" if record["drift"] is None else percent(record["drift"])
         lines.append(
-            f"TeaCache: {len(cache.schedule.computed_steps):5}/{len(cache.schedule.decisions):<2}  "
-            f"{measurements.seconds:6.1f} s  {measurements.speedup:7.2f}x  "
-            f"{percent(drift) if drift is not None else '':>6}  {run.job.args.save_file}"
+            f"TeaCache: {len(record['computed']):5}/{record['steps']:<2}  "
+            f"{record['seconds'].get('sampling', 0):6.1f} s  {drift:>6}  {job.target}"
         )
     return lines
 
 
 # ------------------------------------------------------------------------------------ comparison
-# Owns the videos of one prompt and seed side by side (stock, stock with a little noise, and each
-# setting asked for), their pictures and their table.
+# Makes one prompt and seed with several settings: stock, stock with a little noise, and each entry.
+# Writes a table and a picture after each, so that a stopped comparison continues where it was.
 
 NOISE_STD = 1e-4
-STOCK, NOISE = "stock", "noise 1e-4"  # the labels of the first two
+STOCK, NOISE = "stock", "noise 1e-4"  # labels of the first two
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What came of one job of a comparison: its video, held against stock's."""
+class Row:
+    """One setting of a comparison, measured against stock's frames before the codec."""
 
     label: str
-    computed: int
+    computed: list[int]
     steps: int
     seconds: float  # of the sampling
-    speedup: float
     drift: float | None
     psnr: float  # dB; infinite where the frames are equal
     ssim: float | None  # None without scikit-image
-
-    @property
-    def texts(self) -> list[str]:
-        """What stands over it in a picture."""
-        fidelity = "" if self.label == STOCK else f"{self.psnr:.1f} dB"
-        return [self.label, f"{self.seconds:.1f} s    {self.speedup:.2f}x", fidelity]
+    speedup: float = 1.0
 
 
 def psnr(frames: np.ndarray, stock: np.ndarray) -> float:
-    """Of two videos, uint8 [F, H, W, 3], in dB."""
+    """PSNR of two videos in dB, uint8 [F, H, W, 3]."""
     pairs = zip(torch.from_numpy(frames), torch.from_numpy(stock), strict=True)
     mean_square = float(np.mean([(a.double() - b.double()).square().mean() for a, b in pairs]))
     return 10 * math.log10(255**2 / mean_square) if mean_square else math.inf
 
 
 def ssim(frames: np.ndarray, stock: np.ndarray) -> float | None:
-    """The mean over the frames, by scikit-image, where it can be imported."""
+    """Mean SSIM over the frames, with scikit-image where it can be imported."""
     try:
         similarity = importlib.import_module("skimage.metrics").structural_similarity
-    except Exception:  # one that was built for another numpy has its own
+    except Exception:  # one built for another numpy raises its own
         return None
     pairs = zip(frames, stock, strict=True)
     return float(np.mean([similarity(a, b, channel_axis=2, data_range=255) for a, b in pairs]))
 
 
-def compare(session: Session, jobs: Sequence[Job]) -> list[Outcome]:
-    """Run the jobs of one prompt and seed, the first of them stock; write what compares them.
-    Without stock's video there is nothing to compare with, and the others are not made."""
-    outcomes, shown, stock = [], [], None
-    for job in jobs:
-        run = session.attempt(job, keep_frames=True)
-        cache, video, run.frames = run.cache, run.frames, None
-        if job is jobs[0]:
-            stock = video
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            if not as_rank_0(run.status == "finished", device):
-                session.videos -= len(jobs) - 1
+class Comparison:
+    """The videos of one prompt and seed. jobs: stock, noise, then the entries."""
+
+    def __init__(self, session: Session, jobs: Sequence[Job]):
+        self.session, self.jobs = session, jobs
+        self.target = target = jobs[0].compared_in
+        self.stock_file = target.with_name(f"{target.stem}.stock.frames.npy")
+        self.json_file = target.with_name(f"{target.stem}.compare.json")
+        self.rows = self.finished_rows()
+        self.stock: np.ndarray | None = None
+
+    def finished_rows(self) -> dict[str, Row]:
+        """Rows of an earlier run, of entries whose videos are finished with the same settings."""
+        if not self.json_file.exists():
+            return {}
+        with refusing(f"{self.json_file}: cannot be read", "delete it"):
+            rows = [Row(**row) for row in json.loads(self.json_file.read_text())]
+        done = {job.label for job in self.jobs if job.todo == SKIP}
+        return {
+            row.label: replace(row, psnr=math.inf if row.psnr is None else row.psnr)
+            for row in rows
+            if row.label in done
+        }
+
+    def run(self) -> list[Row]:
+        """Make what is missing. Without stock's frames nothing can be measured."""
+        missing = [job for job in self.jobs if job.label not in self.rows]
+        if missing and missing[0].label != STOCK:
+            if self.stock_file.exists():
+                self.stock = np.load(self.stock_file)
+            else:
+                missing.insert(0, self.jobs[0])
+        prompt = self.extended_prompt()
+        for job in missing:
+            if prompt is not None:  # extended once, for all entries
+                job.args.prompt, job.args.use_prompt_extend = prompt, False
+            log.info(f"TeaCache: comparison {self.target}: {job.label}")
+            video = make_one(self.session, job)
+            prompt = video.prompt if job.args.use_prompt_extend else prompt
+            made = as_rank_0(video.status == "finished", device_of_run())
+            if made and video.pixels is not None:  # None on all ranks but 0
+                self.add(job, video.pixels)
+            video.pixels = None
+            if not made and job.label == STOCK:
+                log.error(f"TeaCache: {self.target}: without stock nothing can be compared")
                 break
-        if video is None or run.status != "finished":  # None on all ranks but 0
-            continue
-        shown.append(shrunk(video))
-        outcomes.append(
-            Outcome(
-                label=job.label,
-                computed=len(cache.schedule.computed_steps),
-                steps=len(cache.schedule.decisions),
-                seconds=cache.measurements.seconds,
-                speedup=1.0,
-                drift=cache.measurements.drift(job.config.order),
-                psnr=psnr(video, stock),
-                ssim=ssim(video, stock),
-            )
+        if len(self.rows) == len(self.jobs):
+            self.stock_file.unlink(missing_ok=True)
+        return self.sorted_rows()
+
+    def extended_prompt(self) -> str | None:
+        """What --use_prompt_extend answered for an entry of an earlier run."""
+        for job in self.jobs:
+            if job.label in self.rows and job.args.use_prompt_extend:
+                return (read_record(job.target) or {}).get("prompt")
+        return None
+
+    def add(self, job: Job, pixels: np.ndarray) -> None:
+        """Measure a video, and write table and picture."""
+        record = read_record(job.target)
+        if job.label == STOCK:
+            self.stock = pixels
+            np.save(self.stock_file, pixels)
+        self.rows[job.label] = Row(
+            label=job.label,
+            **{name: record[name] for name in ("computed", "steps", "drift")},
+            seconds=record["seconds"]["sampling"],
+            psnr=psnr(pixels, self.stock),
+            ssim=ssim(pixels, self.stock),
         )
-    # the first run warms up, so that the faster of the two is stock's time
-    stock_seconds = [one.seconds for one in outcomes if one.label in (STOCK, NOISE)]
-    outcomes = [replace(one, speedup=min(stock_seconds) / one.seconds) for one in outcomes]
-    if shown:
-        target, task = jobs[0].compared_in, jobs[0].args.task
         try:
-            write_comparison(outcomes, shown, target, session.wan.task_config(task)["sample_fps"])
-        except Exception as error:  # the videos are there, and other lines may wait
-            session.all_written = False
-            log.error(f"TeaCache: the comparison of {target} is not written: {error}")
-    return outcomes
+            self.write()
+        except Exception as error:  # the videos exist, and other lines may wait
+            self.session.comparisons_failed = True
+            log.error(f"TeaCache: the comparison of {self.target} cannot be written: {error}")
+
+    def sorted_rows(self) -> list[Row]:
+        """In the order of the jobs, with the speed-up over the faster of the two stock runs: the
+        first run of a process also warms up."""
+        rows = [self.rows[job.label] for job in self.jobs if job.label in self.rows]
+        stock = [row.seconds for row in rows if row.label in (STOCK, NOISE)]
+        return [replace(row, speedup=min(stock) / row.seconds) for row in rows] if stock else []
+
+    def write(self) -> None:
+        """NAME.compare.json, .png and, of videos, .mp4 with all side by side."""
+        rows = self.sorted_rows()
+        # JSON has no infinity
+        entries = [
+            asdict(row) | {"psnr": row.psnr if row.psnr < math.inf else None} for row in rows
+        ]
+        write_whole(self.json_file, json.dumps(entries, indent=1))
+        files = {job.label: job.target for job in self.jobs}
+        videos = [read_frames(files[row.label]) for row in rows]
+        picture(rows, videos).save(self.json_file.with_suffix(".png"))
+        if len(videos[0]) > 1:
+            fps = self.session.wan.task_config(self.jobs[0].args.task)["sample_fps"]
+            write_side_by_side(rows, videos, self.json_file.with_suffix(".mp4"), fps)
 
 
-def write_comparison(
-    outcomes: Sequence[Outcome], videos: Sequence[np.ndarray], target: Path, fps: int
-) -> None:
-    """NAME.compare.mp4, all side by side; .png, a strip of frames; .json, the table.
-
-    videos: uint8 [F, H, W, 3] of even sides, as ``shrunk`` makes them.
-    """
-    length, _, width, _ = videos[0].shape
-    files = {e: target.with_name(f"{target.stem}.compare.{e}") for e in ("mp4", "png", "json")}
-    if length > 1:
-        head = np.hstack([heading(one.texts, width) for one in outcomes])
-        with imageio.get_writer(files["mp4"], fps=fps, macro_block_size=2) as writer:
-            for frames in zip(*videos, strict=True):
-                writer.append_data(np.vstack([head, np.hstack(frames)]))
-        check_written(str(files["mp4"]), length)
-    moments = np.linspace(0, length - 1, min(6, length)).round().astype(int)
-    Image.fromarray(strip(outcomes, videos, moments)).save(files["png"])
-    # JSON has no infinity
-    entries = [asdict(o) | {"psnr": o.psnr if o.psnr < math.inf else None} for o in outcomes]
-    files["json"].write_text(json.dumps(entries, indent=1))
-    log.info(f"TeaCache: side by side in {', '.join(str(f) for f in files.values() if f.exists())}")
+def read_frames(file: Path) -> np.ndarray:
+    """uint8 [F, H, W, 3] of a video or an image."""
+    with imageio.get_reader(file) as reader:
+        return np.stack([np.asarray(frame)[..., :3] for frame in reader])
 
 
-def shrunk(video: np.ndarray) -> np.ndarray:
-    """Frames [F, H, W, 3] at a width of 480 pixels or, if they are small, four times their own; of
-    even sides."""
-    height, width = video.shape[1:3]
+def shrunk(frame: np.ndarray) -> Image.Image:
+    """A frame [H, W, 3] 480 pixels wide, or four times its size if smaller; even sides."""
+    height, width = frame.shape[:2]
     size = [2 * round(side * 240 / max(width, 120)) for side in (width, height)]
-    return np.stack([Image.fromarray(frame).resize(size) for frame in video])
+    return Image.fromarray(frame).resize(size)
 
 
-def heading(texts: Sequence[str], width: int) -> np.ndarray:
-    """A line of text each, black on white, in letters that fit the width."""
+def heading(texts: Sequence[str], width: int) -> Image.Image:
+    """Lines of text, black on white, in letters that fit the width."""
     head = Image.new("RGB", (width, 28 * len(texts)), "white")
     draw = ImageDraw.Draw(head)
     longest = max(draw.textlength(text, font_size=20) for text in texts)
     for i, text in enumerate(texts):
         draw.text((8, 2 + 26 * i), text, "black", font_size=min(20, 20 * (width - 16) / longest))
-    return np.asarray(head)
+    return head
 
 
-def strip(
-    outcomes: Sequence[Outcome], videos: Sequence[np.ndarray], moments: Sequence[int]
-) -> np.ndarray:
-    """One video above the other, a column a moment, and over each which it is."""
-    pictures = []
-    for outcome, video in zip(outcomes, videos, strict=True):
-        frames = np.hstack([video[moment] for moment in moments])
-        pictures += [heading(["    ".join(outcome.texts).rstrip()], frames.shape[1]), frames]
-    return np.vstack(pictures)
+def texts_of(row: Row) -> list[str]:
+    """What stands over a video."""
+    fidelity = "" if row.label == STOCK else f"    PSNR {row.psnr:.1f} dB"
+    return [row.label, f"{row.seconds:.1f} s    {row.speedup:.2f}x{fidelity}"]
 
 
-def comparison_table(by_line: Sequence[Sequence[Outcome]]) -> list[str]:
-    """The mean over the lines of the jobs file; of several, with the standard deviation."""
-    by_label: dict[str, list[Outcome]] = {}
-    for outcomes in by_line:
-        for outcome in outcomes:
-            by_label.setdefault(outcome.label, []).append(outcome)
-    with_ssim = by_line[0][0].ssim is not None
+def boxes(row: Row, width: int) -> Image.Image:
+    """A schedule: a box a step, filled where it is computed."""
+    image = Image.new("RGB", (width, 20), "white")
+    draw = ImageDraw.Draw(image)
+    side = (width - 16) / row.steps
+    for step in range(row.steps):
+        left = 8 + step * side
+        fill = "black" if step in row.computed else "white"
+        draw.rectangle((left, 3, left + side * 0.8, 16), fill, "gray")
+    return image
+
+
+def picture(rows: Sequence[Row], videos: Sequence[np.ndarray]) -> Image.Image:
+    """A row a setting: its figures and schedule over its middle frame and, times 8, that frame's
+    difference from stock's."""
+    middle = len(videos[0]) // 2
+    stock = videos[0][middle].astype(int)
+    panels = []
+    for row, video in zip(rows, videos, strict=True):
+        difference = np.minimum(8 * np.abs(video[middle] - stock), 255).astype(np.uint8)
+        frames = [np.asarray(shrunk(frame)) for frame in (video[middle], difference)]
+        wide = np.hstack(frames)
+        width = wide.shape[1]
+        panels += [heading(["    ".join(texts_of(row))], width), boxes(row, width), wide]
+    return Image.fromarray(np.vstack([np.asarray(panel) for panel in panels]))
+
+
+def write_side_by_side(
+    rows: Sequence[Row], videos: Sequence[np.ndarray], file: Path, fps: float
+) -> None:
+    """All videos in one, side by side, at most 4,096 pixels wide: then in several rows."""
+    width, height = shrunk(videos[0][0]).size
+    columns = min(len(rows), max(1, 4096 // width))
+    heads = [np.asarray(heading(texts_of(row), width)) for row in rows]
+    blank = np.full((height + len(heads[0]), width, 3), 255, np.uint8)
+    with imageio.get_writer(
+        file, fps=fps, macro_block_size=2, ffmpeg_params=FASTSTART, quality=8
+    ) as writer:
+        for frames in zip(*videos, strict=True):
+            cells = [np.vstack([h, shrunk(f)]) for h, f in zip(heads, frames, strict=True)]
+            cells += [blank] * (-len(cells) % columns)
+            lines = [np.hstack(cells[i : i + columns]) for i in range(0, len(cells), columns)]
+            writer.append_data(np.vstack(lines))
+    check_written(file, len(videos[0]))
+
+
+# a player can begin before the end of the file, and shows the colours as they were written
+FASTSTART = (
+    "-movflags +faststart -colorspace smpte170m -color_primaries smpte170m -color_trc smpte170m"
+).split()
+
+
+def run_comparisons(session: Session, jobs_by_line: Sequence[Sequence[Job]]) -> int:
+    """Compare each line of the jobs file, or the one command; print the table of all."""
+    count = sum(map(len, jobs_by_line))
+    log.info(f"TeaCache: {count} videos, {2 * len(jobs_by_line)} of them stock")
+    status, rows_by_line = 0, []
+    for jobs in jobs_by_line:
+        rows = Comparison(session, jobs).run()
+        status = status if len(rows) == len(jobs) or not is_rank_0() else 1
+        rows_by_line += [rows] if rows else []
+    with suppress(BrokenPipeError):  # `... | head`: the exit status still shows a failure
+        for text in comparison_table(rows_by_line) if rows_by_line else ():
+            print(text)
+    return 1 if session.comparisons_failed else status
+
+
+def comparison_table(rows_by_line: Sequence[Sequence[Row]]) -> list[str]:
+    """Means over the lines; with several lines, standard deviations too."""
+    by_label: dict[str, list[Row]] = {}
+    for rows in rows_by_line:
+        for row in rows:
+            by_label.setdefault(row.label, []).append(row)
+    with_ssim = rows_by_line[0][0].ssim is not None
     head = ["", "computed", "sampling", "speed-up", "drift", "PSNR", "SSIM"]
-    cells = [head, *(comparison_cells(outcomes) for outcomes in by_label.values())]
+    cells = [head, *(table_cells(rows) for rows in by_label.values())]
     if not with_ssim:
         cells = [texts[:-1] for texts in cells]
     wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -2369,33 +2620,14 @@ def comparison_table(by_line: Sequence[Sequence[Outcome]]) -> list[str]:
     for label, *others in cells:
         aligned = [text.rjust(width) for text, width in zip(others, wide[1:], strict=True)]
         table.append("  ".join([label.ljust(wide[0]), *aligned]))
-    table.append(what_is_at_the_floor(by_line))
+    table.append(floor_line(rows_by_line))
     if not with_ssim:
         table.append("for the SSIM: pip install scikit-image")
     return table
 
 
-def what_is_at_the_floor(by_line: Sequence[Sequence[Outcome]]) -> str:
-    """Which entries are as near to stock as its video with noise is, in the mean over the lines."""
-    floors, margins = [], dict[str, list[float]]()
-    for outcomes in by_line:
-        for floor in [one.psnr for one in outcomes if one.label == NOISE]:
-            floors.append(floor)
-            for one in outcomes:
-                margin = 0.0 if one.psnr == floor else one.psnr - floor  # both may be infinite
-                margins.setdefault(one.label, []).append(margin)
-    if not floors:
-        return "no floor: stock with noise of 1e-4 has failed"
-    entries = [label for label in margins if label not in (STOCK, NOISE)]
-    reached = [label for label in entries if np.mean(margins[label]) >= 0]
-    return (
-        f"the floor, stock with noise of 1e-4: {np.mean(floors):.1f} dB; at it or above: "
-        f"{', '.join(reached) or 'none'}"
-    )
-
-
-def comparison_cells(outcomes: Sequence[Outcome]) -> list[str]:
-    """What the table says of one label."""
+def table_cells(rows: Sequence[Row]) -> list[str]:
+    """The cells of one label."""
 
     def mean(values: Sequence[float | None], digits: int, unit: str = "") -> str:
         known = [value for value in values if value is not None]
@@ -2405,137 +2637,210 @@ def comparison_cells(outcomes: Sequence[Outcome]) -> list[str]:
         deviation = f" ± {np.std(known):.{digits}f}" if spread else ""
         return f"{np.mean(known):.{digits}f}{deviation}{unit}"
 
-    computed, steps = np.mean([(o.computed, o.steps) for o in outcomes], axis=0)
+    computed = np.mean([len(row.computed) for row in rows])
     return [
-        outcomes[0].label,
-        f"{computed:.0f}/{steps:.0f}",
-        mean([o.seconds for o in outcomes], 1, " s"),
-        mean([o.speedup for o in outcomes], 2, "x"),
-        mean([o.drift and 100 * o.drift for o in outcomes], 1, " %"),
-        mean([o.psnr for o in outcomes], 1),
-        mean([o.ssim for o in outcomes], 3),
+        rows[0].label,
+        f"{computed:.0f}/{rows[0].steps}",
+        mean([row.seconds for row in rows], 1, " s"),
+        mean([row.speedup for row in rows], 2, "x"),
+        mean([row.drift and 100 * row.drift for row in rows], 1, " %"),
+        mean([row.psnr for row in rows], 1),
+        mean([row.ssim for row in rows], 3),
     ]
 
 
-# ---------------------------------------------------------------------------------- command line
-# Owns our flags, what becomes of them, and main. Everywhere here ``own`` are our flags and ``args``
-# are generate.py's.
+def floor_line(rows_by_line: Sequence[Sequence[Row]]) -> str:
+    """The floor, and the entries as near to stock as stock with noise, in the mean over lines."""
+    floors, margins = [], defaultdict[str, list[float]](list)
+    for rows in rows_by_line:
+        for floor in [row.psnr for row in rows if row.label == NOISE]:
+            floors.append(floor)
+            for row in rows:
+                # both may be infinite
+                margins[row.label].append(0.0 if row.psnr == floor else row.psnr - floor)
+    if not floors:
+        return "no floor: stock with noise of 1e-4 has failed"
+    reached = [
+        label
+        for label, values in margins.items()
+        if label not in (STOCK, NOISE) and np.mean(values) >= 0
+    ]
+    return (
+        f"floor (stock with noise of 1e-4): {np.mean(floors):.1f} dB; entries at the floor or "
+        f"above: {', '.join(reached) or 'none'}"
+    )
 
+
+# ---------------------------------------------------------------------------------- command line
+# Our flags, the jobs that a command means, main. ``ours`` are our flags, ``args`` generate.py's.
+
+
+class Amount(NamedTuple):
+    """How much to skip: a threshold, or the speed-up to find one for."""
+
+    value: float
+    is_speedup: bool = False
+
+
+class Entry(NamedTuple):
+    """One video of a command: alone, or a setting of a comparison."""
+
+    label: str = ""
+    flags: Sequence[str] = ()
+
+
+# Flags that the loaded model depends on: the same for all lines of a jobs file.
 # fmt: off
-FOR_ALL_LINES = (  # what the loaded model depends on
+FOR_ALL_LINES = (
     "task", "ckpt_dir", "ulysses_size", "ring_size", "t5_fsdp", "dit_fsdp", "t5_cpu",
     "convert_model_dtype", "prompt_extend_method", "prompt_extend_model",
 )
+# Flags that change how a video is made, not what it shows.
+NOT_IN_SETTINGS = (
+    "save_file", "offload_model", "t5_cpu", "t5_fsdp", "dit_fsdp", "ulysses_size", "ring_size",
+)
+OLD_FLAGS = {
+    "--teacache_model": "use --teacache_rule NAME",
+    "--teacache_coefficients": "use --teacache_rule FILE",
+    "--teacache_report": "leave it out: every video has a record, NAME.json beside it",
+}
 # fmt: on
-HOW_MUCH = ("teacache_thresh", "teacache_speedup")  # either
-WHOSE = ("teacache_model", "teacache_coefficients")  # either
-OF_A_LINE = (*HOW_MUCH, *WHOSE, "use_ret_steps", "teacache_order", "teacache_guide_until")
+OF_THE_COMMAND = (
+    "teacache_plan",
+    "teacache_compare",
+    "teacache_decode",
+    "teacache_jobs",
+    "wan_repo",
+)
 
 
-# Our flags
-
-
-def at_least(low: float, allowed: str, high: float = math.inf) -> Callable[[str], float]:
+def number(low: float, allowed: str, high: float = math.inf) -> Callable[[str], float]:
     """The type of a flag: a finite number from ``low`` to ``high``."""
 
-    def number(text: str) -> float:
+    def convert(text: str) -> float:
         with suppress(ValueError):
             if low <= float(text) <= high and math.isfinite(float(text)):
                 return float(text)
         raise argparse.ArgumentTypeError(f"{text} must be {allowed}")
 
-    return number
+    return convert
 
 
-def own_parser() -> Parser:
-    """The flags that generate.py does not have."""
+def our_parser(exclusive: bool = True) -> Parser:
+    """The flags that generate.py does not have.
+
+    exclusive: refuse a threshold beside a speed-up. A line of a jobs file overrides the command
+    line, so that the two together may have both: the last one counts.
+    """
     parser = Parser(allow_abbrev=False, add_help=False, description="TeaCache for generate.py")
     schedule = parser.add_argument_group("which steps are computed")
-    how_much = schedule.add_mutually_exclusive_group().add_argument
-    thresh, speedup = at_least(0, "0 (off) or more, such as 0.08"), at_least(1, "1 or more, as 2.0")
-    how_much("--teacache_thresh", type=thresh, metavar="X", help="higher is faster, 0 is off")
-    how_much("--teacache_speedup", type=speedup, metavar="X", help="or: a threshold that gives X")
-    whose = schedule.add_mutually_exclusive_group().add_argument
-    rows = (SIGMA, *ROWS)
-    whose("--teacache_model", choices=rows, help="row of coefficients; default: as the task")
-    whose("--teacache_coefficients", metavar="FILE", help="default: teacache.json in --ckpt_dir")
+    amount = schedule.add_mutually_exclusive_group() if exclusive else schedule
+    thresh, speedup = number(0, "0 (stock) or more, such as 0.08"), number(1, "1 or more, as 2")
+    common = {"dest": "amount", "metavar": "X"}
+    amount.add_argument(
+        "--teacache_thresh",
+        type=lambda text: Amount(thresh(text)),
+        help="skip more steps the higher it is; 0 is stock; default: the rule's",
+        **common,
+    )
+    amount.add_argument(
+        "--teacache_speedup",
+        type=lambda text: Amount(speedup(text), is_speedup=True),
+        help="instead: find the threshold that runs the blocks 1/X as often as stock",
+        **common,
+    )
     add = schedule.add_argument
-    add("--use_ret_steps", action="store_true", help="compare e0, always compute the first 5 steps")
-    skipped = parser.add_argument_group("what the other steps do").add_argument
-    orders = {"type": int, "nargs": "+", "choices": (0, 1), "metavar": "0|1"}
-    skipped("--teacache_order", **orders, help="1: extrapolate residuals; default: 0")
-    share = at_least(0, "from 0 to 1, such as 0.6", high=1)
-    guide = "SHARE of the steps, the first ones, that are guided; default: 1"
-    skipped("--teacache_guide_until", type=share, metavar="SHARE", help=guide)
+    add(
+        "--teacache_rule",
+        metavar="NAME|FILE",
+        help=f"one of {', '.join(RULES)}, or a JSON file of your own polynomials; default: "
+        "teacache.json in --ckpt_dir, else the task's",
+    )
+    add(
+        "--use_ret_steps",
+        action="store_true",
+        help="the rule's second polynomial: compare e0, always compute the first 5 steps",
+    )
+    add = parser.add_argument_group("what the other steps do").add_argument
+    add(
+        "--teacache_order",
+        type=int,
+        choices=(0, 1),
+        default=0,
+        help="1: extrapolate the residual from the last two; default: 0, repeat the last",
+    )
+    add(
+        "--teacache_guide_until",
+        type=number(0, "from 0 to 1, such as 0.6", high=1),
+        default=1.0,
+        metavar="SHARE",
+        help="guide the first SHARE of the steps only; default: 1",
+    )
     instead = parser.add_argument_group("instead of one video").add_mutually_exclusive_group()
     add = instead.add_argument
-    add("--teacache_plan", action="store_true", help="print what thresholds do, and no more")
-    entry = "stock, and each entry, such as 0.08, 2x or sigma:2x"
-    add("--teacache_compare", nargs="+", metavar="ENTRY", help=entry)
-    add("--teacache_decode", metavar="FILE", help="make the video of kept latents")
+    add("--teacache_plan", action="store_true", help="print which steps thresholds compute")
+    add(
+        "--teacache_compare",
+        nargs="+",
+        metavar="ENTRY",
+        help="make stock and each entry: 0.08, 2x, sigma:2x, or 2x@1 for order 1",
+    )
+    add("--teacache_decode", metavar="FILE", help="make the video from kept latents")
     add = parser.add_argument_group("files").add_argument
-    add("--teacache_jobs", metavar="FILE", help="a video a line, each with its flags")
-    add("--teacache_report", metavar="FILE", help="write what was decided and measured, as JSON")
-    add("--wan_repo", metavar="DIR", help="Wan; default: this script's folder, else the current")
+    add("--teacache_jobs", metavar="FILE", help="make a video a line: a prompt, or flags")
+    add("--wan_repo", metavar="DIR", help="Wan's folder; default: this script's, else the current")
     return parser
 
 
-# Whose coefficients
+# Rules
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Whose coefficients a run uses."""
+    """The rule of a run and why it was chosen. forced: named with --teacache_rule; a schedule that
+    would be refused then only brings a warning."""
 
-    row: Row | None
-    name: str
+    rule: Rule
     why: str
-    insisted: bool = False  # by --teacache_model: what would be refused is only warned of
+    forced: bool = False
 
-    @property
-    def text(self) -> str:
-        return f"row {self.name} ({self.why})"
-
-
-def choose_row(own: argparse.Namespace, args: argparse.Namespace) -> Choice:
-    """As asked, the checkpoint's teacache.json, the task's published row, or "sigma"."""
-    name, file = own.teacache_model, Path(args.ckpt_dir) / "teacache.json"
-    if name:
-        return Choice(ROWS.get(name), name, "as asked", insisted=True)
-    if own.teacache_coefficients or file.is_file():
-        file = Path(own.teacache_coefficients or file)
-        return Choice(read_coefficients(file), file.name, f"of {file.absolute().parent.name}")
-    rows = [name for name, row in ROWS.items() if args.task in row.tasks]
-    if not rows:
-        return Choice(None, SIGMA, f"nobody has fitted {args.task}")
-    if len(rows) == 1:
-        return Choice(ROWS[rows[0]], rows[0], f"task {args.task}")
-    return choose_among(rows, args)
+    def __str__(self) -> str:
+        return f"rule {self.rule.name} ({self.why})"
 
 
-def choose_among(rows: Sequence[str], args: argparse.Namespace) -> Choice:
-    """Of rows that are named for a size, such as i2v-14B-480P and -720P: by the name that the
-    checkpoint was downloaded as, else by the size of the video."""
-    by_size = {row.split("-")[-1].lower(): row for row in rows}
+def choose_rule(ours: argparse.Namespace, args: argparse.Namespace) -> Choice:
+    """As asked, the checkpoint's teacache.json, the task's published rule, or "sigma"."""
+    asked, own_file = ours.teacache_rule, Path(args.ckpt_dir) / "teacache.json"
+    if asked in RULES:
+        return Choice(RULES[asked], "as asked", forced=True)
+    if asked or own_file.is_file():
+        file = Path(asked or own_file)
+        return Choice(read_rule(file), f"from {file.absolute().parent.name}")
+    rules = [rule for rule in RULES.values() if args.task in rule.tasks]
+    if not rules:
+        return Choice(SIGMA, f"none is fitted to {args.task}")
+    if len(rules) == 1:
+        return Choice(rules[0], f"task {args.task}")
+    return choose_by_size(rules, args)
+
+
+def choose_by_size(rules: Sequence[Rule], args: argparse.Namespace) -> Choice:
+    """Between i2v's rules for 480P and 720P: by the name that the checkpoint was downloaded under,
+    else by the video's area."""
+    by_size = {rule.name.split("-")[-1].lower(): rule for rule in rules}
     for name in download_names(Path(args.ckpt_dir)):
         sizes = by_size.keys() & set(re.split("[^0-9a-z]+", name.lower()))
         if len(sizes) == 1:
-            row = by_size[sizes.pop()]
-            return Choice(ROWS[row], row, f"checkpoint {name}")
-    size = "480p" if args.size in ("832*480", "480*832") else "720p"
-    require(
-        size in by_size,
-        f"--task {args.task}: {' and '.join(rows)} are for it: name one by --teacache_model",
-    )
-    row = by_size[size]
-    why = f"a guess from the size {args.size}: name it by --teacache_model"
-    return Choice(ROWS[row], row, why)
+            return Choice(by_size[sizes.pop()], f"checkpoint {name}")
+    area = math.prod(map(int, args.size.split("*")))
+    areas = {"480p": 832 * 480, "720p": 1280 * 720}
+    size = min(by_size, key=lambda name: abs(areas[name] - area))
+    return Choice(by_size[size], f"guessed from --size {args.size}: --teacache_rule names one")
 
 
 def download_names(folder: Path) -> list[str]:
-    """The names that may tell what a checkpoint folder holds: that of the folder itself, then those
-    of the links to it, the last one first; for a hub's cache (NAME/snapshots/COMMIT) that above it
-    too. No parents."""
+    """Names that may tell what a checkpoint folder holds: its own, then those of links to it, the
+    last one first; in a hub's cache (NAME/snapshots/COMMIT) also NAME. No parents."""
     names, paths = [], [folder.absolute()]
     while paths[0].is_symlink():
         paths.insert(0, paths[0].parent / paths[0].readlink())
@@ -2546,542 +2851,613 @@ def download_names(folder: Path) -> list[str]:
     return names
 
 
-def read_coefficients(file: Path) -> Row:
-    """A Row as JSON: {"steps", "shift", "solver", "plain": {"coefficients", "thresholds"},
+def read_rule(file: Path) -> Rule:
+    """A rule as JSON: {"steps", "shift", "solver", "plain": {"coefficients", "thresholds"},
     "retention": the same}."""
-    cure = "give one as the README has it, or --teacache_model sigma"
-    with refusing(f"--teacache_coefficients {file}: cannot be used", cure):
+    cure = f"give one of {', '.join(RULES)}, or a file in the form that the README shows"
+    with refusing(f"--teacache_rule {file}: cannot be used", cure):
         content = json.loads(file.read_text(encoding="utf-8-sig"))
-        modes = {}
-        for mode in (PLAIN, RETENTION):
-            modes[mode] = Polynomial(**content.pop(mode))
-            lists = {"coefficients": 5, "thresholds": None}
-            for name, length in lists.items():
-                values = getattr(modes[mode], name)
-                if not values or length not in (None, len(values)):
-                    raise ValueError(f"{mode}: {name} must be {length or 'some'} numbers")
+        polynomials = {name: Polynomial(**content.pop(name)) for name in ("plain", "retention")}
+        for name, polynomial in polynomials.items():
+            for values, count in ((polynomial.coefficients, 5), (polynomial.thresholds, None)):
+                if not values or count not in (None, len(values)):
+                    raise ValueError(f"{name}: {count or 'some'} numbers are needed")
                 if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
-                    raise ValueError(f"{mode}: {name} must be finite numbers")
-            if min(modes[mode].thresholds) < 0:
-                raise ValueError(f"{mode}: a threshold is below 0")
-        row = Row(**modes, **content)
-        if not (isinstance(row.steps, int) and isinstance(row.shift, (int, float))):
+                    raise ValueError(f"{name}: must hold finite numbers")
+            if min(polynomial.thresholds) < 0:
+                raise ValueError(f"{name}: a threshold is below 0")
+        rule = Rule(file.name, **polynomials, **content)
+        if not (isinstance(rule.steps, int) and isinstance(rule.shift, (int, float))):
             raise ValueError("steps and shift must be numbers")
-        if not isinstance(row.solver, str):
+        if not isinstance(rule.solver, str):
             raise ValueError("solver must be a name")
-        return row
+    return rule
 
 
-# From flags to the settings of a run, and its plan
-
-
-@dataclass(frozen=True)
-class Outlook:
-    """What the policy needs to know of a run, before a weight is loaded."""
-
-    choice: Choice
-    timesteps: Sequence[float]
-    distances: Sequence[float | None]
-
-    def plan(self, config: TeaCacheConfig) -> Schedule:
-        return plan(config, self.timesteps, self.distances)
-
-    def plan_speedup(self, config: TeaCacheConfig, speedup: float) -> Schedule:
-        return plan_speedup(config, self.timesteps, self.distances, speedup)
-
-
-def look_ahead(wan: Wan, own: argparse.Namespace, args: argparse.Namespace) -> Outlook:
-    """The row of a run, its timesteps and, out of the weights, its distances."""
-    choice, timesteps = choose_row(own, args), wan.timesteps(args)
-    require(
-        not (own.use_ret_steps and choice.row is None),
-        f"--use_ret_steps: is not for {choice.text}: leave it out, or give --teacache_model, one "
-        f"of {', '.join(ROWS)}",
-    )
-    mode = mode_of(choice.row, own.use_ret_steps)
-    return Outlook(choice, timesteps, distances_of(wan, args, timesteps, mode))
-
-
-def job_of(wan: Wan, own: argparse.Namespace, args: argparse.Namespace, outlook: Outlook) -> Job:
-    """The settings of a run and its plan. Refused: they are no good."""
-    config = config_of(wan, own, args, outlook)
-    planned = outlook.plan(config)
-    if not own.teacache_plan:
-        check_plan(planned, own, args, outlook.choice)
-    by_default = own.teacache_thresh is None and own.teacache_speedup is None
-    return Job(args, config, outlook.choice.text, planned, by_default)
+# From flags to the settings and the plan of a run
 
 
 def config_of(
-    wan: Wan, own: argparse.Namespace, args: argparse.Namespace, outlook: Outlook
+    ours: argparse.Namespace,
+    args: argparse.Namespace,
+    rule: Rule,
+    steps_by_model: Sequence[int],
 ) -> TeaCacheConfig:
-    """The settings: as asked, else the row's default threshold, of "sigma" half of the steps."""
-    thresh, speedup, row = own.teacache_thresh, own.teacache_speedup, outlook.choice.row
-    steps, order = args.sample_steps, (own.teacache_order or [0])[0]
-    config = TeaCacheConfig.from_row(row, steps, thresh, own.use_ret_steps, order=order)
-    if row is None and thresh is None and speedup is None:
-        config = outlook.plan_speedup(config, 2.0).config  # before guidance ends: half of the steps
-    until = 1.0 if own.teacache_guide_until is None else own.teacache_guide_until
+    """The settings of a run, with the rule's default threshold if none is given."""
+    amount, others = ours.amount, {}
+    if rule is SIGMA and args.task in SIGMA_FOR_TWO_MODELS:
+        shares, max_skipped = SIGMA_FOR_TWO_MODELS[args.task]
+        others = {
+            "forced_steps": first_steps(steps_by_model, shares),
+            "max_skipped": max_skipped,
+        }
+    thresh = amount.value if amount and not amount.is_speedup else None
     # at threshold 0, as in stock, the unconditional branch runs at a scale of 1 too
-    scale = None if thresh == 0 else args.sample_guide_scale
-    of_first = steps_of_first(outlook.timesteps, wan.task_config(args.task))
-    config = replace(config, guided_steps=count_guided_steps(scale, steps, of_first, until))
-    return config if speedup is None else for_speedup(config, outlook, speedup)
+    scale = 5.0 if thresh == 0 else args.sample_guide_scale
+    guided = count_guided_steps(scale, steps_by_model, ours.teacache_guide_until)
+    others |= {"order": ours.teacache_order, "guided_steps": guided}
+    return TeaCacheConfig.from_rule(rule, args.sample_steps, thresh, ours.use_ret_steps, **others)
 
 
-def for_speedup(config: TeaCacheConfig, outlook: Outlook, speedup: float) -> TeaCacheConfig:
-    """With the threshold for --teacache_speedup."""
+def plan_of(
+    ours: argparse.Namespace, config: TeaCacheConfig, choice: Choice, preview: Preview
+) -> Schedule:
+    """The plan of a run: at its threshold, for its speed-up, or half of the steps by default."""
+    amount = ours.amount
+    if amount is None and choice.rule is SIGMA:  # before guidance ends: half of the steps
+        unguided = replace(config, guided_steps=None)
+        half = preview.plan_speedup(unguided, 2.0)
+        return preview.plan(replace(config, thresh=half.config.thresh))
+    if amount is None or not amount.is_speedup:
+        return preview.plan(config)
+    what = f"--teacache_speedup {amount.value:g}"
     try:
-        schedule = outlook.plan_speedup(config, speedup)
+        planned = preview.plan_speedup(config, amount.value)
     except ValueError as error:
         raise Refused(
-            f"--teacache_speedup {speedup:g}: with {outlook.choice.text} {error}, and no threshold "
-            "can be trusted: take --teacache_model sigma"
+            f"{what}: with {choice} {error}, and no threshold can be trusted: use "
+            "--teacache_rule sigma"
         ) from error
-    fewest = outlook.plan(replace(config, thresh=1e9))
+    fewest = preview.plan(replace(config, thresh=LARGE_THRESH))
     require(
-        fewest.passes <= math.ceil(2 * config.steps / speedup - 1e-9),
-        f"--teacache_speedup {speedup:g}: no threshold reaches it; the nearest is "
-        f"{fewest.speedup:.3g}, at --teacache_thresh {schedule.config.thresh:.4g}",
+        fewest.passes <= math.ceil(2 * config.steps / amount.value - 1e-9),
+        f"{what}: no threshold reaches it; the most is {fewest.speedup:.3g}, at "
+        f"--teacache_thresh {planned.config.thresh:.4g}",
     )
-    return schedule.config
+    return planned
 
 
 def check_plan(
-    planned: Schedule, own: argparse.Namespace, args: argparse.Namespace, choice: Choice
+    planned: Schedule, ours: argparse.Namespace, args: argparse.Namespace, choice: Choice
 ) -> None:
-    """Refuse a schedule that skips nearly everything, unless it is as published or insisted on.
-
-    Half of the steps by "sigma", its default, are never that, though of a few steps a run of
-    skipped ones is soon more than a quarter.
-    """
-    faults, row = planned.faults(), choice.row
-    if not faults or (row is None and 2 * len(planned.computed_steps) >= len(planned.decisions)):
-        return
-    what = f"{choice.text} would compute {planned.summary()}: {' and '.join(faults)}"
-    if choice.insisted or (row is not None and is_fitted(row, args)):
-        log.warning(f"TeaCache: {what}")
-        return
-    if row is not None:
-        what += f"; it was fitted at {row.steps} steps, shift {row.shift:g}, {row.solver}"
-    instead = "a lower one" if row is None else "--teacache_model sigma"
-    has_flag = choice.name in (SIGMA, *ROWS)
-    insist = f", or insist by --teacache_model {choice.name}" if has_flag else ""
-    asked = [f"--{name} {getattr(own, name):g}" for name in HOW_MUCH if getattr(own, name)]
-    flag = asked[0] if asked else f"--sample_steps {args.sample_steps}"
-    raise Refused(
-        f"{flag}: {what}: take {instead}, another number of "
-        f"--sample_steps, --teacache_thresh 0{insist}"
-    )
-
-
-def is_fitted(row: Row, args: argparse.Namespace) -> bool:
-    """Whether a run has the settings that its row was fitted at."""
-    now = (args.sample_steps, args.sample_shift, args.sample_solver)
-    return now == (row.steps, row.shift, row.solver)
-
-
-def announce(job: Job) -> None:
-    """What will be computed, in one line, before anything is loaded."""
-    if job.label in (STOCK, NOISE):
-        return
-    config, planned = job.config, job.planned
-    if planned.passes == 2 * config.steps:
-        does = f"computes all {config.steps} steps, as stock does: nothing is gained"
-    else:
-        does = f"will compute {planned.summary()}"
-    default = " (default)" if job.by_default else ""
-    order = ", order 1" if config.order else ""
-    label = f"{job.label}: " if job.label else ""
-    log.info(
-        f"TeaCache: {label}{job.row_text}, thresh {config.thresh:.4g}{default}, "
-        f"{config.mode}{order}: {does}"
-    )
-
-
-# Printing a plan
-
-
-def plans_around(own: argparse.Namespace, job: Job, outlook: Outlook) -> list[Schedule]:
-    """For the current threshold, those of the row, and some below and above the last of these."""
-    config, row = job.config, outlook.choice.row
-    tried = [config.thresh or 0.1]
-    if row is not None:
-        tried = list(row.polynomial(own.use_ret_steps).thresholds)
-    ladder = [tried[-1] * factor for factor in (0.25, 0.5, 0.75, 1.5, 2.0, 3.0)]
-    # those that print alike are one; the current one is last, and so is that one
-    by_text = {f"{thresh:.4g}": thresh for thresh in [*ladder, *tried, config.thresh]}
-    return [outlook.plan(replace(config, thresh=thresh)) for thresh in sorted(by_text.values())]
-
-
-def print_plan(own: argparse.Namespace, job: Job, outlook: Outlook) -> None:
-    """For --teacache_plan, on rank 0; as JSON too, for --teacache_report."""
-    schedules, current = plans_around(own, job, outlook), job.config.thresh
-    print(f"TeaCache plan: {job.row_text}, {job.config.mode}, {job.config.steps} steps")
-    print("   thresh  computed  skipped  speed-up  longest skip  schedule (# computed, . skipped)")
-    for schedule in schedules:
-        thresh, computed = schedule.config.thresh, len(schedule.computed_steps)
-        mark = ">" if thresh == current else " "
-        print(
-            f"{mark} {thresh:7.4g}  {computed:8}  {job.config.steps - computed:7}  "
-            f"{schedule.speedup:7.2f}x  {schedule.longest_skip:12}  {schedule.marks()}"
-        )
-    print("speed-up: of the transformer, if a skipped step took no time")
-    for fault in job.planned.faults():
-        print(f"warning: at {current:.4g} {fault}")
-    if own.teacache_report:
-        report = {"status": "planned", "row": job.row_text, "config": asdict(job.config)}
-        report["computed"] = job.planned.computed_steps
-        report["plan"] = [
-            {
-                "thresh": schedule.config.thresh,
-                "computed": schedule.computed_steps,
-                "passes": schedule.passes,
-                "speedup": schedule.speedup,
-                "longest_skip": schedule.longest_skip,
-            }
-            for schedule in schedules
+    """Refuse a schedule that skips too many steps in a row, unless it is as published or forced.
+    Warn where a polynomial is used away from its fit."""
+    rule, notes = choice.rule, []
+    if rule is not SIGMA and planned.config.thresh > 0:
+        now = {"steps": args.sample_steps, "shift": args.sample_shift, "solver": args.sample_solver}
+        notes = [
+            f"{name} {value} (fitted at {getattr(rule, name)})"
+            for name, value in now.items()
+            if value != getattr(rule, name)
         ]
-        what = f"--teacache_report {own.teacache_report}: cannot be written"
-        with refusing(what, "see its folder"):
-            Path(own.teacache_report).write_text(json.dumps(report, indent=1))
+    if planned.negative_steps:
+        notes.append(f"increments are negative at steps {ranges(planned.negative_steps)}")
+    if planned.skips_too_long:
+        text = (
+            f"{choice} would compute {planned.summary()}, skipping {planned.longest_skip} in a row"
+        )
+        as_published = rule is not SIGMA and not notes[: -1 if planned.negative_steps else None]
+        if not (choice.forced or as_published):
+            amount = ours.amount or Amount(planned.config.thresh)
+            flag = "--teacache_speedup" if amount.is_speedup else "--teacache_thresh"
+            cures = [f"a lower {flag}", "--teacache_thresh 0"]
+            cures += [] if rule is SIGMA else ["--teacache_rule sigma"]
+            cures += [f"--teacache_rule {rule.name} to run it all the same"] * (rule.name in RULES)
+            reason = f" ({', '.join(notes)})" if notes else ""
+            raise Refused(f"{flag} {amount.value:g}: {text}{reason}: use {', '.join(cures)}")
+        notes.insert(0, f"{planned.longest_skip} steps in a row are skipped")
+    if notes:
+        log.warning(f"TeaCache: {choice}: {'; '.join(notes)}: check the video")
+
+
+def settings_of(
+    args: argparse.Namespace, config: TeaCacheConfig, choice: Choice, noise: float
+) -> dict[str, Any]:
+    """What makes two videos the same: generate.py's flags, a fork's too, and ours as resolved."""
+
+    def resolved(name: str, value: Any) -> Any:
+        if name in ("prompt", "task", "size") or not isinstance(value, str):
+            return value
+        parts = [Path(part) for part in value.split(",")]
+        is_path = name in ("ckpt_dir", *INPUTS) or os.sep in value
+        if is_path and all(part.exists() for part in parts):
+            return ",".join(str(part.resolve()) for part in parts)
+        return value
+
+    flags = {n: resolved(n, v) for n, v in vars(args).items() if n not in NOT_IN_SETTINGS}
+    settings = flags | {"rule": choice.rule.name, "noise": noise, **asdict(config)}
+    return json.loads(json.dumps(settings, default=str))
+
+
+def job_of(wan: Wan, argv: Sequence[str], entry: Entry, checked: bool = True) -> Job:
+    """One video: its flags parsed and checked, its schedule planned."""
+    ours, rest = our_parser(exclusive=False).parse_known_args([*argv, *entry.flags])
+    args = parse_and_check(wan, ours, rest) if checked else wan.parse(rest)
+    choice, noise = choose_rule(ours, args), NOISE_STD if entry.label == NOISE else 0.0
+    require(
+        not (ours.use_ret_steps and choice.rule is SIGMA),
+        f"--use_ret_steps: {choice} has no such steps: leave it out, or give --teacache_rule, one "
+        f"of {', '.join(name for name in RULES if name != SIGMA.name)}",
+    )
+    steps_by_model = split_by_model(wan.timesteps(args), wan.task_config(args.task))
+    config = config_of(ours, args, choice.rule, steps_by_model)
+    preview = preview_of(wan, args, config.signal)
+    planned = plan_of(ours, config, choice, preview)
+    if checked and not ours.teacache_plan:
+        check_plan(planned, ours, args, choice)
+    return Job(
+        args,
+        planned.config,
+        str(choice).removeprefix("rule "),
+        planned,
+        settings_of(args, planned.config, choice, noise),
+        by_default=ours.amount is None,
+        label=entry.label,
+        noise=noise,
+    )
+
+
+def parse_and_check(wan: Wan, ours: argparse.Namespace, argv: Sequence[str]) -> argparse.Namespace:
+    """generate.py's flags, and the checkpoint and inputs that they name, checked."""
+    plans_without = ours.teacache_plan and wan.parse(argv, validate=False).ckpt_dir is None
+    args = wan.parse([*argv, "--ckpt_dir", "."] if plans_without else argv)
+    for name in ("ckpt_dir", "save_file", *INPUTS):
+        check_named(name, getattr(args, name))
+    check_numbers(wan, args)
+    if plans_without:
+        require(
+            choose_rule(ours, args).rule is SIGMA,
+            "--ckpt_dir: must be given for this plan, since the distances are in the weights; "
+            "--teacache_rule sigma needs none",
+        )
+        return args
+    check_checkpoint(wan, args, all_files=not ours.teacache_plan)
+    if not ours.teacache_plan:
+        check_inputs(wan, args)
+        warn_of_scores(wan, args)
+    if args.prompt and len(args.prompt) < 256 and Path(args.prompt).is_file():
+        log.warning(f"TeaCache: --prompt {args.prompt}: is a file: --teacache_jobs reads its lines")
+    return args
+
+
+def announce(jobs: Sequence[Job]) -> None:
+    """Log what will be computed, before anything is loaded: equal plans once."""
+    groups = defaultdict[str, list[Job]](list)
+    for job in jobs:
+        if job.label in (STOCK, NOISE) or job.todo == SKIP:
+            continue
+        config, planned = job.config, job.planned
+        does = f"computes {planned.summary()}"
+        if planned.passes == 2 * config.steps:
+            does = f"computes all {config.steps} steps, as stock does"
+        default = " (default)" if job.by_default else ""
+        order = ", order 1" if config.order else ""
+        groups[f"rule {job.rule}, threshold {config.thresh:.4g}{default}{order}: {does}"].append(
+            job
+        )
+    for text, alike in groups.items():
+        label = f"{alike[0].label}: " if alike[0].label else ""
+        count = f"{len(alike):,} videos: " if len(alike) > 1 else label
+        log.info(f"TeaCache: {count}{text}")
 
 
 # The lines of a jobs file
 
 
 def read_jobs(file: str) -> list[tuple[int, list[str]]]:
-    """The lines of a jobs file that have flags, with their numbers: read as the shell would."""
-    with refusing(f"--teacache_jobs {file}: cannot be read", "give a file with a video a line"):
-        text = Path(file).read_text(encoding="utf-8-sig")
+    """The videos of a jobs file: line number and flags.
+
+    A line that begins with -- is flags, read as the shell would; any other is a prompt as it
+    stands. Blank lines and lines that begin with # are skipped.
+    """
+    what = f"--teacache_jobs {file}"
+    require(
+        Path(file).suffix.lower() not in (".csv", ".json", ".jsonl"),
+        f"{what}: must be plain text, a line a video: a prompt, or flags such as "
+        '--prompt "A cat." --base_seed 1',
+    )
+    with refusing(f"{what}: cannot be read", "give a text file with a video a line"):
+        content = Path(file).read_bytes()
     lines = []
-    for number, line in enumerate(text.split("\n"), 1):
-        with refusing(f"--teacache_jobs {file}: line {number}", "close the quotes"):
-            flags = shlex.split(without_comment(line))
-        if flags:
-            lines.append((number, flags))
-    require(lines, f"--teacache_jobs {file}: has no line with flags")
+    for number_, line in enumerate(decode_text(what, content).split("\n"), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        flags = [f"--prompt={line}"]
+        if line.startswith("--"):
+            with refusing(f"{what}: line {number_}", "close the quotes"):
+                flags = shlex.split(line)
+        lines.append((number_, flags))
+    require(lines, f"{what}: has no line with a prompt or flags")
     return lines
 
 
-def without_comment(line: str) -> str:
-    """A line up to a # that begins a word, outside of quotes: shlex takes any # for one."""
-    for match in re.finditer(r"(^|\s)#", line):
-        with suppress(ValueError):
-            shlex.split(line[: match.start()])  # ValueError: within quotes
-            return line[: match.start()]
-    return line
+def decode_text(what: str, content: bytes) -> str:
+    """UTF-8, or UTF-16 with a byte order mark, as Notepad and Excel write it."""
+    utf_16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+    try:
+        return content.decode("utf-16" if utf_16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise Refused(f"{what}: line {line}: is not UTF-8: save as UTF-8") from error
 
 
-def own_of_line(
-    own: argparse.Namespace, flags: Sequence[str]
-) -> tuple[argparse.Namespace, list[str]]:
-    """Our flags of a line over those of the command line, and what is left for generate.py."""
-    line, rest = own_parser().parse_known_args(flags)
-    # of this line: 0 is one too, so not by truth
-    over = {name: v for name, v in vars(line).items() if v is not None and v is not False}
-    for name, value in over.items():
-        check_named(name, value)
-        require(name in OF_A_LINE, f"--{name}: is for the command line, not for a line of the file")
-    merged = dict(vars(own))
-    for either in (HOW_MUCH, WHOSE):  # one of them takes the place of the other
-        if over.keys() & set(either):
-            merged |= dict.fromkeys(either)
-    return argparse.Namespace(**{**merged, **over}), rest
+# From a command to jobs
 
 
-# The jobs of a comparison
+@dataclass
+class Targets:
+    """The targets of a command so far; two videos must not share a name."""
+
+    taken: dict[Path, str] = field(default_factory=dict)  # without ending: what has it
+
+    def take(self, target: Path, what: str) -> None:
+        key = target.resolve().with_suffix("")
+        other = self.taken.get(key)
+        require(other is None, f"--save_file {target}: has the name of {other}'s: give another")
+        self.taken[key] = what
+
+    def is_free(self, target: Path) -> bool:
+        return target.resolve().with_suffix("") not in self.taken
 
 
-def jobs_of_comparison(wan: Wan, own: argparse.Namespace, args: argparse.Namespace) -> list[Job]:
-    """Stock, stock with noise, and each entry by each order. Refused: what cannot be."""
-    for name in HOW_MUCH:
-        require(
-            getattr(own, name) is None,
-            f"--{name} {getattr(own, name)}: is an entry of --teacache_compare, as 0.08 or 2x",
-        )
-    stock = with_flags(own, thresh=0.0, order=[0], guide_until=None)
-    asked = [(STOCK, stock), (NOISE, stock)]
-    orders = own.teacache_order or [0]
-    for entry in own.teacache_compare:
-        for order in orders:
-            label = f"{entry} order {order}" if len(orders) > 1 else entry
-            asked.append((label, of_entry(own, entry, order)))
-    jobs, target = [], Path(args.save_file)
-    for label, flags in asked:
+def jobs_of(wan: Wan, ours: argparse.Namespace, argv: Sequence[str]) -> list[list[Job]]:
+    """The videos of a command, by line of the jobs file. Each is parsed from a command line of its
+    own: argv + a line + an entry of the comparison. Refused: one error a line."""
+    lines = read_jobs(ours.teacache_jobs) if ours.teacache_jobs else [(0, [])]
+    common = wan.parse(our_parser().parse_known_args(argv)[1], validate=False)
+    jobs, errors, targets = [], [], Targets()
+    for number_, flags in lines:
         try:
-            job = job_of(wan, flags, named(args, label), look_ahead(wan, flags, args))
+            if flags:
+                check_line(wan, flags, common)
+            jobs.append(jobs_of_line(wan, ours, [*argv, *flags], targets, number_))
         except Refused as error:
-            raise Refused(f"--teacache_compare {label}: {error}") from error
-        noise = NOISE_STD if label == NOISE else 0.0
-        jobs.append(replace(job, label=label, compared_in=target, noise=noise))
-    files = [job.args.save_file for job in jobs]  # 0.08 and +0.08 would have the same
-    entries = " ".join(own.teacache_compare)
-    require(len(set(files)) == len(files), f"--teacache_compare {entries}: twice the same")
+            where = f"--teacache_jobs {ours.teacache_jobs}: line {number_}: " if number_ else ""
+            errors += [f"{where}{message}" for message in error.args]
+    if errors:
+        raise Refused(*errors)
     return jobs
 
 
-def with_flags(own: argparse.Namespace, **flags: Any) -> argparse.Namespace:
-    """Our flags with other values; of thresh and speedup one only is set."""
-    values = {"thresh": None, "speedup": None, **flags}
-    return argparse.Namespace(
-        **{**vars(own), **{f"teacache_{name}": value for name, value in values.items()}}
-    )
-
-
-def of_entry(own: argparse.Namespace, entry: str, order: int) -> argparse.Namespace:
-    """Our flags for an entry of --teacache_compare: [ROW:]THRESHOLD or [ROW:]SPEEDUPx."""
-    row, _, value = entry.rpartition(":")
-    what = f"--teacache_compare {entry}"
-    require(
-        row in ("", SIGMA, *ROWS), f"{what}: no row {row}; there are {', '.join((SIGMA, *ROWS))}"
-    )
-    flag, lowest = ("speedup", 1) if value.endswith("x") else ("thresh", 0)
-    with refusing(what, "give thresholds as 0.08, speed-ups as 2x, or ROW:2x"):
-        number = at_least(lowest, f"{lowest} or more")(value.removesuffix("x"))
-    chosen = {"model": row, "coefficients": None} if row else {}
-    return with_flags(own, **{flag: number}, order=[order], **chosen)
-
-
-def named(args: argparse.Namespace, label: str) -> argparse.Namespace:
-    """generate.py's flags with a target for one video of a comparison: NAME.LABEL.mp4."""
-    target = Path(args.save_file)
-    words = "-".join(re.findall(r"[\w.]+", label))
-    file = target.with_name(f"{target.stem}.{words}{target.suffix}")
-    return argparse.Namespace(**{**vars(copy.deepcopy(args)), "save_file": str(file)})
-
-
-# From flags to jobs
-
-
-def parse_and_check(wan: Wan, own: argparse.Namespace, argv: Sequence[str]) -> argparse.Namespace:
-    """generate.py's flags, and the checkpoint that they name, checked."""
-    has_checkpoint = wan.parse(argv, whole=False).ckpt_dir is not None
-    without_checkpoint = own.teacache_plan and not has_checkpoint
-    args = wan.parse([*argv, "--ckpt_dir", "."] if without_checkpoint else argv)
-    for name in ("ckpt_dir", "save_file", *INPUTS):
-        check_named(name, getattr(args, name, None))
-    check_numbers(wan, args)
-    if without_checkpoint:
-        require(
-            choose_row(own, args).row is None,
-            "--ckpt_dir: must be given for this plan, whose distances are in the weights; that of "
-            "--teacache_model sigma needs none",
-        )
-    else:
-        check_checkpoint(args, wan.task_config(args.task), all_files=not own.teacache_plan)
-    return args
-
-
-def prompt_of(wan: Wan, args: argparse.Namespace) -> str:
-    return args.prompt or wan.examples(args.task).get("prompt", "")
-
-
-def jobs_of_line(
-    wan: Wan,
-    own: argparse.Namespace,
-    argv: list[str],
-    common: argparse.Namespace,
-    flags: list[str],
-    targets: set[Path],
-) -> list[Job]:
-    """The jobs of one line of a jobs file. common: what the command line says, by itself.
-    targets: of the lines before, and then of this too."""
-    own, rest = own_of_line(own, flags)
-    args = parse_and_check(wan, own, [*argv, *rest])
+def check_line(wan: Wan, flags: Sequence[str], common: argparse.Namespace) -> None:
+    """Check a line alone: exclusive flags, and flags that are for the command line only."""
+    check_old_flags(flags)
+    line, rest = our_parser().parse_known_args(flags)
+    for name in OF_THE_COMMAND:
+        require(not getattr(line, name), f"--{name}: give it on the command line, not in a line")
+    check_named("teacache_rule", line.teacache_rule)
+    defaults, args = wan.parse([], validate=False), wan.parse(rest, validate=False)
     for name in FOR_ALL_LINES:
         value, of_all = getattr(args, name, None), getattr(common, name, None)
         require(
-            value == of_all,
+            value in (of_all, getattr(defaults, name, None)),
             f"--{name} {value}: must be that of the command line, {of_all}, since the model is "
             "loaded once",
         )
-    if args.save_file is None:  # the same one when the file is started again
-        ours = [f"{name} {getattr(own, name)}" for name in OF_A_LINE]
-        digest = hashlib.sha256("\0".join([*argv, *flags, *ours]).encode()).hexdigest()[:8]
-        names = numbered(Path(default_target(args, prompt_of(wan, args), digest)))
-        args.save_file = str(next(name for name in names if name.resolve() not in targets))
-    target = Path(args.save_file).resolve()
-    if own.teacache_compare:  # its pictures and table are named without the ending
-        target = target.with_suffix("")
-    require(target not in targets, f"--save_file {args.save_file}: is another line's too")
-    targets.add(target)
-    return jobs_of_video(wan, own, args)
 
 
-def jobs_of_video(wan: Wan, own: argparse.Namespace, args: argparse.Namespace) -> list[Job]:
-    """The jobs of one prompt and seed, whose inputs and target are checked here."""
-    check_prompt_extension(wan, args)
-    check_inputs(args, wan.examples(args.task))
-    if is_rank_0():
-        check_target(wan, args)
-    if own.teacache_compare:
-        return jobs_of_comparison(wan, own, args)
-    several = own.teacache_order and len(own.teacache_order) > 1
-    require(not several, "--teacache_order: several are for --teacache_compare")
-    return [job_of(wan, own, args, look_ahead(wan, own, args))]
-
-
-def jobs_of_command(wan: Wan, own: argparse.Namespace, argv: list[str]) -> list[list[Job]]:
-    """The jobs of each prompt and seed that is asked for. Refused: one error a line."""
-    if not own.teacache_jobs:
-        args = parse_and_check(wan, own, argv)
-        if args.save_file is None:
-            mark = f"{args.base_seed}_{time.strftime('%Y%m%d_%H%M%S')}"
-            name = default_target(args, prompt_of(wan, args), mark)
-            args.save_file = str(next(p for p in numbered(Path(name)) if not p.exists()))
-        return [jobs_of_video(wan, own, args)]
-    common = wan.parse(argv, whole=False)
-    by_line, errors, targets = [], [], set[Path]()
-    for number, flags in read_jobs(own.teacache_jobs):
+def jobs_of_line(
+    wan: Wan, ours: argparse.Namespace, argv: list[str], targets: Targets, line: int
+) -> list[Job]:
+    """The videos of one prompt and seed: one, or those of a comparison."""
+    raw = wan.parse(our_parser(exclusive=False).parse_known_args(argv)[1], validate=False)
+    has_seed = raw.base_seed is not None and raw.base_seed >= 0
+    if not has_seed:  # generate.py draws one at each parse
+        argv = [*argv, "--base_seed", str(random_seed())]
+    jobs = []
+    for entry in entries_of(ours):
         try:
-            by_line.append(jobs_of_line(wan, own, argv, common, flags, targets))
+            jobs.append(job_of(wan, argv, entry))
         except Refused as error:
-            errors += [
-                f"--teacache_jobs {own.teacache_jobs}: line {number}: {e}" for e in error.args
-            ]
-    if errors:
-        raise Refused(*errors)
-    return by_line
-
-
-# Running them
-
-
-def is_done(job: Job) -> bool:
-    """Whether a video is there already, and whole."""
-    file = job.args.save_file
-    # VACE makes no more frames than its video has
-    frames = 1 if getattr(job.args, "src_video", None) else job.args.frame_num
-    try:
-        if Path(file).is_file():
-            check_written(file, frames)
-            return True
-    except OSError:
-        pass
-    return False
-
-
-def without_done(jobs: Sequence[Job]) -> list[Job]:
-    """Those whose video is not there yet: a batch goes on where it was.
-
-    Each rank looks for itself: on several machines the videos must be in a shared folder.
-    """
-    waiting = []
+            what = f"--teacache_compare {entry.label}: " if entry.label else ""
+            raise Refused(*(f"{what}{message}" for message in error.args)) from error
     for job in jobs:
-        if is_done(job):
-            log.info(f"TeaCache: {job.args.save_file} is there: skipped")
-        else:
-            waiting.append(job)
-    return waiting
+        job.has_seed = has_seed
+    name_jobs(wan, ours, jobs, targets, f"line {line}" if line else "this command")
+    for job in jobs:
+        if is_rank_0():
+            check_target(wan, job.args)
+        look_beside(job, several=bool(ours.teacache_jobs or ours.teacache_compare))
+    return jobs
 
 
-def exit_status(session: Session) -> int:
-    """1, with the list, if something failed."""
-    for run in session.failed:
-        log.error(f"TeaCache: not made: {run.job.args.save_file}: {run.status}")
-    return 1 if session.failed or not session.all_written else 0
+def random_seed() -> int:
+    return int.from_bytes(os.urandom(4), "big")
 
 
-def run_comparison(session: Session, jobs_by_line: Sequence[Sequence[Job]]) -> int:
-    """Compare on each line, and print the table."""
-    session.videos = sum(map(len, jobs_by_line))
-    log.info(f"TeaCache: {session.videos} videos, of which {2 * len(jobs_by_line)} stock")
-    by_line = [outcomes for jobs in jobs_by_line if (outcomes := compare(session, jobs))]
-    with suppress(BrokenPipeError):  # of `... | head`: a failure is in the exit status all the same
-        for text in comparison_table(by_line) if by_line else ():
-            print(text)
-    return exit_status(session)
+def name_jobs(
+    wan: Wan, ours: argparse.Namespace, jobs: Sequence[Job], targets: Targets, what: str
+) -> None:
+    """Give each job its target; one without --save_file gets a default name."""
+    first = jobs[0]
+    target = Path(first.args.save_file or default_name(wan, ours, first))
+    if first.args.save_file is None and ours.teacache_jobs and not first.has_seed:
+        target = next(name for name in numbered(target) if targets.is_free(name))
+    first.exclusive = first.args.save_file is None and not ours.teacache_jobs and len(jobs) == 1
+    if len(jobs) == 1:
+        first.args.save_file = str(target)
+        targets.take(target, what)
+        return
+    for job in jobs:
+        words = "-".join(re.findall(r"[\w.]+", job.label))
+        file = target.with_name(f"{target.stem}.{words}{target.suffix}")
+        job.args.save_file, job.compared_in = str(file), target
+        targets.take(file, f"{what}'s {job.label}")
 
 
-# Decoding kept latents
+def default_name(wan: Wan, ours: argparse.Namespace, job: Job) -> str:
+    """What the video shows, then for a line of a jobs file a digest of its settings, the same when
+    it is started again; else threshold, seed and time."""
+    args, example = job.args, wan.examples(job.args.task).get("prompt", "")
+    words = "_".join(re.findall(r"\w+", example if args.prompt is None else args.prompt))[:50]
+    mark = f"{job.config.thresh:.4g}_{args.base_seed}_{time.strftime('%Y%m%d_%H%M%S')}"
+    if ours.teacache_jobs or ours.teacache_compare:
+        settings = {k: v for k, v in job.settings.items() if job.has_seed or k != "base_seed"}
+        text = json.dumps(settings, sort_keys=True)
+        mark = hashlib.sha256(text.encode()).hexdigest()[:8]
+    ending = ".png" if makes_image(args) else ".mp4"
+    return f"{args.task}_{args.size.replace('*', 'x')}_{words}_{mark}{ending}"
 
 
-def decode_latents(own: argparse.Namespace, argv: Sequence[str]) -> None:
-    """For --teacache_decode: the video (or image) of a file of latents, which is deleted then."""
-    parser = Parser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--save_file")
-    parser.add_argument("--ckpt_dir")
-    flags, file = parser.parse_args(argv), Path(own.teacache_decode)
-    for name, value in vars(flags).items():
-        check_named(name, value)
-    with refusing(
-        f"--teacache_decode {file}: cannot be used", "give a NAME.latents.pt that was kept"
-    ):
-        content = torch.load(file, map_location="cpu", weights_only=True)
-        names = ("task", "ckpt_dir", "save_file")
-        found = {name: getattr(flags, name, None) or content[name] for name in names}
-        latents, fps = content["latents"], content["fps"]
-        if not all(latent.isfinite().all() for latent in latents):
-            raise ValueError("its latents are not finite, and a video of them would be black")
-    wan = import_wan(own.wan_repo, generates=False)  # it can be done without a GPU, slowly
-    args = argparse.Namespace(**found)
+def look_beside(job: Job, several: bool) -> None:
+    """Decide from the record beside a target what is left to do.
+
+    several: of a batch or a comparison, which continue where they were; a single video is made
+    again, as generate.py does.
+    """
+    target, record = job.target, read_record(job.target)
+    if not several:
+        if record is not None and not same_settings(job, record):
+            log.info(f"TeaCache: {target} was made with other settings: it will be overwritten")
+        return
+    what = f"--save_file {target}"
+    if record is None:
+        require(not target.exists(), f"{what}: exists without a record: delete it or rename it")
+        return
     require(
-        args.task in wan.generate_py.WAN_CONFIGS,
-        f"--teacache_decode {file}: is of --task {args.task}, which this --wan_repo does not have",
+        same_settings(job, record),
+        f"{what}: exists, made with other settings (see {record_path(target)}): give another name",
     )
-    check_intact(args, Path(args.ckpt_dir) / wan.task_config(args.task)["vae_checkpoint"])
-    check_target(wan, args)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with torch.no_grad():
-        video = wan.vae(args, device).decode([latent.to(device) for latent in latents])[0]
-    write_video(wan, video, args.save_file, fps, makes_image(args))
-    file.unlink()
-    log.info(f"TeaCache: wrote {args.save_file}; {file} is deleted")
+    if not job.has_seed:
+        job.args.base_seed = job.settings["base_seed"] = record["seed"]
+    if record["status"] == "finished":
+        with suppress(OSError):
+            check_written(target, record["frames"])
+            job.todo = SKIP
+    elif record["latents"] and Path(record["latents"]).is_file():
+        job.todo = DECODE
+
+
+def same_settings(job: Job, record: dict[str, Any]) -> bool:
+    """A job without a seed matches any recorded one."""
+    ours, theirs = dict(job.settings), dict(record["settings"])
+    if not job.has_seed:
+        ours.pop("base_seed"), theirs.pop("base_seed", None)
+    return ours == theirs
+
+
+def entries_of(ours: argparse.Namespace) -> list[Entry]:
+    """The videos of one prompt and seed."""
+    if not ours.teacache_compare:
+        return [Entry()]
+    require(
+        ours.amount is None,
+        "--teacache_thresh, --teacache_speedup: with --teacache_compare give entries, as 0.08 or 2x",
+    )
+    stock = ["--teacache_thresh", "0", "--teacache_order", "0", "--teacache_guide_until", "1"]
+    return [
+        Entry(STOCK, stock),
+        Entry(NOISE, stock),
+        *(Entry(entry, entry_flags(entry)) for entry in ours.teacache_compare),
+    ]
+
+
+def entry_flags(entry: str) -> list[str]:
+    """[RULE:]THRESHOLD[@ORDER] or [RULE:]SPEEDUPx[@ORDER] as flags."""
+    match = re.fullmatch(
+        r"(?:(?P<rule>.+):)?(?P<value>[^:@]+?)(?P<x>x?)(?:@(?P<order>[01]))?", entry
+    )
+    what = f"--teacache_compare {entry}"
+    require(match, f"{what}: give thresholds as 0.08, speed-ups as 2x, RULE:2x, or 2x@1")
+    rule, value, x, order = match.group("rule", "value", "x", "order")
+    require(
+        rule is None or rule in RULES or Path(rule).is_file(),
+        f"{what}: no rule {rule}: give one of {', '.join(RULES)}",
+    )
+    with refusing(what, "give thresholds as 0.08, speed-ups as 2x, RULE:2x, or 2x@1"):
+        number(1 if x else 0, f"{1 if x else 0} or more")(value)
+    flags = [f"--teacache_{'speedup' if x else 'thresh'}", value]
+    flags += ["--teacache_rule", rule] if rule else []
+    return flags + (["--teacache_order", order] if order else [])
+
+
+# Printing a plan
+
+
+def print_plan(wan: Wan, ours: argparse.Namespace, argv: Sequence[str]) -> None:
+    """For --teacache_plan: the schedule at the current threshold, the rule's, and some around."""
+    job = job_of(wan, argv, Entry())
+    config, preview = job.config, preview_of(wan, job.args, job.config.signal)
+    rule = choose_rule(ours, job.args).rule
+    polynomial = rule.polynomial(ours.use_ret_steps)
+    tried = list(polynomial.thresholds) if polynomial else [config.thresh or 0.1]
+    ladder = [tried[-1] * factor for factor in (0.25, 0.5, 0.75, 1.5, 2.0, 3.0)]
+    # thresholds that print alike are one, and the current one is kept
+    by_text = {f"{thresh:.4g}": thresh for thresh in [*ladder, *tried, config.thresh]}
+    print(f"TeaCache plan: rule {job.rule}, {config.steps} steps")
+    print("   thresh  computed  skipped  speed-up  longest skip  schedule (# computed, . skipped)")
+    for thresh in sorted(by_text.values()):
+        schedule = preview.plan(replace(config, thresh=thresh))
+        computed, mark = len(schedule.computed_steps), ">" if thresh == config.thresh else " "
+        print(
+            f"{mark} {thresh:7.4g}  {computed:8}  {config.steps - computed:7}  "
+            f"{schedule.speedup:7.2f}x  {schedule.longest_skip:12}  {schedule.as_text()}"
+        )
+    print("speed-up: of the transformer, if a skipped step took no time")
+    with suppress(Refused):
+        check_plan(job.planned, ours, job.args, choose_rule(ours, job.args))
+        return
+    print(f"warning: at {config.thresh:.4g} a run would be refused: {job.planned.longest_skip} steps "
+          "in a row are skipped")  # fmt: skip
 
 
 # main
 
 
+def run_decode(ours: argparse.Namespace, argv: Sequence[str]) -> None:
+    """For --teacache_decode."""
+    parser = Parser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--save_file")
+    parser.add_argument("--ckpt_dir")
+    flags, file = parser.parse_args(argv), Path(ours.teacache_decode)
+    for name, value in vars(flags).items():
+        check_named(name, value)
+    what = f"--teacache_decode {file}"
+    require(not ours.teacache_jobs, f"{what}, --teacache_jobs: give one of them")
+    require(environment("WORLD_SIZE", 1) == 1, f"{what}: start one process, without torchrun")
+    content = read_latents(file)
+    content["ckpt_dir"] = flags.ckpt_dir or content["ckpt_dir"]
+    target = Path(flags.save_file or content["save_file"])
+    wan = import_wan(ours.wan_repo, generates=False)  # works without a GPU, slowly
+    require(
+        content["task"] in wan.generate_py.WAN_CONFIGS,
+        f"{what}: is of --task {content['task']}, which this --wan_repo does not have",
+    )
+    args = argparse.Namespace(
+        task=content["task"], ckpt_dir=content["ckpt_dir"], save_file=str(target)
+    )
+    check_file(args, Path(args.ckpt_dir) / wan.task_config(args.task)["vae_checkpoint"])
+    check_target(wan, args)
+    decode_latents(wan, file, content, target)
+    log.info(f"TeaCache: wrote {target} and deleted {file}")
+
+
+def check_old_flags(argv: Sequence[str]) -> None:
+    for flag in argv:
+        name = flag.split("=")[0]
+        require(name not in OLD_FLAGS, f"{name}: is gone: {OLD_FLAGS.get(name)}")
+
+
+def runs_a_queue(ours: argparse.Namespace, argv: Sequence[str]) -> bool:
+    """Whether each process of torchrun makes its own videos. Also checks and warns."""
+    parser = Parser(add_help=False)
+    for name in ("ulysses_size", "ring_size"):
+        parser.add_argument(f"--{name}", type=int, default=1)
+    for name in ("dit_fsdp", "t5_fsdp"):
+        parser.add_argument(f"--{name}", action="store_true")
+    flags, _ = parser.parse_known_args(argv)
+    processes = environment("WORLD_SIZE", 1)
+    together = flags.ulysses_size * flags.ring_size > 1 or flags.dit_fsdp or flags.t5_fsdp
+    if processes == 1 or together or ours.teacache_plan:
+        return False
+    require(
+        not ours.teacache_compare,
+        f"--teacache_compare: {processes} processes would each make the same: start one, or add "
+        f"--ulysses_size {processes}",
+    )
+    if not ours.teacache_jobs and is_rank_0():
+        log.warning(
+            f"TeaCache: {processes} processes make the same video {processes} times: add "
+            f"--ulysses_size {processes} to share it, or give --teacache_jobs, a video a line"
+        )
+    return bool(ours.teacache_jobs)
+
+
 def command(argv: Sequence[str]) -> int:
-    """The command line; the exit status. Refused: what is wrong, before a weight is loaded."""
-    own, rest = own_parser().parse_known_args(argv)
-    for name, value in vars(own).items():
+    """Run a command line; return the exit status. Refused: what is wrong, before loading."""
+    check_old_flags(argv)
+    ours, rest = our_parser().parse_known_args(argv)
+    for name, value in vars(ours).items():
         check_named(name, value)
     if {"-h", "--help"} & set(rest):
-        print(own_parser().format_help())
-        import_wan(own.wan_repo, generates=False).parse(rest)  # prints generate.py's, and leaves
-    if own.teacache_decode:
-        decode_latents(own, rest)
+        print(our_parser().format_help())
+        import_wan(ours.wan_repo, generates=False).parse(rest)  # prints generate.py's, and exits
+    if ours.teacache_decode:
+        run_decode(ours, rest)
         return 0
-    wan = import_wan(own.wan_repo, generates=not own.teacache_plan)
-    if not own.teacache_plan:
-        return make_videos(wan, own, rest)
-    require(not own.teacache_jobs, "--teacache_plan, --teacache_jobs: give one of them")
-    args = parse_and_check(wan, own, rest)
-    outlook = look_ahead(wan, own, args)
-    job = job_of(wan, own, args, outlook)
-    if is_rank_0():
-        print_plan(own, job, outlook)
-    return 0
+    queue = Queue() if runs_a_queue(ours, rest) else None
+    wan = import_wan(ours.wan_repo, generates=not ours.teacache_plan)
+    if ours.teacache_plan:
+        require(not ours.teacache_jobs, "--teacache_plan, --teacache_jobs: give one of them")
+        if is_rank_0():
+            print_plan(wan, ours, argv)
+        return 0
+    jobs = shared_jobs(wan, ours, argv, queue) if queue else jobs_of(wan, ours, argv)
+    return make_videos(wan, ours, jobs, queue)
 
 
-def make_videos(wan: Wan, own: argparse.Namespace, argv: list[str]) -> int:
-    """All videos of a command; the exit status."""
-    by_line = jobs_of_command(wan, own, argv)
-    jobs = [job for line in by_line for job in line]
-    if own.teacache_jobs and not own.teacache_compare:
-        jobs = without_done(jobs)
-    for job in jobs:
-        announce(job)
-    with refusing(f"--teacache_report {own.teacache_report}: cannot be written", "see its folder"):
-        session = Session(wan, own.teacache_report, vars(own))
-        if session.report_file:
-            session.report_file.write_text('{"status": "started"}')
-    with session.opened(uses_xfuser(by_line[0][0].args)):
-        if own.teacache_compare:
-            return run_comparison(session, by_line)
-        session.make_all(jobs)
-        return exit_status(session)
+def shared_jobs(
+    wan: Wan, ours: argparse.Namespace, argv: Sequence[str], queue: Queue
+) -> list[list[Job]]:
+    """The jobs of a queue: rank 0 checks, names and seeds them; the others only parse."""
+    if queue.rank == 0:
+        try:
+            jobs = jobs_of(wan, ours, argv)
+        except Refused:
+            queue.share(None)
+            raise
+        lines = read_jobs(ours.teacache_jobs)
+        queue.share(
+            [
+                (
+                    [
+                        *flags,
+                        "--base_seed",
+                        str(job.args.base_seed),
+                        "--save_file",
+                        str(job.target),
+                    ],
+                    job.todo,
+                )
+                for (_, flags), (job,) in zip(lines, jobs, strict=True)
+            ]
+        )
+        return jobs
+    logging.getLogger().setLevel(logging.WARNING)
+    log.setLevel(logging.INFO)
+    shared = queue.receive()
+    if shared is None:
+        raise Refused()  # rank 0 says why
+    jobs = []
+    for flags, todo in shared:
+        job = job_of(wan, [*argv, *flags], Entry(), checked=False)
+        job.todo = todo
+        jobs.append([job])
+    return jobs
+
+
+def make_videos(
+    wan: Wan, ours: argparse.Namespace, jobs_by_line: Sequence[Sequence[Job]], queue: Queue | None
+) -> int:
+    """Make all videos of a command; return the exit status."""
+    jobs = [job for line in jobs_by_line for job in line]
+    if queue is None or queue.rank == 0:
+        announce(jobs)
+    session = Session(wan, keeps_pixels=bool(ours.teacache_compare))
+    with session.patches(uses_xfuser(jobs[0].args)):
+        if ours.teacache_compare:
+            return run_comparisons(session, jobs_by_line)
+        return make_batch(session, jobs, queue)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; ``argv`` is what follows the program's name. Leaves by SystemExit, with 2
-    for what was refused, 1 for what failed, 128 + its number for a signal; returns otherwise."""
+    """Run a command line; ``argv`` is what follows the program's name. Exits with 2 for what was
+    refused, 1 for what failed, 128 + its number for a signal; returns otherwise."""
     status = 0
     try:
-        # a log line to a closed pipe is no reason for a traceback
-        with stopped_by_signals(), shadow(logging, raiseExceptions=False):
+        # a log line to a closed pipe must not print a traceback
+        with stopped_by_signals(), patched(logging, raiseExceptions=False):
             try:
                 status = command(sys.argv[1:] if argv is None else argv)
             except SystemExit as leaving:  # of --help
@@ -3093,13 +3469,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         for message in error.args if speaks else ():
             print(f"teacache_generate.py: error: {message}", file=sys.stderr)
         status = 2
-    except BrokenPipeError:  # of `--help | head`: nobody reads on
+    except BrokenPipeError:  # of `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as error:
         log.error(f"TeaCache: stopped by {error}")
         status = 128 + getattr(error, "number", signal.SIGINT)
+    except Told:
+        status = 1
     except Exception as error:
-        log.error("TeaCache: here is where:", exc_info=error)
+        log.error(f"TeaCache: {error!r}", exc_info=error)
         status = 1
     if status:
         sys.exit(status)
