@@ -94,6 +94,8 @@ class Rule:
     plain, retention: the polynomial without and with --use_ret_steps; None for "sigma".
     steps, shift, solver: the sampling settings of the fit.
     tasks: Wan's tasks that use this rule by default.
+    why: it was chosen for a run. forced: it was named with --teacache_rule, and a schedule that
+        would be refused only brings a warning.
     """
 
     name: str
@@ -103,9 +105,18 @@ class Rule:
     shift: float = 5.0
     solver: str = "unipc"
     tasks: Sequence[str] = ()
+    why: str = ""
+    forced: bool = False
 
-    def polynomial(self, use_ret_steps: bool) -> Polynomial | None:
-        return self.retention if use_ret_steps else self.plain
+    @property
+    def is_sigma(self) -> bool:
+        return self.plain is None
+
+    def polynomial(self, ret: bool) -> Polynomial | None:
+        return self.retention if ret else self.plain
+
+    def __str__(self) -> str:
+        return f"rule {self.name} ({self.why})"
 
 
 # The polynomials are those of TeaCache's authors for Wan2.1, fitted at generate.py's defaults.
@@ -139,7 +150,6 @@ RULES: dict[str, Rule] = {rule.name: rule for rule in (
          steps=40, tasks=("i2v-14B",)),
 )}
 # fmt: on
-SIGMA = RULES["sigma"]
 
 # MagCache's settings for Wan2.2's pairs of models: the share of each model's first steps that is
 # always computed, and how many steps may be skipped in a row.
@@ -198,23 +208,19 @@ class TeaCacheConfig:
 
     @classmethod
     def from_rule(
-        cls,
-        rule: Rule,
-        steps: int,
-        thresh: float | None = None,
-        use_ret_steps: bool = False,
-        **others: Any,
+        cls, rule: Rule, steps: int, thresh: float | None = None, ret: bool = False, **others: Any
     ) -> TeaCacheConfig:
         """Settings for a rule, such as ``RULES["t2v-1.3B"]``.
 
         thresh: the rule's default if None; that of "sigma" is 0, see ``Preview.plan_speedup``.
+        ret: use the polynomial for retention steps.
         """
-        polynomial = rule.polynomial(use_ret_steps)
+        polynomial = rule.polynomial(ret)
         if polynomial is None:
             return cls(steps, thresh or 0.0, signal=NOISE_LEVEL, **others)
         thresh = polynomial.thresholds[-1] if thresh is None else thresh
-        compared = PROJECTION if use_ret_steps else EMBEDDING
-        return cls(steps, thresh, polynomial.coefficients, compared, **others)
+        signal_ = PROJECTION if ret else EMBEDDING
+        return cls(steps, thresh, polynomial.coefficients, signal_, **others)
 
     def default_forced_steps(self) -> tuple[int, ...]:
         if self.signal == PROJECTION:
@@ -284,18 +290,14 @@ class Schedule:
 
         distance: None at the first step of a model, which is computed.
         """
-        step, done = len(self.decisions), self.computed_steps
-        if (
-            self.config.is_forced(step)
-            or distance is None
-            or step - done[-1] > self.config.max_skipped
-        ):
+        config, step, done = self.config, len(self.decisions), self.computed_steps
+        if config.is_forced(step) or distance is None or step - done[-1] > config.max_skipped:
             self.decisions.append(Decision(timestep, distance, None, 0.0, computed=True))
             return True
         previous, last_computed = self.decisions[-1], self.decisions[done[-1]]
-        increment = self.config.increment(timestep, distance, last_computed.timestep)
+        increment = config.increment(timestep, distance, last_computed.timestep)
         accumulated = increment + (0.0 if previous.computed else previous.accumulated)
-        computed = not accumulated < self.config.thresh  # not-a-number computes
+        computed = not accumulated < config.thresh  # not-a-number computes
         self.decisions.append(Decision(timestep, distance, increment, accumulated, computed))
         return computed
 
@@ -514,7 +516,7 @@ class ResidualCache:
 
     def distance(self, step: int) -> float:
         """How far a step lies beyond the newest one, in lengths of the line; 0 without a line."""
-        old, new = (self.levels[computed.step] for computed in self.history)
+        old, new = (self.levels[self.history[end].step] for end in (0, -1))
         return (self.levels[step] - new) / (new - old) if new != old else 0.0
 
     def free(self, keep: int) -> None:
@@ -528,40 +530,21 @@ class ResidualCache:
         Returns [sum|R|, sum|R - prediction of order 0|, sum|R - prediction of order 1|] over the
         probes of both branches and all ranks, or None without a step to predict from.
         """
-        sums = None
+        sums, errors, products = None, [], []
+        for branch, now in computed.probe.items() if self.history else ():
+            old, new = (self.history[end].probe[branch] for end in (0, -1))
+            predicted = [self.predict(order, branch, computed.step, of="probe") for order in (0, 1)]
+            errors.append(torch.stack([now, *(now - guess for guess in predicted)]).abs())
+            products += [(now - new) * (new - old), (new - old) ** 2]
         if self.history:
-            terms = self.error_terms(computed) + self.line_terms(computed)
-            sums = sum_over_ranks(terms)
-            self.set_gains(computed, sums[3:].view(-1, 2))
+            sums = sum_over_ranks([*torch.stack(errors, 1), *products])
+            distance = self.distance(computed.step)
+            for branch, (along, squared) in zip(computed.probe, sums[3:].view(-1, 2), strict=True):
+                if distance:  # a line of length 0 has no gain
+                    gain = along / (distance * squared)
+                    self.gain[branch] = gain.nan_to_num(0.0).clamp(0, 1)
         self.history.append(computed)
         return None if sums is None else sums[:3]
-
-    def error_terms(self, computed: ComputedStep) -> list[Tensor]:
-        pairs = [
-            (true, *(self.predict(order, branch, computed.step, of="probe") for order in (0, 1)))
-            for branch, true in computed.probe.items()
-        ]
-        terms = [(true.abs(), (true - p0).abs(), (true - p1).abs()) for true, p0, p1 in pairs]
-        return [torch.stack(term) for term in zip(*terms, strict=True)]
-
-    def line_terms(self, computed: ComputedStep) -> list[Tensor]:
-        """For each branch <now - new, line> and <line, line>, before they are summed."""
-        if len(self.history) < 2:
-            return []
-        old, new = self.history
-        terms = []
-        for branch, now in computed.probe.items():
-            line = new.probe[branch] - old.probe[branch]
-            terms += [(now - new.probe[branch]) * line, line * line]
-        return terms
-
-    def set_gains(self, computed: ComputedStep, products: Tensor) -> None:
-        distance = self.distance(computed.step) if len(self.history) == 2 else 0.0
-        if distance == 0:
-            return
-        for branch, (along, squared) in zip(computed.probe, products, strict=True):
-            # a line of length 0 has no gain
-            self.gain[branch] = (along / (distance * squared)).nan_to_num(0.0).clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -930,7 +913,7 @@ def patched_call(module: nn.Module, replacement: Callable) -> Any:
 
 
 # ------------------------------------------------------------------------------------- attention
-# PyTorch's attention in place of flash-attn where that cannot run. Knows the names of Wan's modules.
+# PyTorch's attention where flash-attn cannot run. Knows the names of Wan's modules.
 
 
 def sdpa_attention(
@@ -1694,23 +1677,25 @@ LATENTS = ".latents.pt"
 class Job:
     """One video to make.
 
-    settings: what makes two videos the same (``settings_of``). has_seed: --base_seed was given.
-    by_default: neither a threshold nor a speed-up was given. exclusive: the name is a default and
-    must not be another run's. label, noise, compared_in: of an entry of a comparison, whose files
-    are named after the last.
+    settings: what makes two videos the same (``settings_of``).
+    label, noise, compared_in: of an entry of a comparison, whose files are named after the last.
+    argv: the command line of its line of a jobs file. has_seed: it gives a seed.
+    by_default: it gives neither a threshold nor a speed-up.
+    exclusive: its name is a default that must not be another run's.
     """
 
     args: argparse.Namespace
     config: TeaCacheConfig
-    rule: str  # its name and why it was chosen
+    rule: Rule
     planned: Schedule
     settings: dict[str, Any]
-    has_seed: bool = True
-    by_default: bool = False
-    exclusive: bool = False
     label: str = ""
     noise: float = 0.0
     compared_in: Path | None = None
+    argv: Sequence[str] = ()
+    has_seed: bool = True
+    by_default: bool = False
+    exclusive: bool = False
     todo: str = SAMPLE
 
     @property
@@ -1768,7 +1753,7 @@ def record_path(target: Path) -> Path:
 
 def read_record(target: Path) -> dict[str, Any] | None:
     """The record beside a target, if one exists. Refused: the file is not a record."""
-    file = record_path(target)
+    file = record_path(target)  # of a record's own path it is the same
     if not file.exists():
         return None
     with refusing(f"--save_file {target}: {file} exists", "give another --save_file"):
@@ -1776,6 +1761,12 @@ def read_record(target: Path) -> dict[str, Any] | None:
         if not isinstance(record, dict) or not {"status", "settings"} <= record.keys():
             raise ValueError("it is not a record of this script")
     return record
+
+
+def write_record(file: Path, record: dict[str, Any]) -> None:
+    """Write a record as JSON, one key a line."""
+    lines = (f" {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in record.items())
+    write_whole(file, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -1848,7 +1839,7 @@ class Video:
             "prompt": self.prompt,
             "asked_prompt": job.settings["prompt"],
             "seed": job.args.base_seed,
-            "rule": job.rule,
+            "rule": job.rule.name,
             "thresh": job.config.thresh,
             "order": job.config.order,
             "frames": self.frames,
@@ -1867,8 +1858,7 @@ class Video:
         if not is_rank_0():
             return
         try:
-            text = json.dumps(self.record(), indent=1, ensure_ascii=False)
-            write_whole(record_path(self.target), text)
+            write_record(record_path(self.target), self.record())
         except OSError as error:
             log.error(f"TeaCache: the record of {self.target} cannot be written: {error}")
 
@@ -2206,40 +2196,47 @@ def tell_failure(wan: Wan, video: Video, error: Exception) -> None:
     log.error(text, exc_info=None if known else error)
 
 
-def decode_latents(wan: Wan, file: Path, content: dict[str, Any], target: Path) -> np.ndarray:
-    """Decode kept latents, write the video (or image), finish its record, delete the latents.
-
-    Returns the frames, uint8 [F, H, W, 3].
-    """
-    args = argparse.Namespace(task=content["task"], ckpt_dir=content["ckpt_dir"])
-    device = device_of_run()
-    with torch.no_grad():
-        video = wan.vae(args, device).decode([u.to(device) for u in content["latents"]])[0]
-    if makes_image(args):
-        write_image(wan, video, target)
-    else:
-        write_video(to_bytes(video), target, content["fps"])
-    source = Path(content["save_file"])
-    record = read_record(source) if record_path(source).exists() else None
-    if record is not None and record["latents"] == str(file.absolute()):
-        record |= {"status": "finished", "latents": None, "file": str(target)}
-        record["frames"] = video.size(1)
-        write_whole(record_path(source), json.dumps(record, indent=1, ensure_ascii=False))
-    file.unlink()
-    return to_bytes(video)
-
-
 def read_latents(file: Path) -> dict[str, Any]:
     """The content of a file of kept latents. Refused: it cannot be decoded."""
     with refusing(
         f"--teacache_decode {file}: cannot be used", "give a NAME.latents.pt that was kept"
     ):
         content = torch.load(file, map_location="cpu", weights_only=True)
-        for name in ("latents", "task", "ckpt_dir", "save_file", "fps"):
-            content[name]
+        args_of_latents(content)
         if not all(latent.isfinite().all() for latent in content["latents"]):
             raise ValueError("its latents are not finite: the video would be black")
     return content
+
+
+def args_of_latents(content: dict[str, Any], **given: str) -> argparse.Namespace:
+    """The flags that kept latents were made with, as far as decoding needs them."""
+    names = ("task", "ckpt_dir", "save_file")
+    return argparse.Namespace(**({name: content[name] for name in names} | given))
+
+
+def decode_latents(
+    wan: Wan, file: Path, content: dict[str, Any], args: argparse.Namespace
+) -> np.ndarray:
+    """Decode kept latents, write the video (or image), finish its record, delete the latents.
+
+    Returns the frames, uint8 [F, H, W, 3].
+    """
+    device = device_of_run()
+    with torch.no_grad():
+        video = wan.vae(args, device).decode([u.to(device) for u in content["latents"]])[0]
+    pixels = to_bytes(video)
+    if makes_image(args):
+        write_image(wan, video, args.save_file)
+    else:
+        write_video(pixels, args.save_file, content["fps"])
+    beside_latents = file.with_name(file.name.removesuffix(LATENTS) + ".json")
+    for path in {record_path(Path(content["save_file"])), beside_latents}:
+        record = read_record(path) if path.exists() else {}
+        if record.get("latents") == str(file.absolute()):
+            done = {"status": "finished", "latents": None, "frames": len(pixels)}
+            write_record(path, record | done | {"file": args.save_file})
+    file.unlink()
+    return pixels
 
 
 # The queue of a batch
@@ -2254,15 +2251,13 @@ class Queue:
 
     def __init__(self) -> None:
         self.store, self.rank, self.processes = next(dist.rendezvous("env://"))
-        local = environment("LOCAL_RANK", 0)
-        visible = os.getenv("CUDA_VISIBLE_DEVICES")
-        devices = visible.split(",") if visible else [str(local)] * (local + 1)
-        alone = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-        if visible != "":
-            alone["CUDA_VISIBLE_DEVICES"] = devices[local] if local < len(devices) else ""
-        os.environ.update(alone)
-        if self.rank:
-            disable_progress_bars()
+        local, visible = environment("LOCAL_RANK", 0), os.getenv("CUDA_VISIBLE_DEVICES")
+        own = str(local) if visible is None else [*visible.split(","), *[""] * local][local]
+        os.environ |= {"CUDA_VISIBLE_DEVICES": own, "RANK": "0", "LOCAL_RANK": "0"}
+        os.environ |= {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        if self.rank:  # one progress bar is enough
+            bar = importlib.import_module("tqdm").tqdm
+            bar.__init__ = functools.partialmethod(bar.__init__, disable=True)
 
     def share(self, content: Any) -> None:
         self.store.set("jobs", json.dumps(content))
@@ -2276,17 +2271,19 @@ class Queue:
         while (number := self.store.add("next", 1) - 1) < count:
             yield number
 
-    def finish(self, last: Callable[[], None]) -> None:
-        """Wait for all processes; rank 0 then runs ``last`` and leaves after the others."""
+    def finish(self, last: Callable[[], int]) -> int:
+        """Wait for all processes; then rank 0 runs ``last`` and leaves after the others, since
+        torchrun stops them if it fails. Returns the exit status."""
         self.store.add("finished", 1)
         self.wait(lambda: self.store.add("finished", 0) == self.processes)
-        if self.rank == 0:
-            last()
-            self.store.set("table", "printed")
-            self.wait(lambda: self.store.add("left", 0) == self.processes - 1)
-        else:
+        if self.rank:
             self.wait(lambda: self.store.check(["table"]))
             self.store.add("left", 1)
+            return 0
+        status = last()
+        self.store.set("table", "printed")
+        self.wait(lambda: self.store.add("left", 0) == self.processes - 1)
+        return status
 
     @staticmethod
     def wait(until: Callable[[], bool]) -> None:
@@ -2294,46 +2291,39 @@ class Queue:
             time.sleep(1)
 
 
-def disable_progress_bars() -> None:
-    bar = importlib.import_module("tqdm").tqdm
-    bar.__init__ = functools.partialmethod(bar.__init__, disable=True)
-
-
 def make_batch(session: Session, jobs: Sequence[Job], queue: Queue | None) -> int:
     """Make one video after the other, then print the table of all. Returns the exit status."""
-    status = 0
-
-    def end() -> None:
-        nonlocal status
-        records = [read_record(job.target) or {"status": "not made"} for job in jobs]
-        if len(jobs) > 1 and is_rank_0():
-            for text in batch_table(jobs, records):
-                log.info(text)
-        if any(record["status"] != "finished" for record in records):
-            status = 1
-
     began, made = time.monotonic(), 0
-    for number in queue.turns(len(jobs)) if queue else range(len(jobs)):
-        job = jobs[number]
+    for i in queue.turns(len(jobs)) if queue else range(len(jobs)):
+        job, left = jobs[i], ""
         if job.todo == SKIP:
             log.info(f"TeaCache: {job.target} is finished: skipped")
             continue
-        to_go = (time.monotonic() - began) / made * (len(jobs) - number) / 60 if made else 0
-        left = f", about {math.ceil(to_go)} min to go" if made else ""
+        if made:
+            minutes = (time.monotonic() - began) / made * (len(jobs) - i) / 60
+            left = f", about {math.ceil(minutes)} min to go"
         if len(jobs) > 1:
-            log.info(f"TeaCache: video {number + 1} of {len(jobs)}{left}: {job.target}")
+            log.info(f"TeaCache: video {i + 1} of {len(jobs)}{left}: {job.target}")
         try:
-            make_one(session, job)
+            video = make_one(session, job)
         except Told:
             break
         made += 1
-        if queue:
-            log.info(f"TeaCache: {job.target}: {session.videos[-1].status}")
+        if queue and queue.rank:
+            log.info(f"TeaCache: {job.target}: {video.status}")
     if queue:
-        queue.finish(end)
-    elif is_rank_0():
-        end()
-    return status
+        return queue.finish(functools.partial(end_batch, jobs))
+    return end_batch(jobs)
+
+
+def end_batch(jobs: Sequence[Job]) -> int:
+    """Print the table of a batch from its records, whoever made them; return the exit status."""
+    if not is_rank_0():
+        return 0
+    records = [read_record(job.target) or {"status": "not made"} for job in jobs]
+    for text in batch_table(jobs, records) if len(jobs) > 1 else ():
+        log.info(text)
+    return int(any(record["status"] != "finished" for record in records))
 
 
 def make_one(session: Session, job: Job) -> Video:
@@ -2348,7 +2338,8 @@ def make_one(session: Session, job: Job) -> Video:
         try:
             log.info(f"TeaCache: {job.target}: decoding the latents of an earlier run")
             content = read_latents(video.latents)
-            video.pixels = decode_latents(session.wan, video.latents, content, job.target)
+            args = args_of_latents(content, save_file=job.args.save_file)
+            video.pixels = decode_latents(session.wan, video.latents, content, args)
         except Exception as error:
             video.status = f"failed: {error!r:.500}"
             tell_failure(session.wan, video, error)
@@ -2564,6 +2555,10 @@ def picture(rows: Sequence[Row], videos: Sequence[np.ndarray]) -> Image.Image:
     return Image.fromarray(np.vstack([np.asarray(panel) for panel in panels]))
 
 
+# lets a player begin before the file's end, and show the colours as they were written
+FASTSTART = ["-movflags", "+faststart", "-colorspace", "smpte170m"]
+
+
 def write_side_by_side(
     rows: Sequence[Row], videos: Sequence[np.ndarray], file: Path, fps: float
 ) -> None:
@@ -2581,12 +2576,6 @@ def write_side_by_side(
             lines = [np.hstack(cells[i : i + columns]) for i in range(0, len(cells), columns)]
             writer.append_data(np.vstack(lines))
     check_written(file, len(videos[0]))
-
-
-# a player can begin before the end of the file, and shows the colours as they were written
-FASTSTART = (
-    "-movflags +faststart -colorspace smpte170m -color_primaries smpte170m -color_trc smpte170m"
-).split()
 
 
 def run_comparisons(session: Session, jobs_by_line: Sequence[Sequence[Job]]) -> int:
@@ -2653,18 +2642,14 @@ def floor_line(rows_by_line: Sequence[Sequence[Row]]) -> str:
     """The floor, and the entries as near to stock as stock with noise, in the mean over lines."""
     floors, margins = [], defaultdict[str, list[float]](list)
     for rows in rows_by_line:
-        for floor in [row.psnr for row in rows if row.label == NOISE]:
+        floor = next((row.psnr for row in rows if row.label == NOISE), None)
+        if floor is not None:
             floors.append(floor)
-            for row in rows:
-                # both may be infinite
+            for row in rows[2:]:  # both may be infinite
                 margins[row.label].append(0.0 if row.psnr == floor else row.psnr - floor)
     if not floors:
         return "no floor: stock with noise of 1e-4 has failed"
-    reached = [
-        label
-        for label, values in margins.items()
-        if label not in (STOCK, NOISE) and np.mean(values) >= 0
-    ]
+    reached = [label for label, values in margins.items() if np.mean(values) >= 0]
     return (
         f"floor (stock with noise of 1e-4): {np.mean(floors):.1f} dB; entries at the floor or "
         f"above: {', '.join(reached) or 'none'}"
@@ -2673,6 +2658,28 @@ def floor_line(rows_by_line: Sequence[Sequence[Row]]) -> str:
 
 # ---------------------------------------------------------------------------------- command line
 # Our flags, the jobs that a command means, main. ``ours`` are our flags, ``args`` generate.py's.
+
+# Flags that the loaded model depends on: the same for all lines of a jobs file.
+FOR_ALL_LINES = (
+    "task", "ckpt_dir", "ulysses_size", "ring_size", "t5_fsdp", "dit_fsdp", "t5_cpu",
+    "convert_model_dtype", "prompt_extend_method", "prompt_extend_model",
+)  # fmt: skip
+# Flags that change how a video is made, not what it shows.
+NOT_IN_SETTINGS = (
+    "save_file", "offload_model", "t5_cpu", "t5_fsdp", "dit_fsdp", "ulysses_size", "ring_size",
+)  # fmt: skip
+OF_THE_COMMAND = (
+    "teacache_plan",
+    "teacache_compare",
+    "teacache_decode",
+    "teacache_jobs",
+    "wan_repo",
+)
+OLD_FLAGS = {
+    "--teacache_model": "use --teacache_rule NAME",
+    "--teacache_coefficients": "use --teacache_rule FILE",
+    "--teacache_report": "leave it out: every video has a record, NAME.json beside it",
+}
 
 
 class Amount(NamedTuple):
@@ -2689,31 +2696,6 @@ class Entry(NamedTuple):
     flags: Sequence[str] = ()
 
 
-# Flags that the loaded model depends on: the same for all lines of a jobs file.
-# fmt: off
-FOR_ALL_LINES = (
-    "task", "ckpt_dir", "ulysses_size", "ring_size", "t5_fsdp", "dit_fsdp", "t5_cpu",
-    "convert_model_dtype", "prompt_extend_method", "prompt_extend_model",
-)
-# Flags that change how a video is made, not what it shows.
-NOT_IN_SETTINGS = (
-    "save_file", "offload_model", "t5_cpu", "t5_fsdp", "dit_fsdp", "ulysses_size", "ring_size",
-)
-OLD_FLAGS = {
-    "--teacache_model": "use --teacache_rule NAME",
-    "--teacache_coefficients": "use --teacache_rule FILE",
-    "--teacache_report": "leave it out: every video has a record, NAME.json beside it",
-}
-# fmt: on
-OF_THE_COMMAND = (
-    "teacache_plan",
-    "teacache_compare",
-    "teacache_decode",
-    "teacache_jobs",
-    "wan_repo",
-)
-
-
 def number(low: float, allowed: str, high: float = math.inf) -> Callable[[str], float]:
     """The type of a flag: a finite number from ``low`` to ``high``."""
 
@@ -2726,6 +2708,14 @@ def number(low: float, allowed: str, high: float = math.inf) -> Callable[[str], 
     return convert
 
 
+def threshold(text: str) -> Amount:
+    return Amount(number(0, "0 (stock) or more, such as 0.08")(text))
+
+
+def speedup(text: str) -> Amount:
+    return Amount(number(1, "1 or more, such as 2")(text), is_speedup=True)
+
+
 def our_parser(exclusive: bool = True) -> Parser:
     """The flags that generate.py does not have.
 
@@ -2733,109 +2723,75 @@ def our_parser(exclusive: bool = True) -> Parser:
     line, so that the two together may have both: the last one counts.
     """
     parser = Parser(allow_abbrev=False, add_help=False, description="TeaCache for generate.py")
-    schedule = parser.add_argument_group("which steps are computed")
-    amount = schedule.add_mutually_exclusive_group() if exclusive else schedule
-    thresh, speedup = number(0, "0 (stock) or more, such as 0.08"), number(1, "1 or more, as 2")
-    common = {"dest": "amount", "metavar": "X"}
-    amount.add_argument(
-        "--teacache_thresh",
-        type=lambda text: Amount(thresh(text)),
-        help="skip more steps the higher it is; 0 is stock; default: the rule's",
-        **common,
+    group = parser.add_argument_group("which steps are computed")
+    add, amount = group.add_argument, group
+    if exclusive:
+        amount = group.add_mutually_exclusive_group()
+    amount = functools.partial(amount.add_argument, dest="amount", metavar="X")
+    amount("--teacache_thresh", type=threshold, help="higher skips more; 0 is stock")
+    amount("--teacache_speedup", type=speedup, help="or: find a threshold that runs 1/X of passes")
+    names = (
+        f"{', '.join(RULES)}, or a JSON file; default: teacache.json in --ckpt_dir, else by task"
     )
-    amount.add_argument(
-        "--teacache_speedup",
-        type=lambda text: Amount(speedup(text), is_speedup=True),
-        help="instead: find the threshold that runs the blocks 1/X as often as stock",
-        **common,
-    )
-    add = schedule.add_argument
-    add(
-        "--teacache_rule",
-        metavar="NAME|FILE",
-        help=f"one of {', '.join(RULES)}, or a JSON file of your own polynomials; default: "
-        "teacache.json in --ckpt_dir, else the task's",
-    )
-    add(
-        "--use_ret_steps",
-        action="store_true",
-        help="the rule's second polynomial: compare e0, always compute the first 5 steps",
-    )
+    add("--teacache_rule", metavar="NAME|FILE", help=names)
+    add("--use_ret_steps", action="store_true", help="the rule's polynomial for retention steps")
     add = parser.add_argument_group("what the other steps do").add_argument
-    add(
-        "--teacache_order",
-        type=int,
-        choices=(0, 1),
-        default=0,
-        help="1: extrapolate the residual from the last two; default: 0, repeat the last",
+    order = {"type": int, "choices": (0, 1), "default": 0}
+    add("--teacache_order", **order, help="1: extrapolate the residual; default: 0, repeat it")
+    share = {"type": number(0, "from 0 to 1, such as 0.6", high=1), "default": 1.0}
+    guide = "guide the first SHARE of the steps only; default: 1"
+    add("--teacache_guide_until", **share, metavar="SHARE", help=guide)
+    add = (
+        parser.add_argument_group("instead of one video")
+        .add_mutually_exclusive_group()
+        .add_argument
     )
-    add(
-        "--teacache_guide_until",
-        type=number(0, "from 0 to 1, such as 0.6", high=1),
-        default=1.0,
-        metavar="SHARE",
-        help="guide the first SHARE of the steps only; default: 1",
-    )
-    instead = parser.add_argument_group("instead of one video").add_mutually_exclusive_group()
-    add = instead.add_argument
     add("--teacache_plan", action="store_true", help="print which steps thresholds compute")
-    add(
-        "--teacache_compare",
-        nargs="+",
-        metavar="ENTRY",
-        help="make stock and each entry: 0.08, 2x, sigma:2x, or 2x@1 for order 1",
-    )
+    entries = "stock and each entry: 0.08, 2x, sigma:2x, or 2x@1 for order 1"
+    add("--teacache_compare", nargs="+", metavar="ENTRY", help=entries)
     add("--teacache_decode", metavar="FILE", help="make the video from kept latents")
     add = parser.add_argument_group("files").add_argument
-    add("--teacache_jobs", metavar="FILE", help="make a video a line: a prompt, or flags")
+    add("--teacache_jobs", metavar="FILE", help="a video a line: a prompt, or flags")
     add("--wan_repo", metavar="DIR", help="Wan's folder; default: this script's, else the current")
     return parser
 
 
-# Rules
+def our_flags(argv: Sequence[str], exclusive: bool = True) -> tuple[argparse.Namespace, list[str]]:
+    """Our flags, and what is left for generate.py."""
+    for flag in argv:
+        name = flag.split("=")[0]
+        require(name not in OLD_FLAGS, f"{name}: is gone: {OLD_FLAGS.get(name)}")
+    ours, rest = our_parser(exclusive).parse_known_args(argv)
+    for name, value in vars(ours).items():
+        check_named(name, value)
+    return ours, rest
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The rule of a run and why it was chosen. forced: named with --teacache_rule; a schedule that
-    would be refused then only brings a warning."""
-
-    rule: Rule
-    why: str
-    forced: bool = False
-
-    def __str__(self) -> str:
-        return f"rule {self.rule.name} ({self.why})"
+# The rule of a run
 
 
-def choose_rule(ours: argparse.Namespace, args: argparse.Namespace) -> Choice:
+def choose_rule(ours: argparse.Namespace, args: argparse.Namespace) -> Rule:
     """As asked, the checkpoint's teacache.json, the task's published rule, or "sigma"."""
     asked, own_file = ours.teacache_rule, Path(args.ckpt_dir) / "teacache.json"
     if asked in RULES:
-        return Choice(RULES[asked], "as asked", forced=True)
+        return replace(RULES[asked], why="as asked", forced=True)
     if asked or own_file.is_file():
-        file = Path(asked or own_file)
-        return Choice(read_rule(file), f"from {file.absolute().parent.name}")
+        return read_rule(Path(asked or own_file))
     rules = [rule for rule in RULES.values() if args.task in rule.tasks]
     if not rules:
-        return Choice(SIGMA, f"none is fitted to {args.task}")
+        return replace(RULES["sigma"], why=f"none is fitted to {args.task}")
     if len(rules) == 1:
-        return Choice(rules[0], f"task {args.task}")
-    return choose_by_size(rules, args)
-
-
-def choose_by_size(rules: Sequence[Rule], args: argparse.Namespace) -> Choice:
-    """Between i2v's rules for 480P and 720P: by the name that the checkpoint was downloaded under,
-    else by the video's area."""
-    by_size = {rule.name.split("-")[-1].lower(): rule for rule in rules}
+        return replace(rules[0], why=f"task {args.task}")
+    # i2v's for 480P and 720P: by the name that the checkpoint was downloaded under, else by area
     for name in download_names(Path(args.ckpt_dir)):
-        sizes = by_size.keys() & set(re.split("[^0-9a-z]+", name.lower()))
-        if len(sizes) == 1:
-            return Choice(by_size[sizes.pop()], f"checkpoint {name}")
+        words = set(re.split("[^0-9a-z]+", name.lower()))
+        fitting = [rule for rule in rules if rule.name.split("-")[-1].lower() in words]
+        if len(fitting) == 1:
+            return replace(fitting[0], why=f"checkpoint {name}")
     area = math.prod(map(int, args.size.split("*")))
-    areas = {"480p": 832 * 480, "720p": 1280 * 720}
-    size = min(by_size, key=lambda name: abs(areas[name] - area))
-    return Choice(by_size[size], f"guessed from --size {args.size}: --teacache_rule names one")
+    areas = {"i2v-14B-480P": 832 * 480, "i2v-14B-720P": 1280 * 720}
+    rule = min(rules, key=lambda rule: abs(areas[rule.name] - area))
+    return replace(rule, why=f"guessed from --size {args.size}; --teacache_rule names one")
 
 
 def download_names(folder: Path) -> list[str]:
@@ -2854,59 +2810,61 @@ def download_names(folder: Path) -> list[str]:
 def read_rule(file: Path) -> Rule:
     """A rule as JSON: {"steps", "shift", "solver", "plain": {"coefficients", "thresholds"},
     "retention": the same}."""
+
+    def check(correct: bool, message: str) -> None:
+        if not correct:
+            raise ValueError(message)
+
     cure = f"give one of {', '.join(RULES)}, or a file in the form that the README shows"
     with refusing(f"--teacache_rule {file}: cannot be used", cure):
         content = json.loads(file.read_text(encoding="utf-8-sig"))
         polynomials = {name: Polynomial(**content.pop(name)) for name in ("plain", "retention")}
         for name, polynomial in polynomials.items():
-            for values, count in ((polynomial.coefficients, 5), (polynomial.thresholds, None)):
-                if not values or count not in (None, len(values)):
-                    raise ValueError(f"{name}: {count or 'some'} numbers are needed")
-                if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
-                    raise ValueError(f"{name}: must hold finite numbers")
-            if min(polynomial.thresholds) < 0:
-                raise ValueError(f"{name}: a threshold is below 0")
-        rule = Rule(file.name, **polynomials, **content)
-        if not (isinstance(rule.steps, int) and isinstance(rule.shift, (int, float))):
-            raise ValueError("steps and shift must be numbers")
-        if not isinstance(rule.solver, str):
-            raise ValueError("solver must be a name")
+            coefficients, thresholds = polynomial.coefficients, polynomial.thresholds
+            check(len(coefficients) == 5, f"{name}: 5 coefficients are needed")
+            check(len(thresholds) > 0, f"{name}: a threshold is needed")
+            numbers = [*coefficients, *thresholds]
+            finite = all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers)
+            check(finite and min(thresholds) >= 0, f"{name}: finite numbers, thresholds from 0")
+        rule = Rule(file.name, **polynomials, **content, why=f"from {file.absolute().parent.name}")
+        fit = isinstance(rule.steps, int) and isinstance(rule.shift, (int, float))
+        check(fit and isinstance(rule.solver, str), "steps and shift are numbers, solver a name")
     return rule
 
 
-# From flags to the settings and the plan of a run
+# The settings and the plan of a run
 
 
 def config_of(
-    ours: argparse.Namespace,
-    args: argparse.Namespace,
-    rule: Rule,
-    steps_by_model: Sequence[int],
+    ours: argparse.Namespace, args: argparse.Namespace, rule: Rule, steps_by_model: Sequence[int]
 ) -> TeaCacheConfig:
-    """The settings of a run, with the rule's default threshold if none is given."""
-    amount, others = ours.amount, {}
-    if rule is SIGMA and args.task in SIGMA_FOR_TWO_MODELS:
+    """The settings of a run, at the rule's default threshold if none is given."""
+    amount, forced, max_skipped = ours.amount, None, None
+    if rule.is_sigma and args.task in SIGMA_FOR_TWO_MODELS:
         shares, max_skipped = SIGMA_FOR_TWO_MODELS[args.task]
-        others = {
-            "forced_steps": first_steps(steps_by_model, shares),
-            "max_skipped": max_skipped,
-        }
+        forced = first_steps(steps_by_model, shares)
     thresh = amount.value if amount and not amount.is_speedup else None
     # at threshold 0, as in stock, the unconditional branch runs at a scale of 1 too
     scale = 5.0 if thresh == 0 else args.sample_guide_scale
-    guided = count_guided_steps(scale, steps_by_model, ours.teacache_guide_until)
-    others |= {"order": ours.teacache_order, "guided_steps": guided}
-    return TeaCacheConfig.from_rule(rule, args.sample_steps, thresh, ours.use_ret_steps, **others)
+    return TeaCacheConfig.from_rule(
+        rule,
+        args.sample_steps,
+        thresh,
+        ours.use_ret_steps,
+        order=ours.teacache_order,
+        guided_steps=count_guided_steps(scale, steps_by_model, ours.teacache_guide_until),
+        forced_steps=forced,
+        max_skipped=max_skipped,
+    )
 
 
 def plan_of(
-    ours: argparse.Namespace, config: TeaCacheConfig, choice: Choice, preview: Preview
+    amount: Amount | None, config: TeaCacheConfig, rule: Rule, preview: Preview
 ) -> Schedule:
-    """The plan of a run: at its threshold, for its speed-up, or half of the steps by default."""
-    amount = ours.amount
-    if amount is None and choice.rule is SIGMA:  # before guidance ends: half of the steps
-        unguided = replace(config, guided_steps=None)
-        half = preview.plan_speedup(unguided, 2.0)
+    """The plan of a run: at its threshold, for its speed-up, or "sigma"'s default, half of the
+    steps (before guidance ends) or as near as it gets."""
+    if amount is None and rule.is_sigma:
+        half = preview.plan_speedup(replace(config, guided_steps=None), 2.0)
         return preview.plan(replace(config, thresh=half.config.thresh))
     if amount is None or not amount.is_speedup:
         return preview.plan(config)
@@ -2914,97 +2872,81 @@ def plan_of(
     try:
         planned = preview.plan_speedup(config, amount.value)
     except ValueError as error:
-        raise Refused(
-            f"{what}: with {choice} {error}, and no threshold can be trusted: use "
-            "--teacache_rule sigma"
-        ) from error
+        cure = "no threshold can be trusted: use --teacache_rule sigma"
+        raise Refused(f"{what}: with {rule} {error}, and {cure}") from error
     fewest = preview.plan(replace(config, thresh=LARGE_THRESH))
     require(
         fewest.passes <= math.ceil(2 * config.steps / amount.value - 1e-9),
         f"{what}: no threshold reaches it; the most is {fewest.speedup:.3g}, at "
-        f"--teacache_thresh {planned.config.thresh:.4g}",
+        f"--teacache_thresh {preview.plan_speedup(config, fewest.speedup).config.thresh:.4g}",
     )
     return planned
 
 
-def check_plan(
-    planned: Schedule, ours: argparse.Namespace, args: argparse.Namespace, choice: Choice
-) -> None:
+def check_plan(planned: Schedule, args: argparse.Namespace, rule: Rule, flag: str) -> None:
     """Refuse a schedule that skips too many steps in a row, unless it is as published or forced.
-    Warn where a polynomial is used away from its fit."""
-    rule, notes = choice.rule, []
-    if rule is not SIGMA and planned.config.thresh > 0:
+    Warn where a polynomial is used away from its fit. flag: that the threshold comes from."""
+    away = []
+    if not rule.is_sigma and planned.config.thresh > 0:
         now = {"steps": args.sample_steps, "shift": args.sample_shift, "solver": args.sample_solver}
-        notes = [
-            f"{name} {value} (fitted at {getattr(rule, name)})"
-            for name, value in now.items()
-            if value != getattr(rule, name)
-        ]
+        fit = {name: getattr(rule, name) for name in now}
+        away = [f"{n} {now[n]} (fitted at {fit[n]})" for n in now if now[n] != fit[n]]
+    notes = list(away)
     if planned.negative_steps:
         notes.append(f"increments are negative at steps {ranges(planned.negative_steps)}")
     if planned.skips_too_long:
-        text = (
-            f"{choice} would compute {planned.summary()}, skipping {planned.longest_skip} in a row"
+        notes.append(f"{planned.longest_skip} steps in a row are skipped")
+        cures = [f"a lower {flag.split()[0]}", "--teacache_thresh 0"]
+        cures += [] if rule.is_sigma else ["--teacache_rule sigma"]
+        cures += [f"--teacache_rule {rule.name} to run it all the same"] * (rule.name in RULES)
+        require(
+            rule.forced or (not away and not rule.is_sigma),
+            f"{flag}: {rule} would compute {planned.summary()}: {'; '.join(notes)}: use "
+            f"{', '.join(cures)}",
         )
-        as_published = rule is not SIGMA and not notes[: -1 if planned.negative_steps else None]
-        if not (choice.forced or as_published):
-            amount = ours.amount or Amount(planned.config.thresh)
-            flag = "--teacache_speedup" if amount.is_speedup else "--teacache_thresh"
-            cures = [f"a lower {flag}", "--teacache_thresh 0"]
-            cures += [] if rule is SIGMA else ["--teacache_rule sigma"]
-            cures += [f"--teacache_rule {rule.name} to run it all the same"] * (rule.name in RULES)
-            reason = f" ({', '.join(notes)})" if notes else ""
-            raise Refused(f"{flag} {amount.value:g}: {text}{reason}: use {', '.join(cures)}")
-        notes.insert(0, f"{planned.longest_skip} steps in a row are skipped")
     if notes:
-        log.warning(f"TeaCache: {choice}: {'; '.join(notes)}: check the video")
+        log.warning(f"TeaCache: {rule}: {'; '.join(notes)}: check the video")
 
 
 def settings_of(
-    args: argparse.Namespace, config: TeaCacheConfig, choice: Choice, noise: float
+    args: argparse.Namespace, config: TeaCacheConfig, rule: Rule, noise: float
 ) -> dict[str, Any]:
     """What makes two videos the same: generate.py's flags, a fork's too, and ours as resolved."""
 
     def resolved(name: str, value: Any) -> Any:
-        if name in ("prompt", "task", "size") or not isinstance(value, str):
+        if name == "prompt" or not isinstance(value, str):
             return value
-        parts = [Path(part) for part in value.split(",")]
+        paths = [Path(part) for part in value.split(",")]
         is_path = name in ("ckpt_dir", *INPUTS) or os.sep in value
-        if is_path and all(part.exists() for part in parts):
-            return ",".join(str(part.resolve()) for part in parts)
+        if is_path and all(path.exists() for path in paths):
+            return ",".join(str(path.resolve()) for path in paths)
         return value
 
     flags = {n: resolved(n, v) for n, v in vars(args).items() if n not in NOT_IN_SETTINGS}
-    settings = flags | {"rule": choice.rule.name, "noise": noise, **asdict(config)}
-    return json.loads(json.dumps(settings, default=str))
+    settings = flags | {"rule": rule.name, "noise": noise, **asdict(config)}
+    return json.loads(json.dumps(settings, default=str))  # as a record holds it
 
 
 def job_of(wan: Wan, argv: Sequence[str], entry: Entry, checked: bool = True) -> Job:
     """One video: its flags parsed and checked, its schedule planned."""
-    ours, rest = our_parser(exclusive=False).parse_known_args([*argv, *entry.flags])
+    ours, rest = our_flags([*argv, *entry.flags], exclusive=False)
     args = parse_and_check(wan, ours, rest) if checked else wan.parse(rest)
-    choice, noise = choose_rule(ours, args), NOISE_STD if entry.label == NOISE else 0.0
+    rule, noise = choose_rule(ours, args), NOISE_STD if entry.label == NOISE else 0.0
     require(
-        not (ours.use_ret_steps and choice.rule is SIGMA),
-        f"--use_ret_steps: {choice} has no such steps: leave it out, or give --teacache_rule, one "
-        f"of {', '.join(name for name in RULES if name != SIGMA.name)}",
+        not (ours.use_ret_steps and rule.is_sigma),
+        f"--use_ret_steps: {rule} has no such steps: leave it out, or give --teacache_rule, one of "
+        f"{', '.join(name for name in RULES if name != 'sigma')}",
     )
     steps_by_model = split_by_model(wan.timesteps(args), wan.task_config(args.task))
-    config = config_of(ours, args, choice.rule, steps_by_model)
-    preview = preview_of(wan, args, config.signal)
-    planned = plan_of(ours, config, choice, preview)
+    config = config_of(ours, args, rule, steps_by_model)
+    planned = plan_of(ours.amount, config, rule, preview_of(wan, args, config.signal))
+    config, amount = planned.config, ours.amount or Amount(planned.config.thresh)
     if checked and not ours.teacache_plan:
-        check_plan(planned, ours, args, choice)
-    return Job(
-        args,
-        planned.config,
-        str(choice).removeprefix("rule "),
-        planned,
-        settings_of(args, planned.config, choice, noise),
-        by_default=ours.amount is None,
-        label=entry.label,
-        noise=noise,
-    )
+        name = "speedup" if amount.is_speedup else "thresh"
+        check_plan(planned, args, rule, f"--teacache_{name} {amount.value:g}")
+    settings = settings_of(args, config, rule, noise)
+    by_default = ours.amount is None
+    return Job(args, config, rule, planned, settings, entry.label, noise, by_default=by_default)
 
 
 def parse_and_check(wan: Wan, ours: argparse.Namespace, argv: Sequence[str]) -> argparse.Namespace:
@@ -3016,7 +2958,7 @@ def parse_and_check(wan: Wan, ours: argparse.Namespace, argv: Sequence[str]) -> 
     check_numbers(wan, args)
     if plans_without:
         require(
-            choose_rule(ours, args).rule is SIGMA,
+            choose_rule(ours, args).is_sigma,
             "--ckpt_dir: must be given for this plan, since the distances are in the weights; "
             "--teacache_rule sigma needs none",
         )
@@ -3034,21 +2976,17 @@ def announce(jobs: Sequence[Job]) -> None:
     """Log what will be computed, before anything is loaded: equal plans once."""
     groups = defaultdict[str, list[Job]](list)
     for job in jobs:
-        if job.label in (STOCK, NOISE) or job.todo == SKIP:
-            continue
         config, planned = job.config, job.planned
-        does = f"computes {planned.summary()}"
+        does = planned.summary()
         if planned.passes == 2 * config.steps:
-            does = f"computes all {config.steps} steps, as stock does"
-        default = " (default)" if job.by_default else ""
-        order = ", order 1" if config.order else ""
-        groups[f"rule {job.rule}, threshold {config.thresh:.4g}{default}{order}: {does}"].append(
-            job
-        )
+            does = f"all {config.steps} steps, as stock does"
+        default, order = " (default)" * job.by_default, ", order 1" * config.order
+        text = f"{job.rule}, threshold {config.thresh:.4g}{default}{order}: computes {does}"
+        if job.label not in (STOCK, NOISE) and job.todo != SKIP:
+            groups[text].append(job)
     for text, alike in groups.items():
         label = f"{alike[0].label}: " if alike[0].label else ""
-        count = f"{len(alike):,} videos: " if len(alike) > 1 else label
-        log.info(f"TeaCache: {count}{text}")
+        log.info(f"TeaCache: {f'{len(alike):,} videos: ' if len(alike) > 1 else label}{text}")
 
 
 # The lines of a jobs file
@@ -3058,86 +2996,40 @@ def read_jobs(file: str) -> list[tuple[int, list[str]]]:
     """The videos of a jobs file: line number and flags.
 
     A line that begins with -- is flags, read as the shell would; any other is a prompt as it
-    stands. Blank lines and lines that begin with # are skipped.
+    stands. Blank lines and lines that begin with # are skipped. UTF-8, or UTF-16 with a byte order
+    mark, as Notepad and Excel write it.
     """
     what = f"--teacache_jobs {file}"
     require(
-        Path(file).suffix.lower() not in (".csv", ".json", ".jsonl"),
+        not file.lower().endswith((".csv", ".json", ".jsonl")),
         f"{what}: must be plain text, a line a video: a prompt, or flags such as "
         '--prompt "A cat." --base_seed 1',
     )
     with refusing(f"{what}: cannot be read", "give a text file with a video a line"):
         content = Path(file).read_bytes()
+    utf_16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+    try:
+        text = content.decode("utf-16" if utf_16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise Refused(f"{what}: line {line}: is not UTF-8: save as UTF-8") from error
     lines = []
-    for number_, line in enumerate(decode_text(what, content).split("\n"), 1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        flags = [f"--prompt={line}"]
+    for i, line in enumerate(map(str.strip, text.split("\n")), 1):
         if line.startswith("--"):
-            with refusing(f"{what}: line {number_}", "close the quotes"):
-                flags = shlex.split(line)
-        lines.append((number_, flags))
+            with refusing(f"{what}: line {i}", "close the quotes"):
+                lines.append((i, shlex.split(line)))
+        elif line and not line.startswith("#"):
+            lines.append((i, [f"--prompt={line}"]))
     require(lines, f"{what}: has no line with a prompt or flags")
     return lines
 
 
-def decode_text(what: str, content: bytes) -> str:
-    """UTF-8, or UTF-16 with a byte order mark, as Notepad and Excel write it."""
-    utf_16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
-    try:
-        return content.decode("utf-16" if utf_16 else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise Refused(f"{what}: line {line}: is not UTF-8: save as UTF-8") from error
-
-
-# From a command to jobs
-
-
-@dataclass
-class Targets:
-    """The targets of a command so far; two videos must not share a name."""
-
-    taken: dict[Path, str] = field(default_factory=dict)  # without ending: what has it
-
-    def take(self, target: Path, what: str) -> None:
-        key = target.resolve().with_suffix("")
-        other = self.taken.get(key)
-        require(other is None, f"--save_file {target}: has the name of {other}'s: give another")
-        self.taken[key] = what
-
-    def is_free(self, target: Path) -> bool:
-        return target.resolve().with_suffix("") not in self.taken
-
-
-def jobs_of(wan: Wan, ours: argparse.Namespace, argv: Sequence[str]) -> list[list[Job]]:
-    """The videos of a command, by line of the jobs file. Each is parsed from a command line of its
-    own: argv + a line + an entry of the comparison. Refused: one error a line."""
-    lines = read_jobs(ours.teacache_jobs) if ours.teacache_jobs else [(0, [])]
-    common = wan.parse(our_parser().parse_known_args(argv)[1], validate=False)
-    jobs, errors, targets = [], [], Targets()
-    for number_, flags in lines:
-        try:
-            if flags:
-                check_line(wan, flags, common)
-            jobs.append(jobs_of_line(wan, ours, [*argv, *flags], targets, number_))
-        except Refused as error:
-            where = f"--teacache_jobs {ours.teacache_jobs}: line {number_}: " if number_ else ""
-            errors += [f"{where}{message}" for message in error.args]
-    if errors:
-        raise Refused(*errors)
-    return jobs
-
-
 def check_line(wan: Wan, flags: Sequence[str], common: argparse.Namespace) -> None:
     """Check a line alone: exclusive flags, and flags that are for the command line only."""
-    check_old_flags(flags)
-    line, rest = our_parser().parse_known_args(flags)
+    ours, rest = our_flags(flags)
     for name in OF_THE_COMMAND:
-        require(not getattr(line, name), f"--{name}: give it on the command line, not in a line")
-    check_named("teacache_rule", line.teacache_rule)
-    defaults, args = wan.parse([], validate=False), wan.parse(rest, validate=False)
+        require(not getattr(ours, name), f"--{name}: give it on the command line, not in a line")
+    args, defaults = (wan.parse(argv, validate=False) for argv in (rest, []))
     for name in FOR_ALL_LINES:
         value, of_all = getattr(args, name, None), getattr(common, name, None)
         require(
@@ -3147,88 +3039,112 @@ def check_line(wan: Wan, flags: Sequence[str], common: argparse.Namespace) -> No
         )
 
 
-def jobs_of_line(
-    wan: Wan, ours: argparse.Namespace, argv: list[str], targets: Targets, line: int
-) -> list[Job]:
-    """The videos of one prompt and seed: one, or those of a comparison."""
-    raw = wan.parse(our_parser(exclusive=False).parse_known_args(argv)[1], validate=False)
-    has_seed = raw.base_seed is not None and raw.base_seed >= 0
-    if not has_seed:  # generate.py draws one at each parse
-        argv = [*argv, "--base_seed", str(random_seed())]
-    jobs = []
-    for entry in entries_of(ours):
+# From a command to jobs
+
+
+def jobs_of(wan: Wan, ours: argparse.Namespace, argv: Sequence[str]) -> list[list[Job]]:
+    """The videos of a command, by line of the jobs file. Each is parsed from a command line of its
+    own: argv + a line + an entry of the comparison. Refused: one error a line."""
+    lines = read_jobs(ours.teacache_jobs) if ours.teacache_jobs else [(0, [])]
+    common = wan.parse(our_flags(argv)[1], validate=False)
+    jobs, errors, taken = [], [], dict[Path, str]()
+    for i, flags in lines:
         try:
-            jobs.append(job_of(wan, argv, entry))
+            check_line(wan, flags, common)
+            jobs.append(jobs_of_line(wan, ours, [*argv, *flags], taken, i))
         except Refused as error:
-            what = f"--teacache_compare {entry.label}: " if entry.label else ""
-            raise Refused(*(f"{what}{message}" for message in error.args)) from error
-    for job in jobs:
-        job.has_seed = has_seed
-    name_jobs(wan, ours, jobs, targets, f"line {line}" if line else "this command")
-    for job in jobs:
-        if is_rank_0():
-            check_target(wan, job.args)
-        look_beside(job, several=bool(ours.teacache_jobs or ours.teacache_compare))
+            where = f"--teacache_jobs {ours.teacache_jobs}: line {i}: " if i else ""
+            errors += [f"{where}{message}" for message in error.args]
+    if errors:
+        raise Refused(*errors)
     return jobs
 
 
-def random_seed() -> int:
-    return int.from_bytes(os.urandom(4), "big")
+def jobs_of_line(
+    wan: Wan, ours: argparse.Namespace, argv: list[str], taken: dict[Path, str], line: int
+) -> list[Job]:
+    """The videos of one prompt and seed: one, or those of a comparison.
+
+    taken: targets of the command so far, without their endings, and what has them.
+    """
+    seed = wan.parse(our_flags(argv, exclusive=False)[1], validate=False).base_seed
+    has_seed = seed is not None and seed >= 0
+    if not has_seed:  # generate.py draws one at each parse
+        argv = [*argv, "--base_seed", str(int.from_bytes(os.urandom(4), "big"))]
+    jobs = []
+    for entry in entries_of(ours):
+        try:
+            jobs.append(replace(job_of(wan, argv, entry), argv=argv, has_seed=has_seed))
+        except Refused as error:
+            what = f"--teacache_compare {entry.label}: " if entry.label else ""
+            raise Refused(*(f"{what}{message}" for message in error.args)) from error
+    name_jobs(wan, ours, jobs, taken)
+    for job in jobs:
+        key = job.target.resolve().with_suffix("")
+        other = taken.get(key)
+        require(not other, f"--save_file {job.target}: {other} has this name too: give another")
+        taken[key] = f"line {line}" if line else f"entry {job.label}"
+        if is_rank_0():
+            check_target(wan, job.args)
+        look_beside(job, continues=bool(ours.teacache_jobs or ours.teacache_compare))
+    return jobs
 
 
 def name_jobs(
-    wan: Wan, ours: argparse.Namespace, jobs: Sequence[Job], targets: Targets, what: str
+    wan: Wan, ours: argparse.Namespace, jobs: Sequence[Job], taken: dict[Path, str]
 ) -> None:
-    """Give each job its target; one without --save_file gets a default name."""
+    """Give each job its target; without --save_file it gets a default name."""
     first = jobs[0]
-    target = Path(first.args.save_file or default_name(wan, ours, first))
-    if first.args.save_file is None and ours.teacache_jobs and not first.has_seed:
-        target = next(name for name in numbered(target) if targets.is_free(name))
-    first.exclusive = first.args.save_file is None and not ours.teacache_jobs and len(jobs) == 1
-    if len(jobs) == 1:
-        first.args.save_file = str(target)
-        targets.take(target, what)
-        return
+    given, several = first.args.save_file, ours.teacache_jobs or ours.teacache_compare
+    target = Path(given or default_name(wan, first, with_digest=bool(several)))
+    if not given and not first.has_seed:  # two equal lines without a seed are two videos
+        free = (name for name in numbered(target) if name.resolve().with_suffix("") not in taken)
+        target = next(free)
+    first.exclusive = not given and not several
     for job in jobs:
-        words = "-".join(re.findall(r"[\w.]+", job.label))
-        file = target.with_name(f"{target.stem}.{words}{target.suffix}")
-        job.args.save_file, job.compared_in = str(file), target
-        targets.take(file, f"{what}'s {job.label}")
+        if job.label:
+            words = "-".join(re.findall(r"[\w.]+", job.label))
+            job.compared_in = target
+            job.args.save_file = str(target.with_name(f"{target.stem}.{words}{target.suffix}"))
+        else:
+            job.args.save_file = str(target)
 
 
-def default_name(wan: Wan, ours: argparse.Namespace, job: Job) -> str:
-    """What the video shows, then for a line of a jobs file a digest of its settings, the same when
-    it is started again; else threshold, seed and time."""
+def default_name(wan: Wan, job: Job, with_digest: bool) -> str:
+    """What the video shows; then threshold, seed and time or, where a command can be started
+    again, a digest of the settings as given."""
     args, example = job.args, wan.examples(job.args.task).get("prompt", "")
     words = "_".join(re.findall(r"\w+", example if args.prompt is None else args.prompt))[:50]
     mark = f"{job.config.thresh:.4g}_{args.base_seed}_{time.strftime('%Y%m%d_%H%M%S')}"
-    if ours.teacache_jobs or ours.teacache_compare:
+    if with_digest:
         settings = {k: v for k, v in job.settings.items() if job.has_seed or k != "base_seed"}
-        text = json.dumps(settings, sort_keys=True)
-        mark = hashlib.sha256(text.encode()).hexdigest()[:8]
+        mark = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     ending = ".png" if makes_image(args) else ".mp4"
     return f"{args.task}_{args.size.replace('*', 'x')}_{words}_{mark}{ending}"
 
 
-def look_beside(job: Job, several: bool) -> None:
+def look_beside(job: Job, continues: bool) -> None:
     """Decide from the record beside a target what is left to do.
 
-    several: of a batch or a comparison, which continue where they were; a single video is made
-    again, as generate.py does.
+    continues: a batch or a comparison, which resumes; a single video is made again, as by
+    generate.py.
     """
     target, record = job.target, read_record(job.target)
-    if not several:
-        if record is not None and not same_settings(job, record):
+    what, same = f"--save_file {target}", record is not None and same_settings(job, record)
+    if not continues:
+        if record is not None and not same:
             log.info(f"TeaCache: {target} was made with other settings: it will be overwritten")
         return
-    what = f"--save_file {target}"
-    if record is None:
-        require(not target.exists(), f"{what}: exists without a record: delete it or rename it")
-        return
     require(
-        same_settings(job, record),
+        record is not None or not target.exists(),
+        f"{what}: exists without a record: delete it, or give another name",
+    )
+    require(
+        record is None or same,
         f"{what}: exists, made with other settings (see {record_path(target)}): give another name",
     )
+    if record is None:
+        return
     if not job.has_seed:
         job.args.base_seed = job.settings["base_seed"] = record["seed"]
     if record["status"] == "finished":
@@ -3240,62 +3156,53 @@ def look_beside(job: Job, several: bool) -> None:
 
 
 def same_settings(job: Job, record: dict[str, Any]) -> bool:
-    """A job without a seed matches any recorded one."""
-    ours, theirs = dict(job.settings), dict(record["settings"])
-    if not job.has_seed:
-        ours.pop("base_seed"), theirs.pop("base_seed", None)
-    return ours == theirs
+    """Whether a record is of a job; a job without a seed matches any recorded one."""
+    seed = job.settings["base_seed"] if job.has_seed else record["settings"].get("base_seed")
+    return job.settings | {"base_seed": seed} == record["settings"]
 
 
 def entries_of(ours: argparse.Namespace) -> list[Entry]:
     """The videos of one prompt and seed."""
     if not ours.teacache_compare:
         return [Entry()]
+    flag = "speedup" if ours.amount and ours.amount.is_speedup else "thresh"
     require(
         ours.amount is None,
-        "--teacache_thresh, --teacache_speedup: with --teacache_compare give entries, as 0.08 or 2x",
+        f"--teacache_{flag} beside --teacache_compare: give it as an entry, such as 0.08 or 2x",
     )
     stock = ["--teacache_thresh", "0", "--teacache_order", "0", "--teacache_guide_until", "1"]
-    return [
-        Entry(STOCK, stock),
-        Entry(NOISE, stock),
-        *(Entry(entry, entry_flags(entry)) for entry in ours.teacache_compare),
-    ]
+    asked = [Entry(entry, entry_flags(entry)) for entry in ours.teacache_compare]
+    return [Entry(STOCK, stock), Entry(NOISE, stock), *asked]
 
 
 def entry_flags(entry: str) -> list[str]:
     """[RULE:]THRESHOLD[@ORDER] or [RULE:]SPEEDUPx[@ORDER] as flags."""
-    match = re.fullmatch(
-        r"(?:(?P<rule>.+):)?(?P<value>[^:@]+?)(?P<x>x?)(?:@(?P<order>[01]))?", entry
-    )
+    match = re.fullmatch(r"(?:(.+):)?([^:@]+?)(x?)(?:@([01]))?", entry)
     what = f"--teacache_compare {entry}"
     require(match, f"{what}: give thresholds as 0.08, speed-ups as 2x, RULE:2x, or 2x@1")
-    rule, value, x, order = match.group("rule", "value", "x", "order")
-    require(
-        rule is None or rule in RULES or Path(rule).is_file(),
-        f"{what}: no rule {rule}: give one of {', '.join(RULES)}",
-    )
+    rule, value, x, order = match.groups()
+    known = not rule or rule in RULES or Path(rule).is_file()
+    require(known, f"{what}: no rule {rule}: give one of {', '.join(RULES)}")
     with refusing(what, "give thresholds as 0.08, speed-ups as 2x, RULE:2x, or 2x@1"):
-        number(1 if x else 0, f"{1 if x else 0} or more")(value)
-    flags = [f"--teacache_{'speedup' if x else 'thresh'}", value]
+        (speedup if x else threshold)(value)
+    flags = ["--teacache_speedup" if x else "--teacache_thresh", value]
     flags += ["--teacache_rule", rule] if rule else []
     return flags + (["--teacache_order", order] if order else [])
 
 
-# Printing a plan
+# What a command runs
 
 
 def print_plan(wan: Wan, ours: argparse.Namespace, argv: Sequence[str]) -> None:
     """For --teacache_plan: the schedule at the current threshold, the rule's, and some around."""
     job = job_of(wan, argv, Entry())
     config, preview = job.config, preview_of(wan, job.args, job.config.signal)
-    rule = choose_rule(ours, job.args).rule
-    polynomial = rule.polynomial(ours.use_ret_steps)
+    polynomial = job.rule.polynomial(ours.use_ret_steps)
     tried = list(polynomial.thresholds) if polynomial else [config.thresh or 0.1]
     ladder = [tried[-1] * factor for factor in (0.25, 0.5, 0.75, 1.5, 2.0, 3.0)]
     # thresholds that print alike are one, and the current one is kept
     by_text = {f"{thresh:.4g}": thresh for thresh in [*ladder, *tried, config.thresh]}
-    print(f"TeaCache plan: rule {job.rule}, {config.steps} steps")
+    print(f"TeaCache plan: {job.rule}, {config.steps} steps")
     print("   thresh  computed  skipped  speed-up  longest skip  schedule (# computed, . skipped)")
     for thresh in sorted(by_text.values()):
         schedule = preview.plan(replace(config, thresh=thresh))
@@ -3305,14 +3212,10 @@ def print_plan(wan: Wan, ours: argparse.Namespace, argv: Sequence[str]) -> None:
             f"{schedule.speedup:7.2f}x  {schedule.longest_skip:12}  {schedule.as_text()}"
         )
     print("speed-up: of the transformer, if a skipped step took no time")
-    with suppress(Refused):
-        check_plan(job.planned, ours, job.args, choose_rule(ours, job.args))
-        return
-    print(f"warning: at {config.thresh:.4g} a run would be refused: {job.planned.longest_skip} steps "
-          "in a row are skipped")  # fmt: skip
-
-
-# main
+    try:
+        check_plan(job.planned, job.args, job.rule, f"--teacache_thresh {config.thresh:.4g}")
+    except Refused as error:
+        print(f"a run would be refused: {error}")
 
 
 def run_decode(ours: argparse.Namespace, argv: Sequence[str]) -> None:
@@ -3327,59 +3230,72 @@ def run_decode(ours: argparse.Namespace, argv: Sequence[str]) -> None:
     require(not ours.teacache_jobs, f"{what}, --teacache_jobs: give one of them")
     require(environment("WORLD_SIZE", 1) == 1, f"{what}: start one process, without torchrun")
     content = read_latents(file)
-    content["ckpt_dir"] = flags.ckpt_dir or content["ckpt_dir"]
-    target = Path(flags.save_file or content["save_file"])
+    given = {name: value for name, value in vars(flags).items() if value}
+    args = args_of_latents(content, **given)
     wan = import_wan(ours.wan_repo, generates=False)  # works without a GPU, slowly
     require(
-        content["task"] in wan.generate_py.WAN_CONFIGS,
-        f"{what}: is of --task {content['task']}, which this --wan_repo does not have",
-    )
-    args = argparse.Namespace(
-        task=content["task"], ckpt_dir=content["ckpt_dir"], save_file=str(target)
+        args.task in wan.generate_py.WAN_CONFIGS,
+        f"{what}: is of --task {args.task}, which this --wan_repo does not have",
     )
     check_file(args, Path(args.ckpt_dir) / wan.task_config(args.task)["vae_checkpoint"])
     check_target(wan, args)
-    decode_latents(wan, file, content, target)
-    log.info(f"TeaCache: wrote {target} and deleted {file}")
-
-
-def check_old_flags(argv: Sequence[str]) -> None:
-    for flag in argv:
-        name = flag.split("=")[0]
-        require(name not in OLD_FLAGS, f"{name}: is gone: {OLD_FLAGS.get(name)}")
+    decode_latents(wan, file, content, args)
+    log.info(f"TeaCache: wrote {args.save_file} and deleted {file}")
 
 
 def runs_a_queue(ours: argparse.Namespace, argv: Sequence[str]) -> bool:
-    """Whether each process of torchrun makes its own videos. Also checks and warns."""
+    """Whether each process of torchrun makes its own videos."""
     parser = Parser(add_help=False)
     for name in ("ulysses_size", "ring_size"):
         parser.add_argument(f"--{name}", type=int, default=1)
     for name in ("dit_fsdp", "t5_fsdp"):
         parser.add_argument(f"--{name}", action="store_true")
-    flags, _ = parser.parse_known_args(argv)
-    processes = environment("WORLD_SIZE", 1)
+    flags, processes = parser.parse_known_args(argv)[0], environment("WORLD_SIZE", 1)
     together = flags.ulysses_size * flags.ring_size > 1 or flags.dit_fsdp or flags.t5_fsdp
     if processes == 1 or together or ours.teacache_plan:
         return False
+    share = f"--ulysses_size {processes}"
     require(
         not ours.teacache_compare,
-        f"--teacache_compare: {processes} processes would each make the same: start one, or add "
-        f"--ulysses_size {processes}",
+        f"--teacache_compare: {processes} processes would each make it: start one, or add {share}",
     )
     if not ours.teacache_jobs and is_rank_0():
         log.warning(
-            f"TeaCache: {processes} processes make the same video {processes} times: add "
-            f"--ulysses_size {processes} to share it, or give --teacache_jobs, a video a line"
+            f"TeaCache: {processes} processes make the same video {processes} times: add {share} "
+            "to share it, or give --teacache_jobs, a video a line"
         )
     return bool(ours.teacache_jobs)
 
 
+def jobs_of_queue(
+    wan: Wan, ours: argparse.Namespace, argv: Sequence[str], queue: Queue
+) -> list[list[Job]]:
+    """The jobs of a queue: rank 0 checks, names and seeds them; the others parse its commands."""
+    if queue.rank:
+        logging.getLogger().setLevel(logging.WARNING)
+        log.setLevel(logging.INFO)
+        shared = queue.receive()
+        if shared is None:
+            raise Refused()  # rank 0 says why
+        return [[replace(job_of(wan, line, Entry(), checked=False), todo=t)] for line, t in shared]
+    shared = None
+    try:
+        jobs = jobs_of(wan, ours, argv)
+        shared = [
+            (
+                [*job.argv, f"--base_seed={job.args.base_seed}", f"--save_file={job.target}"],
+                job.todo,
+            )
+            for (job,) in jobs
+        ]
+    finally:
+        queue.share(shared)
+    return jobs
+
+
 def command(argv: Sequence[str]) -> int:
     """Run a command line; return the exit status. Refused: what is wrong, before loading."""
-    check_old_flags(argv)
-    ours, rest = our_parser().parse_known_args(argv)
-    for name, value in vars(ours).items():
-        check_named(name, value)
+    ours, rest = our_flags(argv)
     if {"-h", "--help"} & set(rest):
         print(our_parser().format_help())
         import_wan(ours.wan_repo, generates=False).parse(rest)  # prints generate.py's, and exits
@@ -3393,54 +3309,10 @@ def command(argv: Sequence[str]) -> int:
         if is_rank_0():
             print_plan(wan, ours, argv)
         return 0
-    jobs = shared_jobs(wan, ours, argv, queue) if queue else jobs_of(wan, ours, argv)
-    return make_videos(wan, ours, jobs, queue)
-
-
-def shared_jobs(
-    wan: Wan, ours: argparse.Namespace, argv: Sequence[str], queue: Queue
-) -> list[list[Job]]:
-    """The jobs of a queue: rank 0 checks, names and seeds them; the others only parse."""
-    if queue.rank == 0:
-        try:
-            jobs = jobs_of(wan, ours, argv)
-        except Refused:
-            queue.share(None)
-            raise
-        lines = read_jobs(ours.teacache_jobs)
-        queue.share(
-            [
-                (
-                    [
-                        *flags,
-                        "--base_seed",
-                        str(job.args.base_seed),
-                        "--save_file",
-                        str(job.target),
-                    ],
-                    job.todo,
-                )
-                for (_, flags), (job,) in zip(lines, jobs, strict=True)
-            ]
-        )
-        return jobs
-    logging.getLogger().setLevel(logging.WARNING)
-    log.setLevel(logging.INFO)
-    shared = queue.receive()
-    if shared is None:
-        raise Refused()  # rank 0 says why
-    jobs = []
-    for flags, todo in shared:
-        job = job_of(wan, [*argv, *flags], Entry(), checked=False)
-        job.todo = todo
-        jobs.append([job])
-    return jobs
-
-
-def make_videos(
-    wan: Wan, ours: argparse.Namespace, jobs_by_line: Sequence[Sequence[Job]], queue: Queue | None
-) -> int:
-    """Make all videos of a command; return the exit status."""
+    if queue:
+        jobs_by_line = jobs_of_queue(wan, ours, argv, queue)
+    else:
+        jobs_by_line = jobs_of(wan, ours, argv)
     jobs = [job for line in jobs_by_line for job in line]
     if queue is None or queue.rank == 0:
         announce(jobs)

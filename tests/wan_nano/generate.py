@@ -113,7 +113,8 @@ def generate(args: argparse.Namespace) -> None:
     assert not args.use_prompt_extend, "The miniature cannot extend prompts."
     torch.set_num_threads(1)
     _init_processes(args, local_rank, world_size)
-    args.prompt = args.prompt or EXAMPLE_PROMPT[args.task]["prompt"]
+    if args.prompt is None:
+        args.prompt = EXAMPLE_PROMPT[args.task]["prompt"]
     logging.info("Generation job args: %s", args)
     video = _run_pipeline(args, device_id=local_rank, rank=rank)
     if rank == 0:
