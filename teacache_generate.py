@@ -547,14 +547,6 @@ class ResidualCache:
         return None if sums is None else sums[:3]
 
 
-@dataclass(frozen=True)
-class Drift:
-    """Relative L1 error of the predicted residual at a computed step after skipped ones."""
-
-    step: int
-    by_order: tuple[float, float]
-
-
 class TeaCache:
     """Patches a pipeline's models for one generation, and holds its state.
 
@@ -578,8 +570,7 @@ class TeaCache:
     def __init__(self, config: TeaCacheConfig):
         self.config, self.schedule = config, Schedule(config)
         self.thread = threading.get_ident()
-        self.times: list[float] = []  # seconds: first call, each decision, end of sampling
-        self.drifts: list[Drift] = []
+        self.drifts: list[tuple[int, tuple[float, float]]] = []  # step, relative error by order
         self.unread: list[tuple[int, Tensor]] = []  # step, sums of ResidualCache.add
         self.levels: list[float] = []
         self.calls = 0
@@ -627,9 +618,6 @@ class TeaCache:
 
     def begin_call(self, model: nn.Module, t: Tensor) -> None:
         """Find out which step and branch a call is."""
-        if self.calls == 0:
-            synchronize()  # encoding the prompt is not sampling
-            self.times.append(time.perf_counter())
         same = t is self.timestep
         if self.branch == CONDITIONAL and (same or torch.equal(t, self.timestep)):
             self.branch = UNCONDITIONAL
@@ -691,7 +679,6 @@ class TeaCache:
         self.computes = as_rank_0(decision, embedding.device)
         self.schedule.overrule(self.computes)
         self.levels.append(timestep)
-        self.times.append(time.perf_counter())
         if self.computes:
             self.residuals.free(keep=self.config.order)  # the blocks need the memory
             self.computed = ComputedStep(self.step, {}, {})
@@ -736,81 +723,53 @@ class TeaCache:
     # The end
 
     def finish(self) -> None:
-        """Take the time, read the drifts, free all tensors. Called before the VAE decodes.
+        """Read the drifts and free all tensors. Called before the VAE decodes.
 
         RuntimeError: the last step lacks its unconditional call.
         """
         if self.model is None:
             return
         self.check_two_calls()
-        synchronize()
-        self.times.append(time.perf_counter())
         read = torch.stack([sums for _, sums in self.unread]).tolist() if self.unread else []
         for (step, _), (size, error_0, error_1) in zip(self.unread, read, strict=True):
             if size > 0 and math.isfinite(size + error_0 + error_1):
-                self.drifts.append(Drift(step, (error_0 / size, error_1 / size)))
+                self.drifts.append((step, (error_0 / size, error_1 / size)))
         self.release()
 
     def release(self) -> None:
-        """Free models and tensors; decisions and measurements stay."""
+        """Free models and tensors; decisions and drifts stay."""
         self.residuals = ResidualCache(self.levels)
         self.unread.clear()
         self.model = self.embedding = self.computed = self.output = self.block_input = None
         self.timestep = self.outer_timestep = None
 
-    # What was measured
-
     @property
     def computed_steps(self) -> list[int]:
         """Step numbers; all at threshold 0."""
-        if self.config.thresh == 0:
-            return list(range(self.config.steps))
-        return self.schedule.computed_steps
+        stock = self.config.thresh == 0
+        return list(range(self.config.steps)) if stock else self.schedule.computed_steps
 
     def drift(self, order: int) -> float | None:
-        """Mean drift with an order; None if no step was computed after a skipped one."""
-        if not self.drifts:
-            return None
-        return float(np.mean([drift.by_order[order] for drift in self.drifts]))
-
-    @property
-    def speedup(self) -> float | None:
-        """Estimated speed-up of the sampling over stock, from the seconds of the computed passes;
-        None before a step was finished."""
-        seconds = np.diff(self.times[1:])  # of each step, from its decision to the next
-        a_pass = [
-            seconds[step] / (1 + self.config.is_guided(step))
-            for step in self.schedule.computed_steps
-            if step < len(seconds)
-        ]
-        if not a_pass:
-            return None
-        return float(np.median(a_pass)) * 2 * len(seconds) / (self.times[-1] - self.times[0])
+        """Mean relative error of the residuals that an order predicts, or None if no step was
+        computed after a skipped one."""
+        return float(np.mean([by[order] for _, by in self.drifts])) if self.drifts else None
 
     def summary(self) -> str:
-        """One line: the computed steps, the estimated speed-up and the drift."""
-        config, schedule = self.config, self.schedule
-        if config.thresh == 0:
-            return f"TeaCache: computed all {config.steps} steps (threshold 0)"
-        if self.speedup is None:
-            return "TeaCache: no step was taken"
-        computed = schedule.computed_steps
-        text = (
-            f"TeaCache: computed {len(computed)} of {len(schedule.decisions)} steps "
-            f"({' '.join(map(str, computed))})"
-        )
-        if schedule.passes != 2 * len(computed):
-            text += f", {schedule.passes} of {2 * len(schedule.decisions)} passes"
-        text += f", about {self.speedup:.2f}x of stock"
-        if not self.drifts:
-            return text
-        order, other = config.order, 1 - config.order
-        worst = max(self.drifts, key=lambda drift: drift.by_order[order])
-        return (
-            f"{text}, mean drift {percent(self.drift(order))} (max "
-            f"{percent(worst.by_order[order])} at step {worst.step}; order {other}: "
-            f"{percent(self.drift(other))})"
-        )
+        """One line: what was computed, and the drift."""
+        order, steps = self.config.order, self.computed_steps
+        text = f"TeaCache: computed {len(steps)} of {self.config.steps} steps"
+        if len(steps) < self.config.steps:
+            text += f" ({' '.join(map(str, steps))})"
+        passes = sum(1 + self.config.is_guided(step) for step in steps)
+        if passes != 2 * len(steps):
+            text += f", {passes} of {2 * self.config.steps} passes"
+        if self.drifts:
+            step, worst = max(self.drifts, key=lambda drift: drift[1][order])
+            text += (
+                f", mean drift {percent(self.drift(order))} (max {percent(worst[order])} at step "
+                f"{step}; order {1 - order}: {percent(self.drift(1 - order))})"
+            )
+        return text
 
 
 def percent(share: float) -> str:
@@ -833,14 +792,14 @@ def teacache(models: nn.Module | Sequence[nn.Module], config: TeaCacheConfig) ->
     TypeError: not a Wan transformer. RuntimeError: a model is compiled as a whole, is patched by
         another ``teacache``, takes more steps than configured, or is not called twice a step.
     """
-    models = models if isinstance(models, (list, tuple)) else [models]
-    found = [find_transformer(model) for model in models]
     cache = TeaCache(config)
     guides_less = config.guided_steps is not None and config.guided_steps < config.steps
+    patches = config.thresh > 0 or guides_less
+    models = models if isinstance(models, (list, tuple)) else [models]
+    found = [(model, find_transformer(model)) for model in models if patches]
     with ExitStack() as stack:
-        for model, inner in zip(models, found, strict=True):
-            if config.thresh > 0 or guides_less:
-                stack.enter_context(patched_model(cache, model, inner))
+        for model, inner in found:
+            stack.enter_context(patched_model(cache, model, inner))
         try:
             yield cache
             cache.finish()
@@ -954,20 +913,18 @@ def prepare_flash_attention() -> None:
     """
     for name in ("flash_attn", "flash_attn_interface"):
         try:
-            importlib.import_module(name)
+            varlen = importlib.import_module(name).flash_attn_varlen_func
         except Exception:
             sys.modules[name] = None  # type: ignore[assignment]
-    interface = sys.modules["flash_attn_interface"]
-    if interface is None:
-        return
-    varlen = interface.flash_attn_varlen_func
+            continue
 
-    @functools.wraps(varlen)
-    def in_tuple(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        out = varlen(*args, **kwargs)
-        return out if isinstance(out, tuple) else (out,)
+        @functools.wraps(varlen)
+        def in_tuple(*args: Any, varlen: Callable = varlen, **kwargs: Any) -> tuple[Tensor, ...]:
+            out = varlen(*args, **kwargs)
+            return out if isinstance(out, tuple) else (out,)
 
-    interface.flash_attn_varlen_func = in_tuple
+        if name == "flash_attn_interface":
+            sys.modules[name].flash_attn_varlen_func = in_tuple
 
 
 def install_attention(device: torch.device) -> None:
@@ -1305,18 +1262,17 @@ def why_no_import(error: Exception, needs_cuda: bool) -> str:
     """The reason and the cure of a failed import of Wan, in one line."""
     reason = " ".join(str(error).split()) or type(error).__name__
     reason = reason if len(reason) < 400 else f"{reason[:200]} ... {reason[-200:]}"
-    what = f"Wan cannot be imported: {reason}"
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        package = error.name.split(".")[0]
-        if package == "wan":
-            return f"{what}: this checkout lacks it: clone it again"
-        return f"{what}: pip install {PACKAGES.get(package, package)}"
-    if "torchvision" in reason:
-        return f"{what}: install the torchvision built for torch {torch.__version__}"
-    if needs_cuda and not isinstance(error, ImportError) and re.search("(?i)cuda|nvidia", reason):
-        cure = f"see nvidia-smi, and whether torch {torch.__version__} is a CUDA build"
-        return f"no CUDA device, and Wan needs one ({reason}): {cure}"
-    return f"{what} ({type(error).__name__}): install what its requirements.txt lists"
+    build, package = f"torch {torch.__version__}", (getattr(error, "name", "") or "").split(".")[0]
+    cure = "install what its requirements.txt lists"
+    if package == "wan":
+        cure = "this checkout lacks it: clone it again"
+    elif isinstance(error, ModuleNotFoundError) and package:
+        cure = f"pip install {PACKAGES.get(package, package)}"
+    elif "torchvision" in reason:
+        cure = f"install the torchvision built for {build}"
+    elif needs_cuda and not isinstance(error, ImportError) and re.search("(?i)cuda|nvid", reason):
+        cure = f"Wan needs a CUDA device: see nvidia-smi, and whether {build} is a CUDA build"
+    return f"Wan cannot be imported: {type(error).__name__}: {reason}: {cure}"
 
 
 # A checkpoint's time embedding
@@ -1670,7 +1626,7 @@ def warn_of_scores(wan: Wan, args: argparse.Namespace) -> None:
 # decoded, a record beside each video, the queue of a batch. Knows jobs, not our flags.
 
 SAMPLE, DECODE, SKIP = "sample", "decode", "skip"  # what is left to do for a job
-LATENTS = ".latents.pt"
+RECORD, LATENTS = ".json", ".latents.pt"  # endings of the files beside a video
 
 
 @dataclass
@@ -1703,57 +1659,50 @@ class Job:
         return Path(self.args.save_file)
 
 
-class Stopped(KeyboardInterrupt):
-    """Ctrl-C, or a signal that ends the process."""
-
-    def __init__(self, number: int):
-        self.number = number
-        super().__init__(signal.Signals(number).name)
-
-
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a run as Ctrl-C does. Ignored signals (nohup) stay ignored."""
+    """Let SIGTERM and SIGHUP end a run as Ctrl-C does. Ignored ones (nohup) stay ignored."""
 
     def stop(number: int, frame: Any) -> NoReturn:
-        raise Stopped(number)
+        raise KeyboardInterrupt(number)
 
-    numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
-    before = {number: signal.getsignal(number) for number in numbers if number is not None}
-    # None: a handler that Python did not set and cannot restore
-    ours = {n: handler for n, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, stop)
     try:
-        for number in ours:
-            signal.signal(number, stop)
         yield
     finally:
-        for number, handler in ours.items():
-            signal.signal(number, handler)
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 # Files beside a video
+
+
+def beside(target: Path, ending: str) -> Path:
+    return target.with_name(target.stem + ending)
 
 
 def numbered(path: Path) -> Iterator[Path]:
     """A path, then the same with a number before its ending: x.mp4, x.2.mp4, x.3.mp4."""
     yield path
     ending = LATENTS if path.name.endswith(LATENTS) else path.suffix
-    stem = path.name.removesuffix(ending)
     for i in itertools.count(2):
-        yield path.with_name(f"{stem}.{i}{ending}")
+        yield path.with_name(f"{path.name.removesuffix(ending)}.{i}{ending}")
 
 
-def latents_path(target: Path) -> Path:
-    return target.with_name(target.stem + LATENTS)
-
-
-def record_path(target: Path) -> Path:
-    return target.with_suffix(".json")
+def create_new(path: Path) -> Path:
+    """Create a file that no other run has, under the next number if the name is taken."""
+    for free in numbered(path):  # endless
+        with suppress(FileExistsError):
+            free.open("xb").close()
+            return free
 
 
 def read_record(target: Path) -> dict[str, Any] | None:
     """The record beside a target, if one exists. Refused: the file is not a record."""
-    file = record_path(target)  # of a record's own path it is the same
+    file = beside(target, RECORD)
     if not file.exists():
         return None
     with refusing(f"--save_file {target}: {file} exists", "give another --save_file"):
@@ -1763,10 +1712,10 @@ def read_record(target: Path) -> dict[str, Any] | None:
     return record
 
 
-def write_record(file: Path, record: dict[str, Any]) -> None:
+def write_record(target: Path, record: dict[str, Any]) -> None:
     """Write a record as JSON, one key a line."""
     lines = (f" {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in record.items())
-    write_whole(file, "{\n" + ",\n".join(lines) + "\n}\n")
+    write_whole(beside(target, RECORD), "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -1777,29 +1726,6 @@ def write_whole(file: Path, text: str) -> None:
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def write_exclusively(content: dict[str, Any], path: Path) -> Path:
-    """torch.save under a name that is free: another run's latents are never overwritten."""
-    for free in numbered(path):  # endless
-        try:
-            file = free.open("xb")
-        except FileExistsError:
-            continue
-        try:
-            with file:
-                torch.save(content, file)
-        except BaseException:
-            free.unlink()
-            raise
-        return free
-
-
-def decode_command(wan: Wan, latents: Path) -> str:
-    """The command that makes the video from latents, quoted for this system's shell."""
-    flags = ["--wan_repo", str(wan.folder), "--teacache_decode", str(latents)]
-    argv = [sys.executable, str(Path(__file__).absolute()), *flags]
-    return subprocess.list2cmdline(argv) if os.name == "nt" else shlex.join(argv)
 
 
 @dataclass
@@ -1828,6 +1754,7 @@ class Video:
             synchronize()
         except Exception as error:
             self.failure = error
+            logging.disable(logging.INFO)  # Wan goes on to log "Saving ..." and "Finished."
         self.seconds[name] = time.perf_counter() - began
 
     def record(self) -> dict[str, Any]:
@@ -1855,22 +1782,11 @@ class Video:
 
     def save_record(self) -> None:
         """On rank 0. What cannot be written is logged, and stops no video."""
-        if not is_rank_0():
-            return
         try:
-            write_record(record_path(self.target), self.record())
+            if is_rank_0():
+                write_record(self.target, self.record())
         except OSError as error:
             log.error(f"TeaCache: the record of {self.target} cannot be written: {error}")
-
-    def take_free_name(self) -> None:
-        """Create the record exclusively, under the next number if the name is taken."""
-        for target in numbered(self.target):
-            if target.exists():
-                continue
-            with suppress(FileExistsError):
-                record_path(target).open("x").close()
-                self.target = target
-                return
 
     def keep_latents(self, latents: Sequence[Tensor], fps: float) -> None:
         """Write latents, and what it takes to decode them, beside the target; if that fails, into
@@ -1886,11 +1802,24 @@ class Video:
             "prompt": self.prompt,
         }
         for folder in (target.parent, Path(tempfile.gettempdir())):
+            file = None
             try:
-                self.latents = write_exclusively(content, latents_path(folder / target.name))
+                file = create_new(beside(folder / target.name, LATENTS))
+                torch.save(content, file)
+                self.latents = file
                 return
             except (OSError, RuntimeError) as error:
                 log.error(f"TeaCache: latents cannot be kept in {folder}: {error}")
+            finally:
+                if file and self.latents is None:  # failed or stopped
+                    file.unlink(missing_ok=True)
+
+    def rename(self, target: Path) -> None:
+        """Follow a fork that passes another name to the writer."""
+        beside(self.target, RECORD).unlink(missing_ok=True)
+        self.target = target
+        if self.latents and self.latents.exists():
+            self.latents = self.latents.rename(beside(target, LATENTS))
 
     def finish(self, frames: int) -> None:
         """The file was written and read back: delete its latents."""
@@ -1900,15 +1829,12 @@ class Video:
             self.latents = None
         self.save_record()
 
-    def rename(self, target: Path) -> None:
-        """Follow a fork that passes another name to the writer."""
-        record_path(self.target).unlink(missing_ok=True)
-        self.target = target
-        if self.latents and self.latents.exists():
-            self.latents = self.latents.rename(latents_path(target))
-
 
 # The videos of a process
+
+
+class Told(Exception):
+    """A failure that was logged, after which no further video can be made."""
 
 
 def first_call_only(make: Callable) -> Callable:
@@ -1931,14 +1857,14 @@ def with_noise(models: Sequence[nn.Module], std: float) -> Iterator[None]:
     calls = itertools.count()
 
     def add(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if next(calls) >= 2:  # the first step has two calls
+        if std == 0 or next(calls) >= 2:  # the first step has two calls
             return None
         generator = torch.Generator().manual_seed(0)
         latents = [x + std * torch.randn(x.shape, generator=generator).to(x) for x in args[0]]
         return (latents, *args[1:])
 
     with ExitStack() as stack:
-        for model in models if std > 0 else ():
+        for model in models if std else ():
             stack.enter_context(model.register_forward_pre_hook(add))
         yield
 
@@ -1954,34 +1880,25 @@ class Session:
     def __init__(self, wan: Wan, keeps_pixels: bool = False):
         self.wan, self.keeps_pixels = wan, keeps_pixels
         self.pipelines: dict[str, Any] = {}
-        self.loading = False
-        self.load_failed = False
-        self.comparisons_failed = False
+        self.loading, self.load_seconds = False, 0.0
+        self.failed = False  # a video, or the files of a comparison
         self.job: Job | None = None
         self.videos: list[Video] = []  # of this job
-        self.load_seconds = 0.0
 
     @contextmanager
     def patches(self, with_xfuser: bool) -> Iterator[None]:
         """Patch Wan's modules, once, around all videos."""
-        generate_py, release = self.wan.generate_py, self.wan.release
-        pipelines = {
-            name: functools.partial(self.load, name, cls)
-            for name, cls in self.wan.pipelines().items()
-        }
-        replaced = {release.video_writer: functools.partial(self.write, release.video_writer)}
-        if release.image_writer:
-            replaced[release.image_writer] = functools.partial(self.write, release.image_writer)
-        for name in ("DashScopePromptExpander", "QwenPromptExpander"):
-            if hasattr(generate_py, name):
-                replaced[name] = first_call_only(self.expander(getattr(generate_py, name)))
-        group = {
-            "init_process_group": first_call_only(dist.init_process_group),
-            "destroy_process_group": lambda *args: None,
-        }
+        generate_py, classes = self.wan.generate_py, self.wan.pipelines()
+        loaders = {name: functools.partial(self.load, name, classes[name]) for name in classes}
+        writers = [self.wan.release.video_writer, self.wan.release.image_writer]
+        replaced = {w: functools.partial(self.write, w) for w in writers if w}
+        for name in {"DashScopePromptExpander", "QwenPromptExpander"} & vars(generate_py).keys():
+            replaced[name] = first_call_only(getattr(generate_py, name))
+        init = first_call_only(dist.init_process_group)
         with ExitStack() as stack:
-            stack.enter_context(patched(self.wan.package, **pipelines))
+            stack.enter_context(patched(self.wan.package, **loaders))
             stack.enter_context(patched(generate_py, **replaced))
+            group = {"init_process_group": init, "destroy_process_group": lambda *args: None}
             stack.enter_context(patched(dist, **group))
             if with_xfuser:
                 xfuser = importlib.import_module("xfuser.core.distributed")
@@ -1991,16 +1908,6 @@ class Session:
             yield
         if dist.is_available() and dist.is_initialized():  # after an error the process ends
             dist.destroy_process_group()
-
-    def expander(self, cls: type) -> Callable:
-        """A prompt expander's class, whose errors are refusals: nothing is loaded yet."""
-
-        @functools.wraps(cls)
-        def make(*args: Any, **kwargs: Any) -> Any:
-            with refusing("--use_prompt_extend", "see --prompt_extend_method in Wan's README"):
-                return cls(*args, **kwargs)
-
-        return make
 
     # In place of Wan's four steps
 
@@ -2017,68 +1924,59 @@ class Session:
     def sample(self, pipeline: Any, generate: Callable, *args: Any, **kwargs: Any) -> Any:
         prompt = args[0] if args else kwargs.get("input_prompt", kwargs.get("prompt"))
         video, models = self.begin_video(prompt), models_of(pipeline)
-        began = time.perf_counter()
+        job, called = video.job, time.perf_counter()
 
         def note_begin(*_: Any) -> None:
-            if video.began is None:
-                synchronize()
-                video.began = time.perf_counter()
-                video.seconds["encode"] = video.began - began
+            synchronize()
+            video.began = time.perf_counter()
+            video.seconds["encode"] = video.began - called
             for hook in hooks:
                 hook.remove()
 
         hooks = [model.register_forward_pre_hook(note_begin) for model in models]
-        with with_noise(models, video.job.noise), teacache(models, video.job.config) as video.cache:
+        with with_noise(models, job.noise), teacache(models, job.config) as video.cache:
             result = generate(*args, **kwargs)
-        self.report_sampling(video)
+        if video.began is None:
+            raise RuntimeError("this pipeline does not call its model, and TeaCache cannot act")
+        cache = video.cache
+        if job.label not in (STOCK, NOISE):
+            log.info(f"{cache.summary()}, sampling {video.seconds.get('sampling', 0):.1f} s")
+        if cache.computed_steps != job.planned.computed_steps:
+            log.warning(
+                f"TeaCache: computed other steps than planned: {cache.schedule.as_text()}, "
+                f"planned {job.planned.as_text()}"
+            )
         return result
 
     def begin_video(self, prompt: str | None) -> Video:
         logging.disable(logging.NOTSET)
-        if self.videos[0].cache is not None:  # the first is made with the job
+        if self.videos[0].cache is not None:  # the first one was made with the job
             target = next(itertools.islice(numbered(self.job.target), len(self.videos), None))
             self.videos.append(Video(self.job, target))
         video = self.videos[-1]
         video.prompt = prompt
         if self.job.exclusive and is_rank_0():
-            video.take_free_name()
+            record = create_new(beside(video.target, RECORD))
+            video.target = record.with_suffix(video.target.suffix)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        if len(self.videos) == 1 and self.load_seconds:
-            video.seconds["load"], self.load_seconds = self.load_seconds, 0.0
+        video.seconds["load"], self.load_seconds = self.load_seconds, 0.0
         video.save_record()
         return video
-
-    def report_sampling(self, video: Video) -> None:
-        """Log what was computed; warn where it differs from the plan."""
-        cache, planned = video.cache, video.job.planned
-        if video.began is None:
-            raise RuntimeError("this pipeline does not call its model, and TeaCache cannot act")
-        if video.job.label not in (STOCK, NOISE):
-            seconds = video.seconds.get("sampling")
-            log.info(cache.summary() + (f", sampling {seconds:.1f} s" if seconds else ""))
-        if cache.config.thresh > 0 and planned.computed_steps != cache.computed_steps:
-            log.warning(
-                f"TeaCache: computed other steps than planned: {cache.schedule.as_text()}, "
-                f"planned {planned.as_text()}"
-            )
 
     def decode(self, decode: Callable, latents: list[Tensor], *args: Any) -> list[Tensor]:
         """Replaces vae.decode, on rank 0: latents to disk, then decode."""
         video = self.videos[-1]
         video.cache.finish()
         synchronize()
-        if video.began is not None:
-            video.seconds["sampling"] = time.perf_counter() - video.began
+        video.seconds["sampling"] = time.perf_counter() - (video.began or math.nan)
         decoded = [torch.zeros(3, 1, 16, 16)]  # after a failure Wan goes on to the barrier
         with video.phase("decode"):
-            video.keep_latents(latents, self.wan.task_config(video.job.args.task)["sample_fps"])
+            video.keep_latents(latents, self.fps())
             video.save_record()
             if not all(latent.isfinite().all() for latent in latents):
                 raise FloatingPointError("the latents are not finite: the video would be black")
             decoded = decode(latents, *args)
-        if video.failure:
-            logging.disable(logging.INFO)  # Wan would log that it saves the video, and "Finished."
         return decoded
 
     def write(
@@ -2097,49 +1995,73 @@ class Session:
             if is_image:
                 write_image(self.wan, frames, video.target)
             else:
-                fps = fps or self.wan.task_config(video.job.args.task)["sample_fps"]
-                write_video(pixels, video.target, fps)
+                write_video(pixels, video.target, fps or self.fps())
             video.pixels = pixels if self.keeps_pixels else None
         if video.failure:
-            logging.disable(logging.INFO)
             return None
-        video.finish(frames.size(1))
+        video.finish(len(pixels))
         return str(video.target)
 
-    # One job and many
+    def fps(self) -> float:
+        return self.wan.task_config(self.job.args.task)["sample_fps"]
+
+    # A job
 
     def make(self, job: Job) -> Video:
-        """Make a job's video. Whatever fails is raised: a failure of decoder or writer when all
-        ranks are past it."""
+        """Make a job's video, and tell a failure once.
+
+        Told: other ranks may wait elsewhere, or the model cannot be loaded. Refused: an error of
+        Wan's before it loads.
+        """
         self.job, self.videos = job, [Video(job, job.target)]
+        loaded = bool(self.pipelines)
         try:
             self.wan.generate_py.generate(copy.copy(job.args))
             self.check_made()
-        except BaseException as error:
-            video = self.videos[-1]
-            # after a failure of the decoder Wan goes on with a stand-in for the video
-            cause = video.failure if video.failure and isinstance(error, Exception) else error
-            stopped = isinstance(cause, KeyboardInterrupt)
-            video.status = "stopped" if stopped else f"failed: {cause!r:.500}"
-            self.load_failed = self.loading
-            if isinstance(error, (AssertionError, ValueError)) and not self.has_loaded:
-                raise Refused(f"{type(error).__name__}: {error} (see --help)") from error
-            if not isinstance(error, Refused):
-                video.save_record()
-            if cause is not error:
-                raise cause from None
+        except Exception as error:
+            video = next((video for video in self.videos if video.failure), self.videos[-1])
+            in_step = bool(video.failure)  # of decoder or writer: all ranks are past it
+            cause = video.failure or error
+            if isinstance(cause, (AssertionError, ValueError, ImportError)) and not (
+                loaded or self.loading or self.pipelines
+            ):
+                raise Refused(f"{type(cause).__name__}: {cause} (see --help)") from error
+            video.status = f"failed: {cause!r:.500}"
+            video.save_record()
+            self.tell_failure(video, cause)
+            video.failure = None  # holds the tensors of where it was raised
+            if self.loading or (across_ranks() and not in_step):
+                raise Told from error
+        except BaseException:
+            self.videos[-1].status = "stopped"
+            self.videos[-1].save_record()
             raise
         finally:
             logging.disable(logging.NOTSET)
+            self.recover(job)
         return self.videos[0]
 
-    @property
-    def has_loaded(self) -> bool:
-        """Whether a failure can still be the command's."""
-        return bool(self.loading or self.pipelines)
+    def tell_failure(self, video: Video, error: Exception) -> None:
+        """Log what failed, where the latents are, and the command that finishes the video."""
+        self.failed = True
+        text = f"TeaCache: {video.target} failed: {str(error) or type(error).__name__:.500}"
+        if video.latents and video.latents.is_file():
+            text += f"\nTeaCache: its latents are in {video.latents}"
+            if not isinstance(error, FloatingPointError):
+                flags = [
+                    "--wan_repo",
+                    str(self.wan.folder),
+                    "--teacache_decode",
+                    str(video.latents),
+                ]
+                argv = [sys.executable, str(Path(__file__).absolute()), *flags]
+                quoted = subprocess.list2cmdline(argv) if os.name == "nt" else shlex.join(argv)
+                text += f"; this makes the video:\n{quoted}"
+        known = isinstance(error, (torch.OutOfMemoryError, OSError, FloatingPointError))
+        log.error(text, exc_info=None if known else error)
 
     def check_made(self) -> None:
-        """Raise the failure of any video of the job."""
+        """Raise what kept a video of the job from being made."""
         for video in self.videos:
             if video.failure:
                 raise video.failure
@@ -2148,59 +2070,27 @@ class Session:
             if is_rank_0() and video.status != "finished":
                 raise RuntimeError(f"generate.py did not write {video.target} with its own writer")
 
-    def attempt(self, job: Job) -> Video:
-        """Make a job's video; tell a failure once. It is raised where other ranks may wait, or
-        where no further job can work."""
-        try:
-            return self.make(job)
-        except Exception as error:
-            if isinstance(error, Refused):
-                raise
-            video = self.videos[-1]
-            in_step = error is video.failure  # of decoder or writer: all ranks are past it
-            tell_failure(self.wan, video, error)
-            video.failure = None  # holds the tensors of where it was raised
-            if self.load_failed or (across_ranks() and not in_step):
-                raise Told from error
-            return video
-        finally:
-            self.recover(job)
-
     def recover(self, job: Job) -> None:
-        """Free memory, and after a failure bring the pipeline to where a video begins."""
-        failed = self.videos[-1].status != "finished"
+        """Free memory; after a failure, bring the pipeline to the state in which a video begins."""
+        failed = any(video.status.startswith("failed") for video in self.videos)
         for pipeline in self.pipelines.values() if failed else ():
             if hasattr(getattr(pipeline.vae, "model", None), "clear_cache"):
                 pipeline.vae.model.clear_cache()  # Wan's VAE keeps its feature maps until then
-            offloads = job.args.offload_model is not False and not across_ranks()
-            for model in models_of(pipeline) if offloads else ():
-                model.cpu()
-            if offloads and hasattr(pipeline, "text_encoder"):
+            if job.args.offload_model is not False and not across_ranks():
+                for model in models_of(pipeline):
+                    model.cpu()
                 pipeline.text_encoder.model.cpu()
         gc.collect()
         torch.cuda.empty_cache()
 
 
-class Told(Exception):
-    """A failure that was logged already."""
-
-
-def tell_failure(wan: Wan, video: Video, error: Exception) -> None:
-    """Log what failed, where the latents are, and the command that finishes the video."""
-    text = f"TeaCache: {video.target} failed: {str(error) or type(error).__name__:.500}"
-    if video.latents and video.latents.is_file():
-        text += f"\nTeaCache: its latents are in {video.latents}"
-        if not isinstance(error, FloatingPointError):
-            text += f"; this makes the video:\n{decode_command(wan, video.latents)}"
-    known = isinstance(error, (torch.OutOfMemoryError, OSError, FloatingPointError))
-    log.error(text, exc_info=None if known else error)
+# Kept latents
 
 
 def read_latents(file: Path) -> dict[str, Any]:
     """The content of a file of kept latents. Refused: it cannot be decoded."""
-    with refusing(
-        f"--teacache_decode {file}: cannot be used", "give a NAME.latents.pt that was kept"
-    ):
+    what = f"--teacache_decode {file}: cannot be used"
+    with refusing(what, "give a NAME.latents.pt that was kept"):
         content = torch.load(file, map_location="cpu", weights_only=True)
         args_of_latents(content)
         if not all(latent.isfinite().all() for latent in content["latents"]):
@@ -2229,17 +2119,16 @@ def decode_latents(
         write_image(wan, video, args.save_file)
     else:
         write_video(pixels, args.save_file, content["fps"])
-    beside_latents = file.with_name(file.name.removesuffix(LATENTS) + ".json")
-    for path in {record_path(Path(content["save_file"])), beside_latents}:
-        record = read_record(path) if path.exists() else {}
+    done = {"status": "finished", "latents": None, "frames": len(pixels), "file": args.save_file}
+    for target in (Path(content["save_file"]), file.with_name(file.name.removesuffix(".pt"))):
+        record = (read_record(target) if beside(target, RECORD).exists() else None) or {}
         if record.get("latents") == str(file.absolute()):
-            done = {"status": "finished", "latents": None, "frames": len(pixels)}
-            write_record(path, record | done | {"file": args.save_file})
+            write_record(target, record | done)
     file.unlink()
     return pixels
 
 
-# The queue of a batch
+# A batch, and its queue
 
 
 class Queue:
@@ -2311,29 +2200,17 @@ def make_batch(session: Session, jobs: Sequence[Job], queue: Queue | None) -> in
         made += 1
         if queue and queue.rank:
             log.info(f"TeaCache: {job.target}: {video.status}")
-    if queue:
-        return queue.finish(functools.partial(end_batch, jobs))
-    return end_batch(jobs)
-
-
-def end_batch(jobs: Sequence[Job]) -> int:
-    """Print the table of a batch from its records, whoever made them; return the exit status."""
-    if not is_rank_0():
-        return 0
-    records = [read_record(job.target) or {"status": "not made"} for job in jobs]
-    for text in batch_table(jobs, records) if len(jobs) > 1 else ():
-        log.info(text)
-    return int(any(record["status"] != "finished" for record in records))
+    end = functools.partial(end_batch, session, jobs)
+    return queue.finish(end) if queue else end()
 
 
 def make_one(session: Session, job: Job) -> Video:
     """Decode what an earlier run has kept, or sample."""
     record = read_record(job.target) if job.todo == DECODE else None
     if record is None:
-        return session.attempt(job)
-    video = Video(job, job.target, latents=Path(record["latents"]))
+        return session.make(job)
+    video = Video(job, job.target, status="finished", latents=Path(record["latents"]))
     session.videos = [video]
-    video.status = "finished"
     if is_rank_0():
         try:
             log.info(f"TeaCache: {job.target}: decoding the latents of an earlier run")
@@ -2342,23 +2219,27 @@ def make_one(session: Session, job: Job) -> Video:
             video.pixels = decode_latents(session.wan, video.latents, content, args)
         except Exception as error:
             video.status = f"failed: {error!r:.500}"
-            tell_failure(session.wan, video, error)
+            session.tell_failure(video, error)
     return video
 
 
-def batch_table(jobs: Sequence[Job], records: Sequence[dict[str, Any]]) -> list[str]:
-    """One line a video, from the records."""
-    lines = ["TeaCache: computed  sampling   drift  file"]
-    for job, record in zip(jobs, records, strict=True):
+def end_batch(session: Session, jobs: Sequence[Job]) -> int:
+    """Print the table of a batch from its records, whoever made them; return the exit status."""
+    if not is_rank_0():
+        return int(session.failed)
+    records = [read_record(job.target) or {"status": "not made"} for job in jobs]
+    lines = ["computed  sampling   drift  file"] if len(jobs) > 1 else []
+    for job, record in zip(jobs, records, strict=True) if len(jobs) > 1 else ():
         if record["status"] != "finished":
-            lines.append(f"TeaCache: {record['status'][:26]:>26}  {job.target}")
+            lines.append(f"{record['status'][:26]:>26}  {job.target}")
             continue
         drift = "" if record["drift"] is None else percent(record["drift"])
-        lines.append(
-            f"TeaCache: {len(record['computed']):5}/{record['steps']:<2}  "
-            f"{record['seconds'].get('sampling', 0):6.1f} s  {drift:>6}  {job.target}"
-        )
-    return lines
+        counts = f"{len(record['computed']):5}/{record['steps']:<2}"
+        seconds = record["seconds"].get("sampling", 0)
+        lines.append(f"{counts}  {seconds:6.1f} s  {drift:>6}  {job.target}")
+    for line in lines:
+        log.info(f"TeaCache: {line}")
+    return int(session.failed or any(record["status"] != "finished" for record in records))
 
 
 # ------------------------------------------------------------------------------------ comparison
@@ -2462,7 +2343,9 @@ class Comparison:
         record = read_record(job.target)
         if job.label == STOCK:
             self.stock = pixels
-            np.save(self.stock_file, pixels)
+            temporary = self.stock_file.with_suffix(".part.npy")
+            np.save(temporary, pixels)
+            temporary.replace(self.stock_file)
         self.rows[job.label] = Row(
             label=job.label,
             **{name: record[name] for name in ("computed", "steps", "drift")},
@@ -2473,7 +2356,7 @@ class Comparison:
         try:
             self.write()
         except Exception as error:  # the videos exist, and other lines may wait
-            self.session.comparisons_failed = True
+            self.session.failed = True
             log.error(f"TeaCache: the comparison of {self.target} cannot be written: {error}")
 
     def sorted_rows(self) -> list[Row]:
@@ -2582,15 +2465,11 @@ def run_comparisons(session: Session, jobs_by_line: Sequence[Sequence[Job]]) -> 
     """Compare each line of the jobs file, or the one command; print the table of all."""
     count = sum(map(len, jobs_by_line))
     log.info(f"TeaCache: {count} videos, {2 * len(jobs_by_line)} of them stock")
-    status, rows_by_line = 0, []
-    for jobs in jobs_by_line:
-        rows = Comparison(session, jobs).run()
-        status = status if len(rows) == len(jobs) or not is_rank_0() else 1
-        rows_by_line += [rows] if rows else []
+    rows_by_line = [rows for jobs in jobs_by_line if (rows := Comparison(session, jobs).run())]
     with suppress(BrokenPipeError):  # `... | head`: the exit status still shows a failure
         for text in comparison_table(rows_by_line) if rows_by_line else ():
             print(text)
-    return 1 if session.comparisons_failed else status
+    return int(session.failed)
 
 
 def comparison_table(rows_by_line: Sequence[Sequence[Row]]) -> list[str]:
@@ -2916,10 +2795,9 @@ def settings_of(
     def resolved(name: str, value: Any) -> Any:
         if name == "prompt" or not isinstance(value, str):
             return value
-        paths = [Path(part) for part in value.split(",")]
         is_path = name in ("ckpt_dir", *INPUTS) or os.sep in value
-        if is_path and all(path.exists() for path in paths):
-            return ",".join(str(path.resolve()) for path in paths)
+        if is_path and all(map(os.path.exists, value.split(","))):
+            return ",".join(map(os.path.realpath, value.split(",")))
         return value
 
     flags = {n: resolved(n, v) for n, v in vars(args).items() if n not in NOT_IN_SETTINGS}
@@ -2967,7 +2845,7 @@ def parse_and_check(wan: Wan, ours: argparse.Namespace, argv: Sequence[str]) -> 
     if not ours.teacache_plan:
         check_inputs(wan, args)
         warn_of_scores(wan, args)
-    if args.prompt and len(args.prompt) < 256 and Path(args.prompt).is_file():
+    if args.prompt and os.path.isfile(args.prompt):
         log.warning(f"TeaCache: --prompt {args.prompt}: is a file: --teacache_jobs reads its lines")
     return args
 
@@ -3141,7 +3019,7 @@ def look_beside(job: Job, continues: bool) -> None:
     )
     require(
         record is None or same,
-        f"{what}: exists, made with other settings (see {record_path(target)}): give another name",
+        f"{what}: exists, made with other settings, see its {RECORD}: give another name",
     )
     if record is None:
         return
@@ -3181,7 +3059,7 @@ def entry_flags(entry: str) -> list[str]:
     what = f"--teacache_compare {entry}"
     require(match, f"{what}: give thresholds as 0.08, speed-ups as 2x, RULE:2x, or 2x@1")
     rule, value, x, order = match.groups()
-    known = not rule or rule in RULES or Path(rule).is_file()
+    known = not rule or rule in RULES or os.path.isfile(rule)
     require(known, f"{what}: no rule {rule}: give one of {', '.join(RULES)}")
     with refusing(what, "give thresholds as 0.08, speed-ups as 2x, RULE:2x, or 2x@1"):
         (speedup if x else threshold)(value)
@@ -3309,10 +3187,7 @@ def command(argv: Sequence[str]) -> int:
         if is_rank_0():
             print_plan(wan, ours, argv)
         return 0
-    if queue:
-        jobs_by_line = jobs_of_queue(wan, ours, argv, queue)
-    else:
-        jobs_by_line = jobs_of(wan, ours, argv)
+    jobs_by_line = jobs_of_queue(wan, ours, argv, queue) if queue else jobs_of(wan, ours, argv)
     jobs = [job for line in jobs_by_line for job in line]
     if queue is None or queue.rank == 0:
         announce(jobs)
@@ -3344,8 +3219,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # of `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as error:
-        log.error(f"TeaCache: stopped by {error}")
-        status = 128 + getattr(error, "number", signal.SIGINT)
+        number_ = error.args[0] if error.args else signal.SIGINT
+        log.error(f"TeaCache: stopped by {signal.Signals(number_).name}")
+        status = 128 + number_
     except Told:
         status = 1
     except Exception as error:

@@ -1,21 +1,20 @@
-"""The real Wan2.1 or Wan2.2 on a CPU, at small sizes: many jobs for one import of it.
+"""Runs many jobs on the real Wan2.1 or Wan2.2, small and on a CPU, with one import of it.
 
     python tests/real_wan/harness.py --repo WAN_REPO jobs.json OUT_DIR
     torchrun --nproc_per_node=2 tests/real_wan/harness.py --repo WAN_REPO jobs.json OUT_DIR
 
 jobs.json is a list of
     {"name": ..., "mode": "stock" | "teacache" | "reference", "argv": [flags],
-     "seed": of the models' weights, 0 by default, "fails": "decode" if the VAE is to fail,
-     "float32": whether autocast is to that, and for reference the settings of ``Reference``}
+     "fails": "decode" if the VAE is to fail, "float32": whether autocast is to that dtype,
+     and for reference the settings of ``Reference``}
 stock runs generate.py, teacache the script at the top of the project, reference the stock run with
-the method on top of it as its text says it. In argv, ``--ckpt_dir AUTO`` makes a checkpoint folder
-in OUT_DIR, and LEFT:FOLDER is the file that an earlier job left in a folder beside its videos.
-Every job leaves in OUT_DIR the frames that the writer was given for each of its videos, NAME.npy,
-NAME.1.npy and so on, and NAME.rank0.json with what was seen from outside (``Run.result``).
+``Reference`` on its models. In argv, ``--ckpt_dir AUTO`` makes a checkpoint folder in OUT_DIR.
+Every job leaves in OUT_DIR the frames of each video that the VAE decoded, NAME.rank0.0.npy,
+NAME.rank0.1.npy and so on, and NAME.rank0.json (``Run.result``).
 
-What is Wan's own: generate.py, the pipelines with their constructors, the schedulers, the models
-and their forwards (also those for Ulysses and ring), FSDP's wrapping in bfloat16, xfuser. What is
-not: the weights (small and random), text encoder, VAE, CLIP, flash-attn, NCCL, and the sizes
+Wan's own: generate.py, the pipelines with their constructors, the schedulers, the models and their
+forwards (those for Ulysses and ring too), FSDP's wrapping in bfloat16, the writers, xfuser.
+Replaced: the weights (small and random), text encoder, VAE, CLIP, flash-attn, NCCL, and the sizes
 (``shrink``). CUDA's autocast is done on the CPU, so that dtypes are those of a GPU: blocks take
 bfloat16 and return float32.
 """
@@ -335,227 +334,7 @@ def make_checkpoint(folder: str | Path, task: str, cfg: Any, seed: int = 0) -> P
     return folder
 
 
-# ------------------------------------------------------------------------ what is seen of a run
-
-
-class Reference:
-    """TeaCache as its text says it, on top of a stock run: every step computes all blocks, and on
-    a step that the method skips their output is thrown away for h + r.
-
-    Of a job: ``thresh``; ``method``, plain, ret or sigma, the first two with ``coefficients``;
-    ``guided_steps`` n, from step n on the unconditional call returns the conditional output;
-    ``order`` 1, r goes on along the line through the last two residuals u of the unconditional
-    branch and, apart, along that of the difference c - u, over k gaps of the noise level, but no
-    farther than as many steps as that gap has: by k / (1 + b m) in m steps. 1 / (1 + b m) is what
-    of the line is gone; each computed step sets b so that it were the mean of that and of the gain.
-
-    A pipeline may have two models. The schedule is one over both, but nothing of one is of use to
-    the other: the first step of each is computed, and its residuals start anew.
-    """
-
-    def __init__(self, models: list[nn.Module], steps: int, job: dict[str, Any]):
-        self.steps, self.job, self.method = steps, job, job.get("method", "plain")
-        self.p, self.order = np.poly1d(job.get("coefficients", [0])), job.get("order", 0)
-        self.guided_steps = job.get("guided_steps", steps)
-        self.thresh = job["thresh"]
-        if isinstance(self.thresh, str):  # the report of a run that had its default
-            self.thresh = json.loads(Path(self.thresh).read_text())["config"]["thresh"]
-        self.calls, self.accumulated, self.model = 0, 0.0, None
-        self.computed: list[bool] = []
-        self.levels: list[float] = []
-        for model in models:
-            model.register_forward_pre_hook(functools.partial(self.call, model), with_kwargs=True)
-            model.register_forward_hook(self.returned)
-            signals = {"plain": "time_embedding", "ret": "time_projection"}
-            if self.method in signals:
-                signal = getattr(inner(model), signals[self.method])
-                signal.register_forward_hook(self.decide_by_signal)
-            inner(model).blocks[0].register_forward_pre_hook(self.enter)
-            inner(model).blocks[-1].register_forward_hook(self.leave)
-
-    def call(self, model: nn.Module, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self.step, self.branch = divmod(self.calls, 2)
-        self.calls += 1
-        if self.branch == 1:
-            return
-        t = kwargs["t"] if "t" in kwargs else args[1]
-        self.s = float(t.flatten()[-1]) / 1000  # ti2v's first frame, the first tokens, may have 0
-        self.first_of_model, self.model = model is not self.model, model
-        if self.first_of_model:
-            self.past: dict[int, list[tuple[int, Tensor]]] = {0: [], 1: []}
-            self.b: dict[str, float] = {}
-        self.levels.append(self.s)
-        if self.method == "sigma":
-            self.decide_by_sigma()
-
-    def decide_by_sigma(self) -> None:
-        def g(s: float) -> float:
-            return 0.33 + 0.66 * s
-
-        always = self.step < math.ceil(self.steps / 5) or self.step == self.steps - 1
-        change = 0.0 if self.step == 0 else abs(1 - g(self.s) / g(self.s_computed))
-        self.decide(always, change)
-        if self.computed[-1]:
-            self.s_computed = self.s
-
-    def decide_by_signal(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        if self.branch == 1:
-            return
-        m = (output[:, -1] if output.dim() == 3 else output).double().numpy()
-        last = self.step == self.steps - 1
-        always = self.step < 5 if self.method == "ret" else self.step == 0 or last
-        change = 0.0
-        if self.step > 0:
-            change = self.p(np.abs(m - self.previous).mean() / np.abs(self.previous).mean())
-        self.previous = m
-        self.decide(always, change)
-
-    def decide(self, always: bool, change: float) -> None:
-        always = always or self.first_of_model
-        if not always:
-            self.accumulated += change
-        compute = bool(always or self.accumulated >= self.thresh)
-        if compute:
-            self.accumulated = 0.0
-        self.computed.append(compute)
-
-    def enter(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.h = args[0]
-
-    def leave(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        past = self.past[self.branch]
-        if self.computed[-1]:
-            past.append((self.step, output - self.h))
-            if self.branch == 1 or self.step >= self.guided_steps:
-                self.measure()
-            return output
-        r = past[-1][1]
-        if self.order and len(past) > 1:
-            if self.branch == 1 or len(self.past[1]) < len(past):
-                r = self.onward(past, "u" if self.branch == 1 else "c")
-            else:
-                both = zip(past, self.past[1], strict=True)
-                apart = [(step, c - u) for (step, c), (_, u) in both]
-                r = self.onward(self.past[1], "u") + self.onward(apart, "c-u")
-        return self.h + r
-
-    def reach(self, step: int, last: int, before: int) -> float:
-        s2, s1, s = (self.levels[i] for i in (before, last, step))
-        return (s - s1) / (s1 - s2) if s1 != s2 else 0.0
-
-    def onward(self, past: list[tuple[int, Tensor]], name: str) -> Tensor:
-        """To this step along the line through the last two."""
-        (before, r2), (last, r1) = past[-2:]
-        there = min(self.step, 2 * last - before)
-        k = self.reach(there, last, before)
-        b = self.b.get(name, 1 / (last - before))
-        return r1 + k / (1 + b * (there - last)) * (r1 - r2)
-
-    def measure(self) -> None:
-        """The bends b, by what was computed at this step and at the two before it."""
-        c, u = self.past[0], self.past[1]
-        series = {"c": c}
-        if len(u) == len(c):
-            apart = [(step, one - other) for (step, one), (_, other) in zip(c, u, strict=True)]
-            series |= {"u": u, "c-u": apart}
-        for name, past in series.items():
-            if len(past) < 3:
-                continue
-            k = self.reach(self.step, past[-2][0], past[-3][0])
-            every = math.ceil(past[-1][1].size(1) / 1024)
-            r2, r1, r = [x[:, ::every].double() for _, x in past[-3:]]
-            length = float(((r1 - r2) ** 2).sum())
-            if k:
-                m, b = self.step - past[-2][0], self.b.get(name, 1 / (past[1][0] - past[0][0]))
-                gain = float(((r - r1) * (r1 - r2)).sum()) / (k * length) if length else 0.0
-                mean = (1 / (1 + b * m) + min(max(gain, 0.0), 1.0)) / 2
-                self.b[name] = (1 / mean - 1) / m
-
-    def returned(self, module: nn.Module, args: Any, output: list[Tensor]) -> list[Tensor] | None:
-        if self.branch == 0:
-            self.conditional = output
-        return self.conditional if self.step >= self.guided_steps else None
-
-
-def inner(model: nn.Module) -> nn.Module:
-    """The WanModel in FSDP's wrapper, if it is in one."""
-    return getattr(model, "module", model)
-
-
-def state(model: nn.Module) -> tuple[Any, ...]:
-    """The attributes of a WanModel instance, and the number of hooks of each of its modules."""
-    own = vars(inner(model))
-    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
-    return set(own), [own.get(name) for name in ("forward", "forward_vace", "blocks")], hooks
-
-
-class Run:
-    """One job: what is asked, and what is seen of it from outside."""
-
-    def __init__(self, job: dict[str, Any], out: Path):
-        self.job, self.out = job, out
-        self.steps_asked = self.constructed = 0
-        self.ran: list[bool] = []  # by call of a model: did the first block run?
-        self.vace_ran: list[bool] = []
-        self.which: list[int] = []  # by call of a model: which of the pipeline's?
-        self.decoded: list[int] = []  # by video: calls of models until it was decoded
-        self.models: list[nn.Module] = []
-        self.reference: Reference | None = None
-
-    def watch(self, models: list[nn.Module]) -> None:
-        """Called at the end of a pipeline's constructor."""
-
-        def called(which: int, *_: Any) -> None:
-            self.ran.append(False)
-            self.vace_ran.append(False)
-            self.which.append(which)
-
-        self.constructed += 1
-        self.models = models
-        for i, model in enumerate(models):
-            model.register_forward_pre_hook(functools.partial(called, i))
-            for name, ran in (("blocks", self.ran), ("vace_blocks", self.vace_ran)):
-                if hasattr(inner(model), name):
-                    block = getattr(inner(model), name)[0]
-                    block.register_forward_pre_hook(lambda *_, ran=ran: ran.__setitem__(-1, True))
-        if self.job["mode"] == "reference":
-            self.reference = Reference(models, self.steps_asked, self.job)
-        self.before = [state(model) for model in models]
-
-    def decoding(self) -> None:
-        """Called before the VAE decodes."""
-        if self.job.get("fails") == "decode":
-            raise torch.OutOfMemoryError("CUDA out of memory, says the test")
-        self.decoded.append(len(self.ran))
-
-    def recorded(self, write: Callable) -> Callable:
-        """A writer, which also keeps the frames of the run as they came."""
-
-        @functools.wraps(write)
-        def wrapper(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self.decoded:  # else the script is only trying the writer
-                ending = f".{len(self.decoded) - 1}" if len(self.decoded) > 1 else ""
-                np.save(self.out / f"{self.job['name']}{ending}.npy", tensor.float().numpy())
-            return write(tensor, *args, **kwargs)
-
-        return wrapper
-
-    def result(self) -> dict[str, Any]:
-        def by_step(ran: list[bool]) -> list[list[bool]]:
-            return [ran[i : i + 2] for i in range(0, len(ran), 2)]
-
-        has_vace = any(hasattr(inner(model), "vace_blocks") for model in self.models)
-        return {
-            "steps": by_step(self.ran),  # [conditional ran the blocks, unconditional did]
-            "vace_steps": by_step(self.vace_ran) if has_vace else None,
-            "models": self.which[::2],  # by step
-            "restored": not self.models or [state(model) for model in self.models] == self.before,
-            "computed": self.reference and self.reference.computed,  # by the reference's decision
-            "constructed": self.constructed,  # pipelines
-            "decoded": [calls // 2 for calls in self.decoded],  # by video: steps until then
-        }
-
-
+@@REF@@
 # --------------------------------------------------------------------- after it was imported
 
 
