@@ -2370,10 +2370,9 @@ class Comparison:
         """NAME.compare.json, .png and, of videos, .mp4 with all side by side."""
         rows = self.sorted_rows()
         # JSON has no infinity
-        entries = [
-            asdict(row) | {"psnr": row.psnr if row.psnr < math.inf else None} for row in rows
-        ]
-        write_whole(self.json_file, json.dumps(entries, indent=1))
+        dicts = [asdict(row) | {"psnr": row.psnr if row.psnr < math.inf else None} for row in rows]
+        text = ",\n ".join(json.dumps(entry) for entry in dicts)
+        write_whole(self.json_file, f"[{text}]\n")
         files = {job.label: job.target for job in self.jobs}
         videos = [read_frames(files[row.label]) for row in rows]
         picture(rows, videos).save(self.json_file.with_suffix(".png"))
@@ -2388,73 +2387,54 @@ def read_frames(file: Path) -> np.ndarray:
         return np.stack([np.asarray(frame)[..., :3] for frame in reader])
 
 
-def shrunk(frame: np.ndarray) -> Image.Image:
-    """A frame [H, W, 3] 480 pixels wide, or four times its size if smaller; even sides."""
+def shown(frame: np.ndarray) -> np.ndarray:
+    """A frame [H, W, 3] 480 pixels wide, or three times its size if smaller; even sides."""
     height, width = frame.shape[:2]
-    size = [2 * round(side * 240 / max(width, 120)) for side in (width, height)]
-    return Image.fromarray(frame).resize(size)
+    size = [2 * round(side * 240 / max(width, 160)) for side in (width, height)]
+    return np.asarray(Image.fromarray(frame).resize(size))
 
 
-def heading(texts: Sequence[str], width: int) -> Image.Image:
-    """Lines of text, black on white, in letters that fit the width."""
-    head = Image.new("RGB", (width, 28 * len(texts)), "white")
-    draw = ImageDraw.Draw(head)
+def caption(row: Row, width: int, height: int) -> np.ndarray:
+    """A setting's figures and, below, its schedule as boxes: filled where a step is computed."""
+    image = Image.new("RGB", (width, height), "white")
+    draw, side = ImageDraw.Draw(image), (width - 16) / row.steps
+    fidelity = "" if row.label == STOCK else f"PSNR {row.psnr:.1f} dB"
+    texts = [row.label, f"{row.seconds:.1f} s    {row.speedup:.2f}x", fidelity]
     longest = max(draw.textlength(text, font_size=20) for text in texts)
     for i, text in enumerate(texts):
-        draw.text((8, 2 + 26 * i), text, "black", font_size=min(20, 20 * (width - 16) / longest))
-    return head
-
-
-def texts_of(row: Row) -> list[str]:
-    """What stands over a video."""
-    fidelity = "" if row.label == STOCK else f"    PSNR {row.psnr:.1f} dB"
-    return [row.label, f"{row.seconds:.1f} s    {row.speedup:.2f}x{fidelity}"]
-
-
-def boxes(row: Row, width: int) -> Image.Image:
-    """A schedule: a box a step, filled where it is computed."""
-    image = Image.new("RGB", (width, 20), "white")
-    draw = ImageDraw.Draw(image)
-    side = (width - 16) / row.steps
+        draw.text((8, 4 + 26 * i), text, "black", font_size=min(20, 20 * (width - 16) / longest))
     for step in range(row.steps):
-        left = 8 + step * side
         fill = "black" if step in row.computed else "white"
-        draw.rectangle((left, 3, left + side * 0.8, 16), fill, "gray")
-    return image
+        left = 8 + step * side
+        draw.rectangle((left, 86, left + 0.75 * side, 98), fill, "gray")
+    return np.asarray(image)
 
 
 def picture(rows: Sequence[Row], videos: Sequence[np.ndarray]) -> Image.Image:
-    """A row a setting: its figures and schedule over its middle frame and, times 8, that frame's
-    difference from stock's."""
-    middle = len(videos[0]) // 2
+    """A row a setting: its caption, its middle frame and, times 8, the difference from stock's."""
+    middle, lines = len(videos[0]) // 2, []
     stock = videos[0][middle].astype(int)
-    panels = []
     for row, video in zip(rows, videos, strict=True):
         difference = np.minimum(8 * np.abs(video[middle] - stock), 255).astype(np.uint8)
-        frames = [np.asarray(shrunk(frame)) for frame in (video[middle], difference)]
-        wide = np.hstack(frames)
-        width = wide.shape[1]
-        panels += [heading(["    ".join(texts_of(row))], width), boxes(row, width), wide]
-    return Image.fromarray(np.vstack([np.asarray(panel) for panel in panels]))
-
-
-# lets a player begin before the file's end, and show the colours as they were written
-FASTSTART = ["-movflags", "+faststart", "-colorspace", "smpte170m"]
+        frames = np.hstack([shown(video[middle]), shown(difference)])
+        lines.append(np.hstack([caption(row, 360, max(frames.shape[0], 110)), frames]))
+    return Image.fromarray(np.vstack(lines))
 
 
 def write_side_by_side(
     rows: Sequence[Row], videos: Sequence[np.ndarray], file: Path, fps: float
 ) -> None:
-    """All videos in one, side by side, at most 4,096 pixels wide: then in several rows."""
-    width, height = shrunk(videos[0][0]).size
+    """All videos in one, at most 4,096 pixels wide: in several rows if needed."""
+    height, width = shown(videos[0][0]).shape[:2]
     columns = min(len(rows), max(1, 4096 // width))
-    heads = [np.asarray(heading(texts_of(row), width)) for row in rows]
-    blank = np.full((height + len(heads[0]), width, 3), 255, np.uint8)
-    with imageio.get_writer(
-        file, fps=fps, macro_block_size=2, ffmpeg_params=FASTSTART, quality=8
-    ) as writer:
+    heads = [caption(row, width, 110) for row in rows]
+    blank = np.full((height + 110, width, 3), 255, np.uint8)
+    # a player can begin before the file's end, and show the colours as they were written
+    params = ["-movflags", "+faststart", "-colorspace", "smpte170m"]
+    options = {"fps": fps, "macro_block_size": 2, "quality": 8, "ffmpeg_params": params}
+    with imageio.get_writer(file, **options) as writer:
         for frames in zip(*videos, strict=True):
-            cells = [np.vstack([h, shrunk(f)]) for h, f in zip(heads, frames, strict=True)]
+            cells = [np.vstack([h, shown(f)]) for h, f in zip(heads, frames, strict=True)]
             cells += [blank] * (-len(cells) % columns)
             lines = [np.hstack(cells[i : i + columns]) for i in range(0, len(cells), columns)]
             writer.append_data(np.vstack(lines))
@@ -2474,24 +2454,19 @@ def run_comparisons(session: Session, jobs_by_line: Sequence[Sequence[Job]]) -> 
 
 def comparison_table(rows_by_line: Sequence[Sequence[Row]]) -> list[str]:
     """Means over the lines; with several lines, standard deviations too."""
-    by_label: dict[str, list[Row]] = {}
-    for rows in rows_by_line:
-        for row in rows:
-            by_label.setdefault(row.label, []).append(row)
-    with_ssim = rows_by_line[0][0].ssim is not None
+    by_label = defaultdict[str, list[Row]](list)
+    for row in itertools.chain(*rows_by_line):
+        by_label[row.label].append(row)
     head = ["", "computed", "sampling", "speed-up", "drift", "PSNR", "SSIM"]
-    cells = [head, *(table_cells(rows) for rows in by_label.values())]
-    if not with_ssim:
-        cells = [texts[:-1] for texts in cells]
-    wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    columns = list(zip(head, *map(table_cells, by_label.values()), strict=True))
+    has_ssim = any(columns[-1][1:])
+    wide = [max(map(len, column)) for column in columns[: None if has_ssim else -1]]
     table = []
-    for label, *others in cells:
-        aligned = [text.rjust(width) for text, width in zip(others, wide[1:], strict=True)]
+    for label, *others in zip(*columns, strict=True):
+        aligned = [text.rjust(width) for text, width in zip(others, wide[1:], strict=False)]
         table.append("  ".join([label.ljust(wide[0]), *aligned]))
     table.append(floor_line(rows_by_line))
-    if not with_ssim:
-        table.append("for the SSIM: pip install scikit-image")
-    return table
+    return table if has_ssim else [*table, "for the SSIM: pip install scikit-image"]
 
 
 def table_cells(rows: Sequence[Row]) -> list[str]:

@@ -52,7 +52,7 @@ from torch import Tensor, nn
 CPU = torch.device("cpu")
 DIM, TEXT = 48, 64  # of the small models; of the prompts, in bytes
 PIPELINES = ("WanT2V", "WanI2V", "WanFLF2V", "WanVace", "WanTI2V")  # a release has some of them
-WRITERS = ("cache_video", "cache_image", "save_video")
+RANK = int(os.getenv("RANK", "0"))  # the script's queue changes the environment
 KEPT: list[Any] = []  # what must live as long as the process
 
 
@@ -219,7 +219,7 @@ class VAE:
     """Averages over 4 x side x side as z_dim channels, and back; the first frame is its own."""
 
     z_dim, side = 16, 8
-    decoding: Callable[[], None]  # is called before every decoding
+    run: Callable[[], Run]  # the job at hand
 
     def __init__(self, *, vae_pth: str, device: Any = CPU, **_: Any) -> None:
         torch.load(vae_pth)
@@ -242,9 +242,8 @@ class VAE:
                 video = video.repeat_interleave(times, dim)
             return video[:, 3:].clamp(-1, 1)
 
-        type(self).decoding()
         with torch.autocast("cpu", enabled=False):
-            return [one(z) for z in latents]
+            return type(self).run().decode(lambda: [one(z) for z in latents])
 
 
 class VAE48(VAE):
@@ -334,7 +333,217 @@ def make_checkpoint(folder: str | Path, task: str, cfg: Any, seed: int = 0) -> P
     return folder
 
 
-@@REF@@
+# ------------------------------------------------------------------------ what is seen of a run
+
+
+class Reference:
+    """TeaCache as its text says it, on top of a stock run: every step computes all blocks, and on
+    a skipped step their output is replaced by h + r before the head gets it.
+
+    Of a job: ``thresh``, or the file of a record that has it; ``method``, plain, ret or sigma, the
+    first two with ``coefficients``; ``guided_steps`` n: from step n on the unconditional call
+    returns the conditional output; for sigma ``forced``, steps, and ``in_a_row``, the most steps
+    skipped in a row. ``order`` 0: r is the last residual r1. 1: r = r1 + g k (r1 - r2) for the last
+    two, r2 older, where k is how far the noise level has moved, in gaps between the two, but no
+    further than as many steps as that gap has. g is a branch's own: 1/2, then at each computed step
+    the k and residual of that step give the g that would have been best, between 0 and 1.
+
+    A pipeline may have two models. The schedule is one over both, but nothing of one is of use to
+    the other: the first step of each is computed, and its residuals start anew.
+    """
+
+    def __init__(self, models: list[nn.Module], steps: int, job: dict[str, Any]):
+        self.steps, self.method = steps, job.get("method", "plain")
+        self.p, self.order = np.poly1d(job.get("coefficients", [0])), job.get("order", 0)
+        self.guided_steps = job.get("guided_steps", steps)
+        self.thresh = job["thresh"]
+        if isinstance(self.thresh, str):
+            self.thresh = json.loads(Path(self.thresh).read_text())["thresh"]
+        self.forced, self.in_a_row = self.limits(job)
+        self.calls, self.accumulated, self.model = 0, 0.0, None
+        self.computed: list[bool] = []
+        self.levels: list[float] = []
+        for model in models:
+            model.register_forward_pre_hook(functools.partial(self.call, model), with_kwargs=True)
+            model.register_forward_hook(self.returned)
+            signals = {"plain": "time_embedding", "ret": "time_projection"}
+            if self.method in signals:
+                signal = getattr(inner(model), signals[self.method])
+                signal.register_forward_hook(self.decide_by_signal)
+            inner(model).blocks[0].register_forward_pre_hook(self.enter)
+            inner(model).head.register_forward_pre_hook(self.leave)
+
+    def limits(self, job: dict[str, Any]) -> tuple[set[int], int]:
+        """Steps that are always computed, and how many may be skipped in a row."""
+        last, first = self.steps - 1, {"plain": 1, "ret": 5, "sigma": math.ceil(self.steps / 5)}
+        forced = {*range(first[self.method]), *([] if self.method == "ret" else [last])}
+        a_tenth = math.ceil(self.steps / 10) if self.method == "sigma" else self.steps
+        return set(job.get("forced", forced)), job.get("in_a_row", a_tenth)
+
+    def call(self, model: nn.Module, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.step, self.branch = divmod(self.calls, 2)
+        self.calls += 1
+        if self.branch == 1:
+            return
+        t = kwargs["t"] if "t" in kwargs else args[1]
+        self.levels.append(float(t.flatten()[-1]) / 1000)  # the first tokens of ti2v may have 0
+        self.first_of_model, self.model = model is not self.model, model
+        if self.first_of_model:
+            self.past: dict[int, list[tuple[int, Tensor]]] = {0: [], 1: []}
+            self.gain = {0: 0.5, 1: 0.5}
+        if self.method == "sigma":
+            now, last = (0.33 + 0.66 * self.levels[step] for step in (-1, self.last_computed()))
+            self.decide(abs(1 - now / last))
+
+    def last_computed(self) -> int:
+        return max((step for step, computed in enumerate(self.computed) if computed), default=0)
+
+    def decide_by_signal(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if self.branch == 1:
+            return
+        m = (output[:, -1] if output.dim() == 3 else output).double().numpy()
+        change = 0.0
+        if self.step > 0:
+            change = self.p(np.abs(m - self.previous).mean() / np.abs(self.previous).mean())
+        self.previous = m
+        self.decide(change)
+
+    def decide(self, change: float) -> None:
+        free = self.step not in self.forced and not self.first_of_model
+        if free and self.step - self.last_computed() <= self.in_a_row:
+            self.accumulated += change
+            self.computed.append(bool(self.accumulated >= self.thresh))
+        else:
+            self.computed.append(True)
+        if self.computed[-1]:
+            self.accumulated = 0.0
+
+    def enter(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.h = args[0]
+
+    def leave(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
+        past = self.past[self.branch]
+        if not self.computed[-1]:
+            return (self.h + self.predicted(past), *args[1:])
+        past.append((self.step, args[0] - self.h))
+        if len(past) > 2:
+            self.measure(*past[-3:])
+        return None
+
+    def gaps(self, step: int, last: int, before: int) -> float:
+        """From the noise level of the last step to that of another, in gaps between these two."""
+        s2, s1, s = (self.levels[i] for i in (before, last, step))
+        return (s - s1) / (s1 - s2) if s1 != s2 else 0.0
+
+    def predicted(self, past: list[tuple[int, Tensor]]) -> Tensor:
+        last, r1 = past[-1]
+        if self.order == 0 or len(past) < 2:
+            return r1
+        before, r2 = past[-2]
+        k = self.gaps(min(self.step, 2 * last - before), last, before)
+        return r1 + self.gain[self.branch] * k * (r1 - r2)
+
+    def measure(self, *last_three: tuple[int, Tensor]) -> None:
+        """The gain of a branch, from a part of the tokens of all ranks."""
+        (before, r2), (last, r1), (now, r) = (
+            (step, x[:, :: math.ceil(x.size(1) / 1024)]) for step, x in last_three
+        )
+        k, line = self.gaps(now, last, before), r1 - r2
+        along, length = (all_ranks((a * line).double().sum()) for a in (r - r1, line))
+        if k:
+            self.gain[self.branch] = min(max(along / (k * length), 0.0), 1.0) if length else 0.0
+
+    def returned(self, module: nn.Module, args: Any, output: list[Tensor]) -> list[Tensor] | None:
+        if self.branch == 0:
+            self.conditional = output
+        return self.conditional if self.step >= self.guided_steps else None
+
+
+def all_ranks(number: Tensor) -> float:
+    """The sum over the processes that share the tokens of a video."""
+    if dist.is_initialized():
+        dist.all_reduce(number)
+    return float(number)
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The WanModel, in a wrapper or not."""
+    return next(m for m in model.modules() if {"blocks", "head"} <= m._modules.keys())
+
+
+def state(model: nn.Module) -> tuple[Any, ...]:
+    """What a patch would change: attributes of the WanModel, what each of its modules calls, and
+    the number of their hooks."""
+    called = ("forward", "forward_vace", "_compiled_call_impl")
+    modules = [
+        (*map(vars(m).get, called), len(m._forward_hooks), len(m._forward_pre_hooks))
+        for m in model.modules()
+    ]
+    return set(vars(inner(model))), modules
+
+
+class Run:
+    """One job: what is asked, and what is seen of it from outside."""
+
+    def __init__(self, job: dict[str, Any], out: Path):
+        self.job, self.out = job, out
+        self.steps_asked = self.constructed = 0
+        self.ran: list[bool] = []  # by call of a model: did the first block compute?
+        self.vace_ran: list[bool] = []
+        self.which: list[int] = []  # by call of a model: which of the pipeline's?
+        self.decoded: list[int] = []  # by video: calls of models until it was decoded
+        self.patched: list[bool] = []  # by video: was a model patched when it was decoded?
+        self.models: list[nn.Module] = []
+        self.before: list[Any] = []
+        self.reference: Reference | None = None
+
+    def watch(self, models: list[nn.Module]) -> None:
+        """Called at the end of a pipeline's constructor. A skipped block is called, and returns
+        its input: its attention is not called."""
+
+        def called(which: int, *_: Any) -> None:
+            self.ran.append(False)
+            self.vace_ran.append(False)
+            self.which.append(which)
+
+        self.constructed += 1
+        self.models = models
+        for i, model in enumerate(models):
+            model.register_forward_pre_hook(functools.partial(called, i))
+            for name, ran in (("blocks", self.ran), ("vace_blocks", self.vace_ran)):
+                if hasattr(inner(model), name):
+                    attention = getattr(inner(model), name)[0].self_attn
+                    attention.register_forward_pre_hook(
+                        lambda *_, ran=ran: ran.__setitem__(-1, True)
+                    )
+        if self.job["mode"] == "reference":
+            self.reference = Reference(models, self.steps_asked, self.job)
+        self.before = [state(model) for model in models]
+
+    def decode(self, decode: Callable) -> list[Tensor]:
+        """Called in place of the VAE's decoding: keeps the frames."""
+        if self.job.get("fails") == "decode":
+            raise torch.OutOfMemoryError("CUDA out of memory, says the test")
+        videos = decode()
+        np.save(self.out / f"{self.job['name']}.rank{RANK}.{len(self.decoded)}.npy", videos[0])
+        self.decoded.append(len(self.ran))
+        self.patched.append([state(model) for model in self.models] != self.before)
+        return videos
+
+    def result(self) -> dict[str, Any]:
+        has_vace = any(hasattr(inner(model), "vace_blocks") for model in self.models)
+        return {
+            "ran": self.ran,
+            "vace_ran": self.vace_ran if has_vace else self.ran,
+            "models": self.which,
+            "restored": [state(model) for model in self.models] == self.before,
+            "computed": self.reference and self.reference.computed,  # by the reference's decision
+            "constructed": self.constructed,  # pipelines
+            "decoded": self.decoded,
+            "patched": self.patched,
+        }
+
+
 # --------------------------------------------------------------------- after it was imported
 
 
@@ -345,7 +554,6 @@ class Harness:
 
     def __init__(self) -> None:
         self.generate, self.wan = map(importlib.import_module, ("generate", "wan"))
-        self.writers = {n: getattr(self.generate, n) for n in WRITERS if hasattr(self.generate, n)}
         self.flash = {
             module: module.flash_attention
             for name, module in sys.modules.items()
@@ -366,7 +574,7 @@ class Harness:
         """Put what is small in place of what is not, wherever it was imported to."""
         small = {"T5EncoderModel": TextEncoder, "CLIPModel": CLIP}
         small |= {"WanVAE": VAE, "Wan2_1_VAE": VAE, "Wan2_2_VAE": VAE48}
-        VAE.decoding = lambda: self.run.decoding()
+        VAE.run = lambda: self.run
         modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "wan"]
         shard_model = importlib.import_module("wan.distributed.fsdp").shard_model
 
@@ -376,7 +584,7 @@ class Harness:
             return shard_model(model, CPU, **{**kwargs, "sync_module_states": False})
 
         def load(folder: str, subfolder: str = "") -> nn.Module:
-            return from_pretrained(folder, subfolder, seed=self.run.job.get("seed", 0))
+            return from_pretrained(folder, subfolder, seed=0)
 
         for module in modules:
             for name in {*small, "shard_model"} & set(vars(module)):
@@ -415,11 +623,10 @@ class Harness:
         prepare_xfuser()
         for name, kind in self.pipelines.items():
             setattr(self.wan, name, kind)
-        for name, write in self.writers.items():
-            setattr(self.generate, name, run.recorded(write))
         for module, flash in self.flash.items():
-            module.flash_attention = flash if job["mode"] == "teacache" else attention
-        argv = [left_in(flag) for flag in self.with_checkpoint(job["argv"], run.out)]
+            runs_here = job["mode"] == "teacache" or flash.__name__ != "flash_attention"  # a fork's
+            module.flash_attention = flash if runs_here else attention
+        argv = self.with_checkpoint(job["argv"], run.out)
         if job["mode"] == "teacache":
             script = importlib.import_module("teacache_generate")
             script.main([*argv, "--wan_repo", str(Path(self.generate.__file__).parent)])
@@ -434,18 +641,10 @@ class Harness:
             return argv
         configs = self.generate.WAN_CONFIGS
         task = argv[argv.index("--task") + 1] if "--task" in argv else next(iter(configs))
-        folder = out / f"checkpoint-{task}-rank{os.getenv('RANK', '0')}"
-        seed = self.run.job.get("seed", 0)
-        make_checkpoint(folder, task, configs.get(task, next(iter(configs.values()))), seed)
+        folder = out / f"checkpoint-{task}"
+        if RANK == 0 and not folder.exists():
+            make_checkpoint(folder, task, configs.get(task, next(iter(configs.values()))))
         return [str(folder) if argument == "AUTO" else argument for argument in argv]
-
-
-def left_in(flag: str) -> str:
-    """LEFT:FOLDER is the file that an earlier job left in a folder, beside videos and pictures."""
-    if not flag.startswith("LEFT:"):
-        return flag
-    files = Path(flag.removeprefix("LEFT:")).iterdir()
-    return next((str(file) for file in files if file.suffix not in (".mp4", ".png")), flag)
 
 
 class Side(int):
@@ -512,7 +711,7 @@ def main() -> None:
         exit_code, error = attempt(harness, run)
         result = {"exit": exit_code, "error": error, **run.result()}
         result["seconds"] = round(time.perf_counter() - began, 2)
-        target = given.out / f"{job['name']}.rank{os.getenv('RANK', '0')}.json"
+        target = given.out / f"{job['name']}.rank{RANK}.json"
         target.write_text(json.dumps(result))
     if dist.is_initialized():
         dist.destroy_process_group()
