@@ -30,12 +30,12 @@ from sampling import (
     psnr,
     sample,
     scripted,
+    unseen_scenes,
 )
 from torch import Tensor
 from tqdm import tqdm
 
 import teacache_generate
-from clips import pick
 from teacache_generate import ResidualCache, Schedule, TeaCacheConfig, patched
 
 # Wan2.1's defaults, then one or more of them changed
@@ -143,7 +143,7 @@ class Pairs:
 
     def __init__(self, count: int, seed: int):
         generator = torch.Generator().manual_seed(seed)
-        self.prompts = [scene.prompt for scene in pick(count, generator, unseen=True)]
+        self.prompts = [scene.prompt for scene in unseen_scenes(count, generator)]
         self.noise = torch.randn(count, 16, 5, 8, 8, generator=generator)
 
     def videos(self, sampling: Sampling, config: TeaCacheConfig, ckpt: Path) -> list[np.ndarray]:
