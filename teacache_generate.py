@@ -670,7 +670,7 @@ class TeaCache:
     def decide(self, embedding: Tensor) -> None:
         """Decide a step for both branches, with one wait for the GPU; with several processes one
         more, for rank 0's decision."""
-        numbers = [self.timestep.flatten()[-1].double()]
+        numbers = [self.timestep.flatten()[-1].double().to(embedding.device)]
         if self.embedding is not None:
             numbers.append(relative_l1(embedding, self.embedding).double())
         timestep, *distance = torch.stack(numbers).tolist()
@@ -734,6 +734,7 @@ class TeaCache:
         for (step, _), (size, error_0, error_1) in zip(self.unread, read, strict=True):
             if size > 0 and math.isfinite(size + error_0 + error_1):
                 self.drifts.append((step, (error_0 / size, error_1 / size)))
+        self.branch = UNCONDITIONAL
         self.release()
 
     def release(self) -> None:
@@ -2014,7 +2015,6 @@ class Session:
         Wan's before it loads.
         """
         self.job, self.videos = job, [Video(job, job.target)]
-        loaded = bool(self.pipelines)
         try:
             self.wan.generate_py.generate(copy.copy(job.args))
             self.check_made()
@@ -2022,9 +2022,8 @@ class Session:
             video = next((video for video in self.videos if video.failure), self.videos[-1])
             in_step = bool(video.failure)  # of decoder or writer: all ranks are past it
             cause = video.failure or error
-            if isinstance(cause, (AssertionError, ValueError, ImportError)) and not (
-                loaded or self.loading or self.pipelines
-            ):
+            of_command = isinstance(cause, (AssertionError, ValueError, ImportError, OSError))
+            if of_command and not (self.loading or self.pipelines):
                 raise Refused(f"{type(cause).__name__}: {cause} (see --help)") from error
             video.status = f"failed: {cause!r:.500}"
             video.save_record()
@@ -2522,13 +2521,9 @@ FOR_ALL_LINES = (
 NOT_IN_SETTINGS = (
     "save_file", "offload_model", "t5_cpu", "t5_fsdp", "dit_fsdp", "ulysses_size", "ring_size",
 )  # fmt: skip
-OF_THE_COMMAND = (
-    "teacache_plan",
-    "teacache_compare",
-    "teacache_decode",
-    "teacache_jobs",
-    "wan_repo",
-)
+NOT_IN_A_LINE = (
+    "teacache_plan", "teacache_compare", "teacache_decode", "teacache_jobs", "wan_repo",
+)  # fmt: skip
 OLD_FLAGS = {
     "--teacache_model": "use --teacache_rule NAME",
     "--teacache_coefficients": "use --teacache_rule FILE",
@@ -2584,9 +2579,7 @@ def our_parser(exclusive: bool = True) -> Parser:
     amount = functools.partial(amount.add_argument, dest="amount", metavar="X")
     amount("--teacache_thresh", type=threshold, help="higher skips more; 0 is stock")
     amount("--teacache_speedup", type=speedup, help="or: find a threshold that runs 1/X of passes")
-    names = (
-        f"{', '.join(RULES)}, or a JSON file; default: teacache.json in --ckpt_dir, else by task"
-    )
+    names = f"{', '.join(RULES)}, or a JSON file; default: teacache.json in --ckpt_dir, or by task"
     add("--teacache_rule", metavar="NAME|FILE", help=names)
     add("--use_ret_steps", action="store_true", help="the rule's polynomial for retention steps")
     add = parser.add_argument_group("what the other steps do").add_argument
@@ -2595,11 +2588,8 @@ def our_parser(exclusive: bool = True) -> Parser:
     share = {"type": number(0, "from 0 to 1, such as 0.6", high=1), "default": 1.0}
     guide = "guide the first SHARE of the steps only; default: 1"
     add("--teacache_guide_until", **share, metavar="SHARE", help=guide)
-    add = (
-        parser.add_argument_group("instead of one video")
-        .add_mutually_exclusive_group()
-        .add_argument
-    )
+    instead = parser.add_argument_group("instead of one video")
+    add = instead.add_mutually_exclusive_group().add_argument
     add("--teacache_plan", action="store_true", help="print which steps thresholds compute")
     entries = "stock and each entry: 0.08, 2x, sigma:2x, or 2x@1 for order 1"
     add("--teacache_compare", nargs="+", metavar="ENTRY", help=entries)
@@ -2615,10 +2605,14 @@ def our_flags(argv: Sequence[str], exclusive: bool = True) -> tuple[argparse.Nam
     for flag in argv:
         name = flag.split("=")[0]
         require(name not in OLD_FLAGS, f"{name}: is gone: {OLD_FLAGS.get(name)}")
+    # argparse takes an unknown "--flag=a b" for another value of --teacache_compare
+    argv = [flag.replace(" ", "\x1f") if flag.startswith("--") else flag for flag in argv]
     ours, rest = our_parser(exclusive).parse_known_args(argv)
     for name, value in vars(ours).items():
         check_named(name, value)
-    return ours, rest
+        if isinstance(value, str):
+            setattr(ours, name, value.replace("\x1f", " "))
+    return ours, [flag.replace("\x1f", " ") for flag in rest]
 
 
 # The rule of a run
@@ -2880,7 +2874,7 @@ def read_jobs(file: str) -> list[tuple[int, list[str]]]:
 def check_line(wan: Wan, flags: Sequence[str], common: argparse.Namespace) -> None:
     """Check a line alone: exclusive flags, and flags that are for the command line only."""
     ours, rest = our_flags(flags)
-    for name in OF_THE_COMMAND:
+    for name in NOT_IN_A_LINE:
         require(not getattr(ours, name), f"--{name}: give it on the command line, not in a line")
     args, defaults = (wan.parse(argv, validate=False) for argv in (rest, []))
     for name in FOR_ALL_LINES:
@@ -2983,21 +2977,17 @@ def look_beside(job: Job, continues: bool) -> None:
     generate.py.
     """
     target, record = job.target, read_record(job.target)
-    what, same = f"--save_file {target}", record is not None and same_settings(job, record)
+    if record is None:
+        what = f"--save_file {target}: exists without a record"
+        require(not (continues and target.exists()), f"{what}: delete it, or give another name")
+        return
+    same = same_settings(job, record)
     if not continues:
-        if record is not None and not same:
+        if not same and not job.exclusive:
             log.info(f"TeaCache: {target} was made with other settings: it will be overwritten")
         return
-    require(
-        record is not None or not target.exists(),
-        f"{what}: exists without a record: delete it, or give another name",
-    )
-    require(
-        record is None or same,
-        f"{what}: exists, made with other settings, see its {RECORD}: give another name",
-    )
-    if record is None:
-        return
+    what = f"--save_file {target}: exists, made with other settings, see its {RECORD}"
+    require(same, f"{what}: give another name")
     if not job.has_seed:
         job.args.base_seed = job.settings["base_seed"] = record["seed"]
     if record["status"] == "finished":
