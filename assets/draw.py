@@ -1,8 +1,8 @@
-"""Draw the pictures in this folder from the data in it, of tests/bench/bench_fidelity.py.
+"""Draws this folder's pictures from fidelity.json, which tests/bench/bench_fidelity.py writes.
 
     python assets/draw.py [--json fidelity.json] [--compare x.compare.mp4] [--out FOLDER]
 
-compare.gif is made of the video that this leaves, and only where --compare names it:
+With --compare also compare.gif, from the video of a comparison. The shipped one is of
 
     python teacache_generate.py --wan_repo tests/wan_nano --ckpt_dir assets/wan_nano --prompt \\
         "a red ball moves right" --base_seed 42 --save_file x.mp4 --teacache_compare 0.08 0.15
@@ -48,10 +48,10 @@ STYLE = {
 }
 
 
-def drift(told: dict[str, Any]) -> Figure:
+def drift(found: dict[str, Any]) -> Figure:
     """PSNR against drift, a point for each setting that reuses residuals."""
     figure, axes = plt.subplots(figsize=(0.75 * WIDTH, 4.2))
-    rows = [row for row in told["rows"] if row["drift"] is not None and row["method"] in COLOURS]
+    rows = [row for row in found["rows"] if row["drift"] is not None and row["method"] in COLOURS]
     for (method, order), group in groupby(rows, lambda row: (row["method"], row["order"])):
         points = list(group)
         axes.scatter(
@@ -66,7 +66,7 @@ def drift(told: dict[str, Any]) -> Figure:
     axes.xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 3, 5)))
     axes.xaxis.set_minor_locator(plt.NullLocator())
     axes.xaxis.set_major_formatter("{x:g}")
-    correlation = told["drift_against_psnr"]["spearman"]
+    correlation = found["drift_against_psnr"]["spearman"]
     axes.set_title(
         f"{len(rows)} settings, rank correlation {correlation:.2f} (open: order 1)".replace(
             "-", "\N{MINUS SIGN}"
@@ -77,21 +77,21 @@ def drift(told: dict[str, Any]) -> Figure:
     return figure
 
 
-def schedule(told: dict[str, Any]) -> Figure:
-    """Of each mode at the default threshold: computed steps, distance, accumulated value."""
+def schedule(found: dict[str, Any]) -> Figure:
+    """Computed steps, distance and accumulated value of each mode at its default threshold."""
     figure, grid = plt.subplots(
         3, 3, figsize=(WIDTH, 6), sharex=True, sharey="row", height_ratios=(0.4, 2, 2)
     )
-    for column, (mode, run) in zip(grid.T, told["schedules"].items(), strict=True):
+    for column, (mode, run) in zip(grid.T, found["schedules"].items(), strict=True):
         steps, colour = run["steps"], MODES[mode]
         computed = [i for i, step in enumerate(steps) if step["computed"]]
         draw_marks(column[0], computed, len(steps), colour)
         column[0].set_title(f"{mode}: {len(computed)} of {len(steps)}", loc="left")
-        known = [(i, u["distance"]) for i, u in enumerate(steps) if u["distance"] is not None]
-        if known:
-            column[1].plot(*zip(*known, strict=True), color=colour, marker="o", markersize=3)
-        else:
+        if mode == "sigma":
             draw_noise_level(column[1], [step["timestep"] / 1000 for step in steps], colour)
+        else:
+            distances = [step["distance"] for step in steps[1:]]
+            column[1].plot(range(1, len(steps)), distances, color=colour, marker="o", markersize=3)
         heights = [step["accumulated"] for step in steps]
         filled = [colour if step["computed"] else SKIPPED for step in steps]
         column[2].bar(range(len(steps)), heights, color=filled)
@@ -104,7 +104,7 @@ def schedule(told: dict[str, Any]) -> Figure:
 
 
 def draw_marks(axes: Axes, computed: list[int], steps: int, colour: str) -> None:
-    """A row of boxes, in colour where a step is computed."""
+    """Draw a box a step, in colour where it is computed."""
     filled = [colour if i in computed else SKIPPED for i in range(steps)]
     axes.bar(range(steps), 1, color=filled)
     axes.set(yticks=[], ylim=(0, 1))
@@ -114,7 +114,7 @@ def draw_marks(axes: Axes, computed: list[int], steps: int, colour: str) -> None
 
 
 def draw_noise_level(axes: Axes, sigmas: list[float], colour: str) -> None:
-    """What "sigma" has in place of a distance, on an axis of its own."""
+    """Draw the signal of "sigma" on an axis of its own."""
     axes.grid(False)
     axes.tick_params(left=False)
     own = axes.twinx()
@@ -126,17 +126,17 @@ def draw_noise_level(axes: Axes, sigmas: list[float], colour: str) -> None:
 
 
 def moving_picture(video: Path, file: Path) -> None:
-    """A video as a GIF that repeats, 800 pixels wide, of 64 colours chosen from all its frames."""
+    """Write a video as a GIF that repeats, 800 pixels wide, with 64 colours for all frames."""
     with imageio.get_reader(video) as reader:
         frames = [Image.fromarray(frame) for frame in reader]
         milliseconds = 1000 / reader.get_meta_data()["fps"]
     for frame in frames:
         frame.thumbnail((800, 800))
     width, height = frames[0].size
-    all_of_it = Image.new("RGB", (width, height * len(frames)))
+    strip = Image.new("RGB", (width, height * len(frames)))
     for i, frame in enumerate(frames):
-        all_of_it.paste(frame, (0, i * height))
-    palette = all_of_it.quantize(64)
+        strip.paste(frame, (0, i * height))
+    palette = strip.quantize(64)
     first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
     first.save(file, save_all=True, append_images=others, duration=milliseconds, loop=0)
 
@@ -145,12 +145,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, default=HERE / "fidelity.json")
     parser.add_argument("--compare", type=Path, help="the video for compare.gif")
-    parser.add_argument("--out", type=Path, default=HERE, help="where the pictures go")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder to write to")
     args = parser.parse_args()
-    told = json.loads(args.json.read_text())
+    found = json.loads(args.json.read_text())
     plt.rcParams.update(STYLE)
     for draw in (drift, schedule):
-        draw(told).savefig(args.out / f"{draw.__name__}.png", dpi=200, facecolor="white")
+        draw(found).savefig(args.out / f"{draw.__name__}.png", dpi=200, facecolor="white")
     if args.compare:
         moving_picture(args.compare, args.out / "compare.gif")
 
