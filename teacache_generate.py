@@ -758,7 +758,7 @@ class TeaCache:
     def summary(self) -> str:
         """One line: what was computed, and the drift."""
         order, steps = self.config.order, self.computed_steps
-        text = f"TeaCache: computed {len(steps)} of {self.config.steps} steps"
+        text = f"computed {len(steps)} of {self.config.steps} steps"
         if len(steps) < self.config.steps:
             text += f" ({' '.join(map(str, steps))})"
         passes = sum(1 + self.config.is_guided(step) for step in steps)
@@ -1858,7 +1858,7 @@ def with_noise(models: Sequence[nn.Module], std: float) -> Iterator[None]:
     calls = itertools.count()
 
     def add(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if std == 0 or next(calls) >= 2:  # the first step has two calls
+        if next(calls) >= 2:  # the first step has two calls
             return None
         generator = torch.Generator().manual_seed(0)
         latents = [x + std * torch.randn(x.shape, generator=generator).to(x) for x in args[0]]
@@ -1931,21 +1931,23 @@ class Session:
             synchronize()
             video.began = time.perf_counter()
             video.seconds["encode"] = video.began - called
-            for hook in hooks:
-                hook.remove()
+            begin_hooks.close()
 
-        hooks = [model.register_forward_pre_hook(note_begin) for model in models]
-        with with_noise(models, job.noise), teacache(models, job.config) as video.cache:
-            result = generate(*args, **kwargs)
+        with ExitStack() as begin_hooks, with_noise(models, job.noise):
+            for model in models:
+                begin_hooks.enter_context(model.register_forward_pre_hook(note_begin))
+            with teacache(models, job.config) as video.cache:
+                result = generate(*args, **kwargs)
         if video.began is None:
             raise RuntimeError("this pipeline does not call its model, and TeaCache cannot act")
         cache = video.cache
         if job.label not in (STOCK, NOISE):
-            log.info(f"{cache.summary()}, sampling {video.seconds.get('sampling', 0):.1f} s")
+            seconds = f", sampling {video.seconds.get('sampling', 0):.1f} s"
+            log.info(f"TeaCache: {video.target}: {cache.summary()}{seconds}")
         if cache.computed_steps != job.planned.computed_steps:
             log.warning(
-                f"TeaCache: computed other steps than planned: {cache.schedule.as_text()}, "
-                f"planned {job.planned.as_text()}"
+                f"TeaCache: {video.target}: computed {cache.schedule.as_text()}, "
+                f"other steps than planned: {job.planned.as_text()}"
             )
         return result
 
@@ -2828,6 +2830,8 @@ def announce(jobs: Sequence[Job]) -> None:
         if planned.passes == 2 * config.steps:
             does = f"all {config.steps} steps, as stock does"
         default, order = " (default)" * job.by_default, ", order 1" * config.order
+        if job.by_default and job.rule.is_sigma and 2 * len(planned.computed_steps) > config.steps:
+            default = " (default: as near to half of the steps as its limits allow)"
         text = f"{job.rule}, threshold {config.thresh:.4g}{default}{order}: computes {does}"
         if job.label not in (STOCK, NOISE) and job.todo != SKIP:
             groups[text].append(job)
