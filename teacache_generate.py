@@ -119,8 +119,8 @@ class Rule:
         return f"rule {self.name} ({self.why})"
 
 
-# The polynomials are those of TeaCache's authors for Wan2.1, fitted at generate.py's defaults.
-# Tasks that no rule lists use "sigma".
+# TeaCache's authors fitted these polynomials to Wan2.1 at generate.py's defaults. Tasks that no
+# rule lists use "sigma".
 # fmt: off
 RULES: dict[str, Rule] = {rule.name: rule for rule in (
     Rule("sigma"),
@@ -174,9 +174,9 @@ class TeaCacheConfig:
             through the last two (1, see ``ResidualCache``).
         guided_steps: the first steps on which the unconditional branch runs; after them it returns
             the conditional output, as at guidance scale 1. None: all steps.
-        forced_steps: always computed. None: those of the signal.
-        max_skipped: steps skipped in a row at most. None: that of the signal.
-    Raises ValueError, naming the setting and what is allowed.
+        forced_steps: always computed. None: as the signal has it.
+        max_skipped: steps skipped in a row at most. None: as the signal has it.
+    ValueError: names the setting and the allowed values.
     """
 
     steps: int
@@ -269,7 +269,7 @@ def residual_norm(timestep: float) -> float:
 
 @dataclass(frozen=True)
 class Decision:
-    """One step: what was decided, from which numbers."""
+    """The decision of one step, and the numbers behind it."""
 
     timestep: float
     distance: float | None  # relative L1 to the embedding of the step before; None at the first
@@ -279,7 +279,7 @@ class Decision:
 
 
 class Schedule:
-    """The decisions of one generation, by step."""
+    """Decides each step of one generation."""
 
     def __init__(self, config: TeaCacheConfig):
         self.config = config
@@ -321,18 +321,13 @@ class Schedule:
 
     @property
     def negative_steps(self) -> list[int]:
-        """Steps whose increment is negative: the polynomial is used outside its fitted range."""
+        """Steps with a negative increment: the polynomial is used outside its fitted range."""
         return [step for step, d in enumerate(self.decisions) if (d.increment or 0) < 0]
 
     @property
     def longest_skip(self) -> int:
         """The most steps skipped in a row."""
         return max(map(len, self.as_text().split("#")))
-
-    @property
-    def skips_too_long(self) -> bool:
-        """Whether more than a quarter of the steps, and more than 6, are skipped in a row."""
-        return self.longest_skip > max(6, len(self.decisions) / 4)
 
     def as_text(self) -> str:
         """A character a step: # computed, . skipped."""
@@ -374,7 +369,7 @@ class Preview:
         return schedule
 
     def plan_speedup(self, config: TeaCacheConfig, speedup: float) -> Schedule:
-        """The plan with the fewest passes, but at least 2 * steps / speedup of them.
+        """The plan with the fewest passes, at least 2 * steps / speedup.
 
         Passes never grow with the threshold, so bisection finds the largest that leaves enough.
         Of all thresholds with that plan the middle is taken: rounding on another machine or in
@@ -520,7 +515,7 @@ class ResidualCache:
         return (self.levels[step] - new) / (new - old) if new != old else 0.0
 
     def free(self, keep: int) -> None:
-        """Free all residuals but those of the ``keep`` newest steps; probes stay."""
+        """Free the residuals of all but the ``keep`` newest steps; probes stay."""
         for computed in list(self.history)[: len(self.history) - keep]:
             computed.residual.clear()
 
@@ -711,7 +706,7 @@ class TeaCache:
         return head(x, *args, **kwargs)
 
     def remember(self, h: Tensor, out: Tensor) -> None:
-        """Store a branch's residual; after the step's last branch, measure with it."""
+        """Store a branch's residual; after the step's last branch, measure the predictions."""
         every = math.ceil(h.size(1) / PROBE_TOKENS)
         self.computed.probe[self.branch] = (out[:, ::every] - h[:, ::every]).float()
         self.computed.residual[self.branch] = out - h
@@ -756,7 +751,7 @@ class TeaCache:
         return float(np.mean([by[order] for _, by in self.drifts])) if self.drifts else None
 
     def summary(self) -> str:
-        """One line: what was computed, and the drift."""
+        """The computed steps and the drift, in one line."""
         order, steps = self.config.order, self.computed_steps
         text = f"computed {len(steps)} of {self.config.steps} steps"
         if len(steps) < self.config.steps:
@@ -866,7 +861,7 @@ def patched_model(cache: TeaCache, model: nn.Module, inner: nn.Module) -> Iterat
 
 
 def patched_call(module: nn.Module, replacement: Callable) -> Any:
-    """Patch what calling a module runs: its forward, or what ``module.compile()`` made of it."""
+    """Patch what calling a module runs: its forward, or the result of ``module.compile()``."""
     compiled = getattr(module, "_compiled_call_impl", None) is not None
     name = "_compiled_call_impl" if compiled else "forward"
     return patched(module, **{name: functools.partial(replacement, getattr(module, name))})
@@ -1635,7 +1630,7 @@ class Job:
     """One video to make.
 
     settings: what makes two videos the same (``settings_of``).
-    label, noise, compared_in: of an entry of a comparison, whose files are named after the last.
+    label, noise, compared_in: of an entry of a comparison; the last names the common files.
     argv: the command line of its line of a jobs file. has_seed: it gives a seed.
     by_default: it gives neither a threshold nor a speed-up.
     exclusive: its name is a default that must not be another run's.
@@ -1755,7 +1750,7 @@ class Video:
             synchronize()
         except Exception as error:
             self.failure = error
-            logging.disable(logging.INFO)  # Wan goes on to log "Saving ..." and "Finished."
+            logging.disable(logging.INFO)  # Wan would log "Saving ..." and "Finished."
         self.seconds[name] = time.perf_counter() - began
 
     def record(self) -> dict[str, Any]:
@@ -2294,7 +2289,7 @@ class Comparison:
         self.stock: np.ndarray | None = None
 
     def finished_rows(self) -> dict[str, Row]:
-        """Rows of an earlier run, of entries whose videos are finished with the same settings."""
+        """Rows of an earlier run, where the video is finished with the same settings."""
         if not self.json_file.exists():
             return {}
         with refusing(f"{self.json_file}: cannot be read", "delete it"):
@@ -2323,7 +2318,7 @@ class Comparison:
             prompt = video.prompt if job.args.use_prompt_extend else prompt
             made = as_rank_0(video.status == "finished", device_of_run())
             if made and video.pixels is not None:  # None on all ranks but 0
-                self.add(job, video.pixels)
+                self.add(job, video)
             video.pixels = None
             if not made and job.label == STOCK:
                 log.error(f"TeaCache: {self.target}: without stock nothing can be compared")
@@ -2339,9 +2334,9 @@ class Comparison:
                 return (read_record(job.target) or {}).get("prompt")
         return None
 
-    def add(self, job: Job, pixels: np.ndarray) -> None:
+    def add(self, job: Job, video: Video) -> None:
         """Measure a video, and write table and picture."""
-        record = read_record(job.target)
+        record, pixels = read_record(job.target) or video.record(), video.pixels
         if job.label == STOCK:
             self.stock = pixels
             temporary = self.stock_file.with_suffix(".part.npy")
@@ -2540,13 +2535,6 @@ class Amount(NamedTuple):
     is_speedup: bool = False
 
 
-class Entry(NamedTuple):
-    """One video of a command: alone, or a setting of a comparison."""
-
-    label: str = ""
-    flags: Sequence[str] = ()
-
-
 def number(low: float, allowed: str, high: float = math.inf) -> Callable[[str], float]:
     """The type of a flag: a finite number from ``low`` to ``high``."""
 
@@ -2645,8 +2633,8 @@ def choose_rule(ours: argparse.Namespace, args: argparse.Namespace) -> Rule:
 
 
 def download_names(folder: Path) -> list[str]:
-    """Names that may tell what a checkpoint folder holds: its own, then those of links to it, the
-    last one first; in a hub's cache (NAME/snapshots/COMMIT) also NAME. No parents."""
+    """Names that may tell what a checkpoint folder holds: its own, then of links to it, the last
+    one first; in a hub's cache (NAME/snapshots/COMMIT) also NAME. No parents."""
     names, paths = [], [folder.absolute()]
     while paths[0].is_symlink():
         paths.insert(0, paths[0].parent / paths[0].readlink())
@@ -2744,7 +2732,7 @@ def check_plan(planned: Schedule, args: argparse.Namespace, rule: Rule, flag: st
     notes = list(away)
     if planned.negative_steps:
         notes.append(f"increments are negative at steps {ranges(planned.negative_steps)}")
-    if planned.skips_too_long:
+    if planned.longest_skip > max(6, len(planned.decisions) / 4):
         notes.append(f"{planned.longest_skip} steps in a row are skipped")
         cures = [f"a lower {flag.split()[0]}", "--teacache_thresh 0"]
         cures += [] if rule.is_sigma else ["--teacache_rule sigma"]
@@ -2776,11 +2764,11 @@ def settings_of(
     return json.loads(json.dumps(settings, default=str))  # as a record holds it
 
 
-def job_of(wan: Wan, argv: Sequence[str], entry: Entry, checked: bool = True) -> Job:
-    """One video: its flags parsed and checked, its schedule planned."""
-    ours, rest = our_flags([*argv, *entry.flags], exclusive=False)
+def job_of(wan: Wan, argv: Sequence[str], label: str = "", checked: bool = True) -> Job:
+    """One video: its flags parsed and checked, its schedule planned. label: of a comparison."""
+    ours, rest = our_flags(argv, exclusive=False)
     args = parse_and_check(wan, ours, rest) if checked else wan.parse(rest)
-    rule, noise = choose_rule(ours, args), NOISE_STD if entry.label == NOISE else 0.0
+    rule, noise = choose_rule(ours, args), NOISE_STD if label == NOISE else 0.0
     require(
         not (ours.use_ret_steps and rule.is_sigma),
         f"--use_ret_steps: {rule} has no such steps: leave it out, or give --teacache_rule, one of "
@@ -2795,23 +2783,15 @@ def job_of(wan: Wan, argv: Sequence[str], entry: Entry, checked: bool = True) ->
         check_plan(planned, args, rule, f"--teacache_{name} {amount.value:g}")
     settings = settings_of(args, config, rule, noise)
     by_default = ours.amount is None
-    return Job(args, config, rule, planned, settings, entry.label, noise, by_default=by_default)
+    return Job(args, config, rule, planned, settings, label, noise, by_default=by_default)
 
 
 def parse_and_check(wan: Wan, ours: argparse.Namespace, argv: Sequence[str]) -> argparse.Namespace:
     """generate.py's flags, and the checkpoint and inputs that they name, checked."""
-    plans_without = ours.teacache_plan and wan.parse(argv, validate=False).ckpt_dir is None
-    args = wan.parse([*argv, "--ckpt_dir", "."] if plans_without else argv)
+    args = wan.parse(argv)
     for name in ("ckpt_dir", "save_file", *INPUTS):
         check_named(name, getattr(args, name))
     check_numbers(wan, args)
-    if plans_without:
-        require(
-            choose_rule(ours, args).is_sigma,
-            "--ckpt_dir: must be given for this plan, since the distances are in the weights; "
-            "--teacache_rule sigma needs none",
-        )
-        return args
     check_checkpoint(wan, args, all_files=not ours.teacache_plan)
     if not ours.teacache_plan:
         check_inputs(wan, args)
@@ -2894,8 +2874,8 @@ def check_line(wan: Wan, flags: Sequence[str], common: argparse.Namespace) -> No
 
 
 def jobs_of(wan: Wan, ours: argparse.Namespace, argv: Sequence[str]) -> list[list[Job]]:
-    """The videos of a command, by line of the jobs file. Each is parsed from a command line of its
-    own: argv + a line + an entry of the comparison. Refused: one error a line."""
+    """The videos of each line of the jobs file, or of the one command. Each is parsed from a
+    command line of its own: argv + line + entry of the comparison. Refused: one error a line."""
     lines = read_jobs(ours.teacache_jobs) if ours.teacache_jobs else [(0, [])]
     common = wan.parse(our_flags(argv)[1], validate=False)
     jobs, errors, taken = [], [], dict[Path, str]()
@@ -2914,7 +2894,7 @@ def jobs_of(wan: Wan, ours: argparse.Namespace, argv: Sequence[str]) -> list[lis
 def jobs_of_line(
     wan: Wan, ours: argparse.Namespace, argv: list[str], taken: dict[Path, str], line: int
 ) -> list[Job]:
-    """The videos of one prompt and seed: one, or those of a comparison.
+    """The videos of one prompt and seed: one, or a comparison.
 
     taken: targets of the command so far, without their endings, and what has them.
     """
@@ -2923,12 +2903,13 @@ def jobs_of_line(
     if not has_seed:  # generate.py draws one at each parse
         argv = [*argv, "--base_seed", str(int.from_bytes(os.urandom(4), "big"))]
     jobs = []
-    for entry in entries_of(ours):
+    for label, flags in entries_of(ours):
         try:
-            jobs.append(replace(job_of(wan, argv, entry), argv=argv, has_seed=has_seed))
+            job = job_of(wan, [*argv, *flags], label)
         except Refused as error:
-            what = f"--teacache_compare {entry.label}: " if entry.label else ""
+            what = f"--teacache_compare {label}: " if label else ""
             raise Refused(*(f"{what}{message}" for message in error.args)) from error
+        jobs.append(replace(job, argv=argv, has_seed=has_seed))
     name_jobs(wan, ours, jobs, taken)
     for job in jobs:
         key = job.target.resolve().with_suffix("")
@@ -2937,7 +2918,8 @@ def jobs_of_line(
         taken[key] = f"line {line}" if line else f"entry {job.label}"
         if is_rank_0():
             check_target(wan, job.args)
-        look_beside(job, continues=bool(ours.teacache_jobs or ours.teacache_compare))
+        if not job.exclusive:
+            look_beside(job, continues=bool(ours.teacache_jobs or ours.teacache_compare))
     return jobs
 
 
@@ -2987,7 +2969,7 @@ def look_beside(job: Job, continues: bool) -> None:
         return
     same = same_settings(job, record)
     if not continues:
-        if not same and not job.exclusive:
+        if not same:
             log.info(f"TeaCache: {target} was made with other settings: it will be overwritten")
         return
     what = f"--save_file {target}: exists, made with other settings, see its {RECORD}"
@@ -3008,18 +2990,18 @@ def same_settings(job: Job, record: dict[str, Any]) -> bool:
     return job.settings | {"base_seed": seed} == record["settings"]
 
 
-def entries_of(ours: argparse.Namespace) -> list[Entry]:
-    """The videos of one prompt and seed."""
+def entries_of(ours: argparse.Namespace) -> list[tuple[str, list[str]]]:
+    """The videos of one prompt and seed: label and flags."""
     if not ours.teacache_compare:
-        return [Entry()]
+        return [("", [])]
     flag = "speedup" if ours.amount and ours.amount.is_speedup else "thresh"
     require(
         ours.amount is None,
         f"--teacache_{flag} beside --teacache_compare: give it as an entry, such as 0.08 or 2x",
     )
     stock = ["--teacache_thresh", "0", "--teacache_order", "0", "--teacache_guide_until", "1"]
-    asked = [Entry(entry, entry_flags(entry)) for entry in ours.teacache_compare]
-    return [Entry(STOCK, stock), Entry(NOISE, stock), *asked]
+    asked = [(entry, entry_flags(entry)) for entry in ours.teacache_compare]
+    return [(STOCK, stock), (NOISE, stock), *asked]
 
 
 def entry_flags(entry: str) -> list[str]:
@@ -3042,7 +3024,7 @@ def entry_flags(entry: str) -> list[str]:
 
 def print_plan(wan: Wan, ours: argparse.Namespace, argv: Sequence[str]) -> None:
     """For --teacache_plan: the schedule at the current threshold, the rule's, and some around."""
-    job = job_of(wan, argv, Entry())
+    job = job_of(wan, argv)
     config, preview = job.config, preview_of(wan, job.args, job.config.signal)
     polynomial = job.rule.polynomial(ours.use_ret_steps)
     tried = list(polynomial.thresholds) if polynomial else [config.thresh or 0.1]
@@ -3124,7 +3106,7 @@ def jobs_of_queue(
         shared = queue.receive()
         if shared is None:
             raise Refused()  # rank 0 says why
-        return [[replace(job_of(wan, line, Entry(), checked=False), todo=t)] for line, t in shared]
+        return [[replace(job_of(wan, line, checked=False), todo=t)] for line, t in shared]
     shared = None
     try:
         jobs = jobs_of(wan, ours, argv)
