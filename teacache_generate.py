@@ -2016,17 +2016,13 @@ class Session:
             self.wan.generate_py.generate(copy.copy(job.args))
             self.check_made()
         except Exception as error:
-            video = next((video for video in self.videos if video.failure), self.videos[-1])
-            in_step = bool(video.failure)  # of decoder or writer: all ranks are past it
-            cause = video.failure or error
-            of_command = isinstance(cause, (AssertionError, ValueError, ImportError, OSError))
+            of_command = isinstance(error, (AssertionError, ValueError, ImportError, OSError))
             if of_command and not (self.loading or self.pipelines):
-                raise Refused(f"{type(cause).__name__}: {cause} (see --help)") from error
-            video.status = f"failed: {cause!r:.500}"
-            video.save_record()
-            self.tell_failure(video, cause)
-            video.failure = None  # holds the tensors of where it was raised
-            if self.loading or (across_ranks() and not in_step):
+                raise Refused(f"{type(error).__name__}: {error} (see --help)") from error
+            failed = [video for video in self.videos if video.failure]  # of decoder or writer
+            for video in failed or self.videos[-1:]:
+                self.tell_failure(video, video.failure or error)
+            if self.loading or (across_ranks() and not failed):
                 raise Told from error
         except BaseException:
             self.videos[-1].status = "stopped"
@@ -2039,18 +2035,20 @@ class Session:
 
     def tell_failure(self, video: Video, error: Exception) -> None:
         """Log what failed, where the latents are, and the command that finishes the video."""
-        self.failed = True
+        video.status, self.failed = f"failed: {error!r:.500}", True
+        video.failure = None  # holds the tensors of where it was raised
+        video.save_record()
         text = f"TeaCache: {video.target} failed: {str(error) or type(error).__name__:.500}"
         if video.latents and video.latents.is_file():
             text += f"\nTeaCache: its latents are in {video.latents}"
             if not isinstance(error, FloatingPointError):
-                flags = [
+                argv = [sys.executable, str(Path(__file__).absolute())]
+                argv += [
                     "--wan_repo",
                     str(self.wan.folder),
                     "--teacache_decode",
                     str(video.latents),
                 ]
-                argv = [sys.executable, str(Path(__file__).absolute()), *flags]
                 quoted = subprocess.list2cmdline(argv) if os.name == "nt" else shlex.join(argv)
                 text += f"; this makes the video:\n{quoted}"
         known = isinstance(error, (torch.OutOfMemoryError, OSError, FloatingPointError))
@@ -2214,8 +2212,8 @@ def make_one(session: Session, job: Job) -> Video:
             args = args_of_latents(content, save_file=job.args.save_file)
             video.pixels = decode_latents(session.wan, video.latents, content, args)
         except Exception as error:
-            video.status = f"failed: {error!r:.500}"
             session.tell_failure(video, error)
+            write_record(job.target, record | {"status": video.status})  # keeps what was measured
     return video
 
 
@@ -2999,6 +2997,8 @@ def entries_of(ours: argparse.Namespace) -> list[tuple[str, list[str]]]:
         ours.amount is None,
         f"--teacache_{flag} beside --teacache_compare: give it as an entry, such as 0.08 or 2x",
     )
+    with refusing("--teacache_compare: its picture cannot be drawn", "pip install 'pillow>=10.1'"):
+        caption(Row("", [], 1, 1.0, None, 1.0, None), 64, 110)
     stock = ["--teacache_thresh", "0", "--teacache_order", "0", "--teacache_guide_until", "1"]
     asked = [(entry, entry_flags(entry)) for entry in ours.teacache_compare]
     return [(STOCK, stock), (NOISE, stock), *asked]
