@@ -1,8 +1,7 @@
-"""The miniature's world: clips of moving shapes, the prompts that tell of them, and what one sees.
+"""The miniature's world: clips of moving shapes, their prompts, and how a clip is recognised.
 
-A prompt names colour, shape and motion, and sometimes the ground: "a red ball moves right", "a blue
-square turns over a green ground". Place, size, speed, the rest of the ground and a small second
-shape are left open, and drawn at random.
+A prompt names colour, shape and motion, and sometimes the ground: "a blue square turns over a green
+ground". Place, size, speed, the rest of the ground and a small second shape are random.
 """
 
 import math
@@ -39,7 +38,7 @@ SHAPES = ("ball", "square", "triangle")
 
 @dataclass(frozen=True)
 class Scene:
-    """What a prompt says."""
+    """The content of a prompt."""
 
     colour: str
     shape: str
@@ -53,7 +52,7 @@ class Scene:
 
 
 def scenes() -> list[Scene]:
-    """All there are. A ball that turns cannot be seen to."""
+    """All scenes. A turning ball is left out: it would look still."""
     return [
         Scene(colour, shape, motion, ground)
         for colour in COLOURS
@@ -69,16 +68,17 @@ def vocabulary() -> list[str]:
 
 
 def pick(count: int, generator: torch.Generator, unseen: bool = False) -> list[Scene]:
-    """Scenes at random, half of them with the ground told; ``unseen`` ones or the others."""
-    # Every eleventh is kept out of training: about as many of each colour, shape, motion, ground.
+    """Random scenes, half of them with a named ground; ``unseen``: those kept out of training."""
+    # every eleventh is kept out of training, evenly over colours, shapes, motions and grounds
     found = [scene for i, scene in enumerate(scenes()) if (i % 11 == 5) == unseen]
-    told = [[u for u in found if bool(u.ground) == tells] for tells in (False, True)]
+    by_ground = [[u for u in found if bool(u.ground) == named] for named in (False, True)]
     coins = torch.rand(2, count, generator=generator).tolist()
-    return [told[a < 0.5][int(b * len(told[a < 0.5]))] for a, b in zip(*coins, strict=True)]
+    chosen = [(by_ground[a < 0.5], b) for a, b in zip(*coins, strict=True)]
+    return [group[int(b * len(group))] for group, b in chosen]
 
 
 def draw(scene: Scene, generator: torch.Generator) -> Tensor:
-    """A clip [3, FRAMES, SIZE, SIZE] in [-1, 1] of a scene, the rest at random."""
+    """A clip [3, FRAMES, SIZE, SIZE] in [-1, 1] of a scene; what it leaves open is random."""
 
     def between(low: float, high: float) -> float:
         return low + (high - low) * float(torch.rand((), generator=generator))
@@ -105,7 +105,7 @@ def draw(scene: Scene, generator: torch.Generator) -> Tensor:
         along = along if dx + dy > 0 else SIZE - along
         x, y = (along, y) if dx else (x, along)
     elif scene.motion == "bounces":
-        height = between(16, 28)  # it falls, hits the floor, and comes back
+        height = between(16, 28)  # it falls and comes back
         floor = between(float(margin[0]) + height, SIZE - float(margin[0]))
         y = floor - height * torch.cos(math.pi * time).abs()
 
@@ -115,15 +115,14 @@ def draw(scene: Scene, generator: torch.Generator) -> Tensor:
         place = torch.tensor([[between(6, SIZE - 6)], [between(6, SIZE - 6)]]).expand(2, FRAMES)
         small = torch.full((FRAMES,), between(3, 4.5))
         shape = SHAPES[int(between(0, 3))]
-        video = _paint(
-            video, COLOURS[others[int(between(0, len(others)))]], shape, *place, small, upright
-        )
+        colour = COLOURS[others[int(between(0, len(others)))]]
+        video = _paint(video, colour, shape, *place, small, upright)
     video = _paint(video, COLOURS[scene.colour], scene.shape, x, y, radius, angle, between(1, 2))
     return video * 2 - 1
 
 
 def _ground(scene: Scene, between) -> Tensor:
-    """Plain, or graded along one direction; near the colour that is told, else of any dark one."""
+    """Plain or graded along one direction; near the named colour, else any dark one."""
     ends = torch.tensor([[between(0.02, 0.45) for _ in range(3)] for _ in range(2)])
     if scene.ground:
         ends = torch.tensor(GROUNDS[scene.ground]) + (ends - 0.23) * 0.25
@@ -145,7 +144,7 @@ def _paint(
     angle: Tensor,
     softness: float = 1.5,
 ) -> Tensor:
-    """A shape over a video, at places [FRAMES] in pixels, its edge ``softness`` pixels wide."""
+    """Paint a shape over a video at places [FRAMES] in pixels, its edge ``softness`` wide."""
     pixels = torch.arange(SIZE) + 0.5
     across, down = pixels - x[:, None, None], pixels[:, None] - y[:, None, None]
     radius, angle = radius[:, None, None], angle[:, None, None]
@@ -162,10 +161,10 @@ def _paint(
 
 
 def seen(clip: Tensor) -> tuple[str, str]:
-    """Colour and motion of what is largest in a clip [3, F, H, W] in [-1, 1], by arithmetic alone.
+    """Colour and motion of the largest shape in a clip [3, F, H, W] in [-1, 1], from arithmetic.
 
-    Pixels near a colour of the palette make its mask. The largest mask's area, centre and corners
-    over the frames tell the motion; "stays" if there is none, ("nothing", "stays") if no mask.
+    Pixels near a colour of the palette are its mask; area, centre and corners of the largest mask
+    over the frames give the motion. No motion: "stays"; no mask: ("nothing", "stays").
     """
     rgb = (clip.permute(1, 2, 3, 0) + 1) / 2
     palette = torch.tensor(list(COLOURS.values()))
@@ -195,7 +194,7 @@ def _motion(mask: Tensor, area: Tensor, x: Tensor, y: Tensor) -> str:
 
 
 def _turned(mask: Tensor, x: Tensor, y: Tensor) -> float:
-    """Degrees that a mask [F, H, W] turns about its centre, told by its three or four corners."""
+    """Degrees that a mask [F, H, W] turns about its centre, from its three or four corners."""
     across = torch.arange(mask.size(2)) - x[:, None, None]
     down = torch.arange(mask.size(1))[:, None] - y[:, None, None]
     place, reach = torch.complex(*torch.broadcast_tensors(across, down)), 0

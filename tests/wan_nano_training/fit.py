@@ -1,16 +1,14 @@
-"""Fit TeaCache's polynomials to the miniature: its teacache.json, and the picture of the fit.
+"""Fits TeaCache's polynomials to the miniature: its teacache.json, and a picture of the fit.
 
     python tests/wan_nano_training/fit.py [--ckpt_dir assets/wan_nano] [--picture assets/fit.png]
 
-A polynomial is fitted, by least squares, to how much the residual of all blocks changes from step
-to step (relative L1, both branches, all prompts) over the distance of the timestep embedding. Each
-default threshold computes half of the steps. It runs one process: of a model whose tokens are split
-over several it would see only its own. Seconds: 20.
+A polynomial is fitted with least squares to the change of all blocks' residual from step to step
+(relative L1, both branches, all prompts) over the distance of the timestep embedding. Each default
+threshold computes half of the steps. Takes 20 seconds.
 """
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,32 +19,22 @@ matplotlib.use("Agg")  # no display is needed
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 
-TESTS = Path(__file__).resolve().parents[1]
-ASSETS = TESTS.parent / "assets"
-sys.path[:0] = [str(TESTS.parent), str(TESTS / "wan_nano")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
-from wan import WanT2V  # noqa: E402
-from wan.configs import WAN_CONFIGS  # noqa: E402
+from sampling import ASSETS, NANO, SIGNALS, Sampling, load, preview_of
 
-from teacache_generate import (  # noqa: E402
-    Schedule,
-    TeaCacheConfig,
-    plan_speedup,
-    relative_l1,
-    teacache,
-)
+from teacache_generate import Preview, TeaCacheConfig, relative_l1
 
-STEPS, SHIFT, SOLVER, FIRST_SEED = 50, 5.0, "unipc", 1
-SIGNALS = {"plain": ("time embedding", "#0072b2"), "retention": ("time projection", "#d55e00")}
+SAMPLING, FIRST_SEED = Sampling(), 1
+MODES = {"plain": ("time embedding", "#0072b2"), "retention": ("time projection", "#d55e00")}
 
 
 class Changes(list[float]):
-    """Hooks on a model's blocks: how much their residual changed since the call two before it,
-    which was the same branch's."""
+    """Hooks on a model's blocks: changes of their residual since the call two before it, which was
+    the same branch's."""
 
     def __init__(self, blocks: nn.ModuleList):
         self.residuals = list[Tensor]()
@@ -59,54 +47,46 @@ class Changes(list[float]):
             self.append(relative_l1(self.residuals[-1], self.residuals.pop(0)).item())
 
 
-def fit(schedule: Schedule, changes: np.ndarray, axes: Axes) -> dict[str, Any]:
-    """A polynomial as teacache.json has it, and its picture. changes: [video, step, branch]."""
-    mode = schedule.config.mode
-    timesteps, distances = zip(*((u.timestep, u.distance) for u in schedule.decisions), strict=True)
-    x = np.broadcast_to(np.array(distances[1:])[:, None], changes.shape).flatten()
+def fit(mode: str, preview: Preview, changes: np.ndarray, axes: Axes) -> dict[str, Any]:
+    """A polynomial as in teacache.json, and its picture. changes: [video, step, branch]."""
+    x = np.broadcast_to(np.array(preview.distances[1:])[:, None], changes.shape).flatten()
     y, line = changes.flatten(), np.linspace(x.min(), x.max(), 400)
     coefficients = np.polyfit(x, y, 4).tolist()
     r_squared = 1 - np.square(y - np.polyval(coefficients, x)).mean() / y.var()
-    config = TeaCacheConfig(STEPS, 0.0, mode, coefficients)
-    half = plan_speedup(config, timesteps, distances, 2.0)
+    config = TeaCacheConfig(SAMPLING.steps, 0.0, coefficients, SIGNALS[mode])
+    half = preview.plan_speedup(config, 2.0)
     print(f"{mode}: R squared {r_squared:.2f}, {half.summary()} at {half.config.thresh:.4g}")
+    signal, colour = MODES[mode]
     axes.scatter(x, y, s=10, color="#888888", lw=0)
-    axes.plot(line, np.polyval(coefficients, line), color=SIGNALS[mode][1], linewidth=2)
+    axes.plot(line, np.polyval(coefficients, line), color=colour, linewidth=2)
     axes.set_title(f"{mode}: R² = {r_squared:.3f}", loc="left")
-    axes.set(xlabel=f"distance of the {SIGNALS[mode][0]}", ylim=(0, 1.05 * y.max()))
+    axes.set(xlabel=f"distance of the {signal}", ylim=(0, 1.05 * y.max()))
     return {"coefficients": coefficients, "thresholds": [half.config.thresh]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ckpt_dir", type=Path, default=ASSETS / "wan_nano")
-    parser.add_argument("--prompts", type=Path, default=ASSETS / "wan_nano" / "prompts.txt")
+    parser.add_argument("--ckpt_dir", type=Path, default=NANO)
+    parser.add_argument("--prompts", type=Path, default=NANO / "prompts.txt")
     parser.add_argument("--picture", type=Path, default=ASSETS / "fit.png")
     args = parser.parse_args()
-    if int(os.getenv("WORLD_SIZE", "1")) > 1:
-        parser.error("WORLD_SIZE: it runs one process: start it without torchrun")
-    torch.set_num_threads(1)
-    pipeline = WanT2V(WAN_CONFIGS["t2v-nano"], args.ckpt_dir)
-    seen, found, schedules = Changes(pipeline.model.blocks), [], {}
-    sampling = {"sampling_steps": STEPS, "shift": SHIFT, "sample_solver": SOLVER}
+    pipeline, found = load(args.ckpt_dir), []
+    previews = {mode: preview_of(pipeline, mode, SAMPLING) for mode in MODES}
+    seen = Changes(pipeline.model.blocks)
     for seed, prompt in enumerate(args.prompts.read_text().splitlines(), FIRST_SEED):
-        mode = list(SIGNALS)[seed % 2]  # its distances are those of every video
-        with teacache(pipeline.model, TeaCacheConfig(STEPS, 0.0, mode)) as cache:
-            pipeline.generate(prompt, seed=seed, **sampling)
-        schedules[mode] = cache.schedule
-        found.append(np.reshape(seen, (STEPS - 1, 2)))
-        seen.clear()
-        seen.residuals.clear()
+        pipeline.generate(prompt, seed=seed, sampling_steps=SAMPLING.steps)
+        found.append(np.reshape(seen, (SAMPLING.steps - 1, 2)))
+        seen.clear(), seen.residuals.clear()
     plt.rcParams.update({"font.size": 12, "figure.constrained_layout.use": True})
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
     figure, grid = plt.subplots(1, 2, figsize=(9, 4.2), sharey=True)
-    row: dict[str, Any] = {"steps": STEPS, "shift": SHIFT, "solver": SOLVER}
-    for mode, axes in zip(SIGNALS, grid, strict=True):
-        row[mode] = fit(schedules[mode], np.array(found), axes)
+    rule = {name: getattr(SAMPLING, name) for name in ("steps", "shift", "solver")}
+    for mode, axes in zip(MODES, grid, strict=True):
+        rule[mode] = fit(mode, previews[mode], np.array(found), axes)
     grid[0].set_ylabel("change of the residual")
-    (args.ckpt_dir / "teacache.json").write_text(json.dumps(row, indent=1) + "\n")
+    (args.ckpt_dir / "teacache.json").write_text(json.dumps(rule, indent=1) + "\n")
     figure.savefig(args.picture, dpi=200, facecolor="white")
-    print(f"one process, {len(found)} videos: {args.ckpt_dir / 'teacache.json'}, {args.picture}")
+    print(f"{len(found)} videos: {args.ckpt_dir / 'teacache.json'}, {args.picture}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
-"""Train the miniature from nothing: VAE, text encoder and transformer, on clips made by code.
+"""Trains the miniature from nothing: VAE, text encoder and transformer, on clips drawn by code.
 
     python tests/wan_nano_training/train.py CKPT
 
-writes the checkpoint folder CKPT: an hour or two on 2 CPU cores, minutes on a GPU. Stopped, it goes
-on where it was. It ends with a check: 100 videos of prompts that it was not trained on.
-
-Flow matching, as Wan2.1: x = (1 - sigma) x0 + sigma noise, the model predicts noise - x0, at the
-timestep 1000 sigma. One prompt in ten is left out, for classifier-free guidance.
+Writes the checkpoint folder CKPT in an hour or two on 2 CPU cores, then checks 100 videos of unseen
+prompts. Flow matching, as Wan2.1: x = (1 - sigma) x0 + sigma noise, the model predicts noise - x0
+at the timestep 1000 sigma. One prompt in ten is left out, for classifier-free guidance.
 """
 
 import argparse
@@ -37,13 +35,12 @@ CONFIG = WAN_CONFIGS["t2v-nano"]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VAE_BATCH, VAE_RATE, KL_WEIGHT = 4, 1e-3, 1e-4
 BATCH, RATE, UNGUIDED, SHIFT = 24, 2e-3, 0.1, 3.0
-SAVE_EVERY = 250  # steps
 MEASURED = 128  # clips whose latents give the mean and standard deviation
 CHECK_STEPS = 50
 
 
 def random(*place: int | str) -> torch.Generator:
-    """Random numbers for a place in the training, the same whenever it is reached."""
+    """Random numbers for a place in the training, the same in each run."""
     return torch.Generator().manual_seed(zlib.crc32(repr(place).encode()))
 
 
@@ -58,24 +55,14 @@ def minimise(
     loss: Callable[[nn.Module, torch.Generator], Tensor],
     steps: int,
     rate: float,
-    state: Path,
 ) -> nn.Module:
-    """Train ``model``, from ``state`` on if it is there; returns the average of its last steps.
-
-    Of few of them: at the end the rate is near zero, and further back the model is another one.
-    """
+    """Train ``model``; return the average of its last steps. Averages only a few: at the end the
+    rate is near zero, and earlier models differ."""
     model = model.to(DEVICE).train()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
     optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05, cycle_momentum=False)
-    parts, begin = {"model": model, "average": average, "optimizer": optimizer}, 0
-    parts["schedule"] = schedule
-    if state.is_file():
-        told = torch.load(state, map_location=DEVICE)
-        begin = told.pop("step")
-        for key, saved in told.items():
-            parts[key].load_state_dict(saved)
-    bar = tqdm(range(begin, steps), name, total=steps, initial=begin, smoothing=0.05)
+    bar = tqdm(range(steps), name, smoothing=0.05)
     for step in bar:
         error = loss(model, random(name, step))
         optimizer.zero_grad()
@@ -86,16 +73,11 @@ def minimise(
         average.update_parameters(model)
         if step % 20 == 0:
             bar.set_postfix(loss=f"{error.item():.4f}")
-        if (step + 1) % SAVE_EVERY == 0:
-            saved = {key: part.state_dict() for key, part in parts.items()}
-            torch.save({"step": step + 1, **saved}, state.with_suffix(".tmp"))
-            state.with_suffix(".tmp").replace(state)
-    state.unlink(missing_ok=True)
     return average.module.eval().requires_grad_(False)
 
 
 def vae_loss(vae: nn.Module, generator: torch.Generator) -> Tensor:
-    """How far clips are from their reconstruction, and latents from a normal distribution."""
+    """Distance of clips to their reconstruction, and of latents to a normal distribution."""
     clips = clips_of(pick(VAE_BATCH, generator), generator).to(DEVICE)
     with torch.autocast(DEVICE.type, torch.bfloat16):  # twice as fast, on a CPU too
         mean, log_variance = (u.float() for u in vae.encode(clips))
@@ -106,9 +88,9 @@ def vae_loss(vae: nn.Module, generator: torch.Generator) -> Tensor:
     return F.mse_loss(found, clips) + 0.1 * F.l1_loss(found, clips) + KL_WEIGHT * kl
 
 
-def train_vae(steps: int, state: Path) -> VAE:
+def train_vae(steps: int) -> VAE:
     torch.manual_seed(0)
-    vae = minimise("VAE", VAE(), vae_loss, steps, VAE_RATE, state)
+    vae = minimise("VAE", VAE(), vae_loss, steps, VAE_RATE)
     generator = random("latents")
     latents = vae.encode(clips_of(pick(MEASURED, generator), generator).to(DEVICE))[0]
     vae.latent_mean.copy_(latents.mean((0, 2, 3, 4))[:, None, None, None])
@@ -117,7 +99,7 @@ def train_vae(steps: int, state: Path) -> VAE:
 
 
 def encode(vae: VAE, count: int) -> tuple[list[str], Tensor]:
-    """Prompts of ``count`` clips, and their latents [count, 16, n + 1, h, w]."""
+    """Prompts of ``count`` clips and their latents [count, 16, n + 1, h, w]."""
     prompts, latents = [], []
     for i in tqdm(range(0, count, 16), "encoding"):
         generator = random("clips", i)
@@ -128,7 +110,7 @@ def encode(vae: VAE, count: int) -> tuple[list[str], Tensor]:
 
 
 class TextToLatent(nn.Module):
-    """Text encoder and transformer, which learn together."""
+    """Text encoder and transformer, trained together."""
 
     def __init__(self, tokenizer: WordTokenizer):
         super().__init__()
@@ -144,24 +126,24 @@ class TextToLatent(nn.Module):
 
 
 def train_transformer(
-    tokenizer: WordTokenizer, prompts: list[str], latents: Tensor, steps: int, state: Path
+    tokenizer: WordTokenizer, prompts: list[str], latents: Tensor, steps: int
 ) -> TextToLatent:
     ids, lengths = tokenizer([*prompts, ""])
 
     def loss(model: nn.Module, generator: torch.Generator) -> Tensor:
         chosen = torch.randint(len(prompts), (BATCH,), generator=generator)
         unguided = torch.rand(BATCH, generator=generator) < UNGUIDED
-        told = torch.where(unguided, len(prompts), chosen)
+        ids_of = torch.where(unguided, len(prompts), chosen)
         x0 = latents[chosen.to(DEVICE)]
         noise = torch.randn(x0.shape, generator=generator).to(DEVICE)
         u = torch.rand(BATCH, generator=generator).to(DEVICE)
         sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
         x = torch.lerp(x0, noise, sigma[:, None, None, None, None])
-        flow = model(x, 1000 * sigma, ids[told].to(DEVICE), lengths[told])
+        flow = model(x, 1000 * sigma, ids[ids_of].to(DEVICE), lengths[ids_of])
         return F.mse_loss(flow, noise - x0)
 
     torch.manual_seed(0)
-    return minimise("transformer", TextToLatent(tokenizer), loss, steps, RATE, state)
+    return minimise("transformer", TextToLatent(tokenizer), loss, steps, RATE)
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -170,9 +152,9 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 
 def check(folder: Path, count: int, steps: int) -> dict[str, float]:
-    """What ``count`` videos of unseen prompts show, and how well the VAE keeps unseen clips.
+    """Check ``count`` videos of unseen prompts, and the VAE on unseen clips.
 
-    chance: how often the video of one prompt shows what another prompt says.
+    shown: share of videos that show what their prompt says. chance: the same for another prompt.
     """
     pipeline, generator = WanT2V(CONFIG, folder), random("check")
     scenes = pick(count, generator, unseen=True)
@@ -198,28 +180,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="of the checkpoint")
     parser.add_argument("--vae_steps", type=int, default=1600)
-    parser.add_argument("--clips", type=int, default=10240, help="that the transformer is shown")
+    parser.add_argument("--clips", type=int, default=10240, help="of the transformer")
     parser.add_argument("--steps", type=int, default=14000, help="of the transformer")
     parser.add_argument("--check", type=int, default=100, help="videos at the end")
     args = parser.parse_args()
     folder = args.folder
-    state, latent_file = folder / "training.pt", folder / "training_latents.pt"
-    vae_file = folder / CONFIG.vae_checkpoint
     write_vocabulary(folder / CONFIG.t5_tokenizer, vocabulary())
     tokenizer = WordTokenizer(folder / CONFIG.t5_tokenizer, CONFIG.text_len)
 
-    if not latent_file.is_file():
-        vae = train_vae(args.vae_steps, state)
-        torch.save(vae.state_dict(), vae_file)
-        torch.save(encode(vae, args.clips), latent_file)
-    prompts, latents = torch.load(latent_file, map_location=DEVICE)
-    trained = train_transformer(tokenizer, prompts, latents, args.steps, state)
+    vae = train_vae(args.vae_steps)
+    torch.save(vae.state_dict(), folder / CONFIG.vae_checkpoint)
+    trained = train_transformer(tokenizer, *encode(vae, args.clips), args.steps)
     save_transformer(trained.transformer, folder)
     torch.save(trained.text_encoder.state_dict(), folder / CONFIG.t5_checkpoint)
-    latent_file.unlink()
-
-    found = check(folder, args.check, CHECK_STEPS)
-    print(json.dumps(found, indent=1))
+    print(json.dumps(check(folder, args.check, CHECK_STEPS), indent=1))
 
 
 if __name__ == "__main__":
