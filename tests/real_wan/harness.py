@@ -52,6 +52,7 @@ from torch import Tensor, nn
 CPU = torch.device("cpu")
 DIM, TEXT = 48, 64  # of the small models; of the prompts, in bytes
 PIPELINES = ("WanT2V", "WanI2V", "WanFLF2V", "WanVace", "WanTI2V")  # a release has some of them
+WRITERS = ("cache_video", "cache_image", "save_video")
 RANK = int(os.getenv("RANK", "0"))  # the script's queue changes the environment
 KEPT: list[Any] = []  # what must live as long as the process
 
@@ -300,18 +301,17 @@ def moved(model: nn.Module, *args: Any, stock: Callable = nn.Module.to) -> nn.Mo
     return model if args == (CPU,) else stock(model, *args)
 
 
-def from_pretrained(folder: str | Path, subfolder: str = "", *, seed: int) -> nn.Module:
+def from_pretrained(folder: str | Path, subfolder: str = "") -> nn.Module:
     """In place of WanModel's; the two of A14B differ."""
     config = json.loads((Path(folder) / subfolder / "config.json").read_text())
-    return make_model(config, seed + 1000 * (subfolder == "high_noise_model"))
+    return make_model(config, seed=1000 * (subfolder == "high_noise_model"))
 
 
-def make_checkpoint(folder: str | Path, task: str, cfg: Any, seed: int = 0) -> Path:
+def make_checkpoint(folder: Path, task: str, cfg: Any) -> Path:
     """A checkpoint folder with the files that Wan's config ``cfg`` of a task names. They are sound
     and tiny; of the transformers there is config.json and the time embedding of ``make_model``."""
     from safetensors.torch import save_file
 
-    folder = Path(folder)
     for part in ("t5_tokenizer", "clip_tokenizer"):
         if part in cfg:
             (folder / cfg[part]).mkdir(parents=True, exist_ok=True)
@@ -327,7 +327,7 @@ def make_checkpoint(folder: str | Path, task: str, cfg: Any, seed: int = 0) -> P
     for name in [v for k, v in cfg.items() if k.endswith("_noise_checkpoint")] or [""]:
         (folder / name).mkdir(exist_ok=True)
         (folder / name / "config.json").write_text(json.dumps(config))
-        weights = from_pretrained(folder, name, seed=seed).state_dict()
+        weights = from_pretrained(folder, name).state_dict()
         tensors = {k: v for k, v in weights.items() if k.startswith("time_")}
         save_file(tensors, folder / name / "diffusion_pytorch_model.safetensors")
     return folder
@@ -554,6 +554,7 @@ class Harness:
 
     def __init__(self) -> None:
         self.generate, self.wan = map(importlib.import_module, ("generate", "wan"))
+        self.writers = {n: getattr(self.generate, n) for n in WRITERS if hasattr(self.generate, n)}
         self.flash = {
             module: module.flash_attention
             for name, module in sys.modules.items()
@@ -583,15 +584,12 @@ class Harness:
             weights are the same ones."""
             return shard_model(model, CPU, **{**kwargs, "sync_module_states": False})
 
-        def load(folder: str, subfolder: str = "") -> nn.Module:
-            return from_pretrained(folder, subfolder, seed=0)
-
         for module in modules:
             for name in {*small, "shard_model"} & set(vars(module)):
                 setattr(module, name, small.get(name, shard))
             for name in {"WanModel", "VaceWanModel"} & set(vars(module)):
                 model = getattr(module, name)
-                model.from_pretrained, model.to = staticmethod(load), moved
+                model.from_pretrained, model.to = staticmethod(from_pretrained), moved
 
     def shrink(self) -> None:
         """About 1/16 of every side, in multiples of 16, under the names of the full sizes. Of
@@ -623,6 +621,9 @@ class Harness:
         prepare_xfuser()
         for name, kind in self.pipelines.items():
             setattr(self.wan, name, kind)
+        for name, write in self.writers.items():
+            writes = job["mode"] != "reference"  # of that the frames are enough
+            setattr(self.generate, name, write if writes else lambda **_: None)
         for module, flash in self.flash.items():
             runs_here = job["mode"] == "teacache" or flash.__name__ != "flash_attention"  # a fork's
             module.flash_attention = flash if runs_here else attention
@@ -643,7 +644,10 @@ class Harness:
         task = argv[argv.index("--task") + 1] if "--task" in argv else next(iter(configs))
         folder = out / f"checkpoint-{task}"
         if RANK == 0 and not folder.exists():
-            make_checkpoint(folder, task, configs.get(task, next(iter(configs.values()))))
+            config = configs.get(task, next(iter(configs.values())))
+            make_checkpoint(folder.with_suffix(".new"), task, config).rename(folder)
+        while not folder.exists():
+            time.sleep(0.01)
         return [str(folder) if argument == "AUTO" else argument for argument in argv]
 
 
