@@ -15,7 +15,6 @@ import torch
 from nano import NANO, PROMPT, SCRIPT, attempt, frames, python
 from PIL import Image
 
-import teacache_generate
 from teacache_generate import RULES, TeaCacheConfig, import_wan, sdpa_attention, teacache
 
 RULE = ["--teacache_rule", "t2v-1.3B"]
@@ -25,17 +24,6 @@ EIGHT = [*RULE, *PROMPT, "--sample_steps", "8"]
 @pytest.fixture(autouse=True)
 def log_level(caplog):
     caplog.set_level("INFO")
-
-
-@pytest.fixture
-def no_loading(wan, monkeypatch):
-    """A run that passes all checks ends with status 1, where its pipeline would be loaded."""
-
-    def load(self, *args, **kwargs):
-        raise KeyError("the pipeline is loaded")
-
-    for pipeline in (wan[1].WanT2V, wan[1].WanI2V):
-        monkeypatch.setattr(pipeline, "__init__", load)
 
 
 # ----------------------------------------------------------------------------------- the main job
@@ -70,28 +58,17 @@ def test_run_leaves_a_video_and_its_record(capsys, caplog, ckpt, tmp_path, flags
     assert f"mean drift {100 * record['drift']:.1f} %" in after
 
 
-def test_order_1_makes_another_video_of_the_same_steps(capsys, caplog, ckpt, tmp_path):
-    records, videos = [], []
-    for order in ("0", "1"):
-        video = tmp_path / f"{order}.mp4"
-        argv = ["--ckpt_dir", ckpt, *RULE, *PROMPT, "--sample_steps", "20"]
-        caplog.clear()
-        assert attempt(capsys, *argv, "--teacache_order", order, "--save_file", video)[0] == 0
-        assert (", order 1: computes" in caplog.text) == (order == "1")
-        records.append(json.loads(video.with_suffix(".json").read_text()))
-        videos.append(frames(video))
-    assert [record["order"] for record in records] == [0, 1]
-    assert records[0]["computed"] == records[1]["computed"] != list(range(20))
-    assert not np.array_equal(*videos)
-
-
-def test_summary_counts_passes_where_guidance_ends(capsys, caplog, ckpt, tmp_path):
-    argv = ["--ckpt_dir", ckpt, *PROMPT, "--sample_steps", "10", "--teacache_guide_until", "0.5"]
-    assert attempt(capsys, *argv, "--save_file", tmp_path / "x.mp4")[0] == 0
-    computed = json.loads((tmp_path / "x.json").read_text())["computed"]
+def test_log_tells_order_and_passes(capsys, caplog, ckpt, tmp_path):
+    argv = ["--ckpt_dir", ckpt, *PROMPT, "--sample_steps", "10", "--teacache_order", "1"]
+    argv += ["--teacache_guide_until", "0.5", "--save_file", tmp_path / "x.mp4"]
+    assert attempt(capsys, *argv)[0] == 0
+    record = json.loads((tmp_path / "x.json").read_text())
+    computed = record["computed"]
     passes = len(computed) + sum(step < 5 for step in computed)
-    (line,) = [line for line in caplog.messages if "TeaCache: computed" in line]
-    assert f"{passes} of 20 passes" in line
+    assert record["order"] == 1
+    assert f"order 1: computes {len(computed)} of 10 steps, {passes} of 20 passes" in caplog.text
+    (line,) = [line for line in caplog.messages if "order 0: " in line]
+    assert f"{passes} of 20 passes, mean drift {100 * record['drift']:.1f} %" in line
 
 
 def test_threshold_0_equals_stock_generate_py_to_the_byte(ckpt, tmp_path):
@@ -104,7 +81,7 @@ def test_threshold_0_equals_stock_generate_py_to_the_byte(ckpt, tmp_path):
     off = ["--teacache_thresh", "0", "--teacache_order", "1"]
     ours = python("teacache_generate.py", *argv, "ours.mp4", *off, cwd=repo)
     assert (stock.returncode, ours.returncode) == (0, 0), stock.stderr + ours.stderr
-    assert "TeaCache: computed 6 of 6 steps" in ours.stdout
+    assert "computed 6 of 6 steps" in ours.stdout
     assert len(frames(repo / "ours.mp4")) == 17
     assert (repo / "ours.mp4").read_bytes() == (repo / "stock.mp4").read_bytes()
     record = json.loads((repo / "ours.json").read_text())
@@ -200,19 +177,15 @@ def by_one_process(ckpt, tmp_path_factory) -> Path:
     ids=" ".join,
 )
 def test_two_processes_give_the_video_of_one(ckpt, tmp_path, by_one_process, flags):
-    xfuser = tmp_path / "xfuser" / "core"  # Wan2.1 needs it, the stand-in does not
-    xfuser.mkdir(parents=True)
-    names = ("init_distributed_environment", "initialize_model_parallel")
-    (xfuser / "distributed.py").write_text("".join(f"def {name}(): ...\n" for name in names))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT]
     argv = ["--wan_repo", NANO, "--ckpt_dir", ckpt, *EIGHT, "--save_file", tmp_path / "both.png"]
-    two = python(*torchrun, *argv, *flags, CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(tmp_path))
+    two = python(*torchrun, *argv, *flags, CUDA_VISIBLE_DEVICES="")
     assert two.returncode == 0, two.stderr
     videos = (by_one_process, tmp_path / "both.png")
     steps = [json.loads(video.with_suffix(".json").read_text())["computed"] for video in videos]
     assert steps[0] == steps[1]
     assert len(steps[0]) < 8
-    assert two.stdout.count("TeaCache: computed") == 1
+    assert two.stdout.count(f"computed {len(steps[0])} of 8 steps") == 1
     assert np.abs(frames(videos[0]) - frames(videos[1])).max() <= 1  # of 255, by rounding
 
 
@@ -229,13 +202,9 @@ def test_help_shows_our_flags_and_those_of_wan(capsys):
 REFUSED = {
     "negative": ("--teacache_thresh -0.1", "--teacache_thresh: -0.1 must be 0 (stock) or more"),
     "nan": ("--teacache_thresh nan", "--teacache_thresh: nan must be 0 (stock) or more"),
-    "infinite": ("--teacache_thresh inf", "--teacache_thresh: inf must be 0 (stock) or more"),
-    "no number": ("--teacache_thresh low", "--teacache_thresh: low must be 0 (stock) or more"),
     "slower": ("--teacache_speedup 0.5", "--teacache_speedup: 0.5 must be 1 or more"),
-    "speed-up nan": ("--teacache_speedup nan", "--teacache_speedup: nan must be 1 or more"),
     "two amounts": ("--teacache_speedup 2 --teacache_thresh 0.1", "not allowed with argument"),
     "share": ("--teacache_guide_until 1.1", "--teacache_guide_until: 1.1 must be from 0 to 1"),
-    "below 0": ("--teacache_guide_until -0.1", "--teacache_guide_until: -0.1 must be from 0"),
     "order": ("--teacache_order 2", "--teacache_order: invalid choice: 2"),
     "no rule": ("--teacache_rule 14B", "--teacache_rule 14B: cannot be used"),
     "sigma": ("--teacache_rule sigma --use_ret_steps", "--use_ret_steps: rule sigma (as asked)"),
@@ -244,11 +213,7 @@ REFUSED = {
     "old file": ("--teacache_coefficients=x", "--teacache_coefficients: is gone: use"),
     "old report": ("--teacache_report x", "--teacache_report: is gone: leave it out: every video"),
     "mistyped": ("--teacache_tresh 0.1", "unrecognized arguments: --teacache_tresh 0.1"),
-    "abbreviated": ("--teacache_thres 0.1", "unrecognized arguments: --teacache_thres 0.1"),
-    "task": ("--task t2v-5B", "--task: invalid choice: 't2v-5B'"),
-    "size": ("--size 65*64", "--size: invalid choice: '65*64'"),
     "frames": ("--frame_num 16", "--frame_num 16: must be 4n+1, such as 13 or 17"),
-    "no frames": ("--frame_num -3", "--frame_num -3: must be 4n+1, such as 1 or 5"),
     "steps": ("--sample_steps 0", "--sample_steps 0: must be 1 or more"),
     "shift": ("--sample_shift 0", "--sample_shift 0.0: must be positive"),
     "guidance": ("--sample_guide_scale nan", "--sample_guide_scale nan: must be a number"),
@@ -256,14 +221,11 @@ REFUSED = {
     "unipc": ("--sample_steps 80 --sample_shift 16", "first two timesteps are equal"),
     "no parts": ("--ulysses_size 0", "--ulysses_size 0 --ring_size 1: their product must"),
     "fsdp": ("--dit_fsdp", "--dit_fsdp True: must be started with torchrun --nproc_per_node="),
-    "t5 fsdp": ("--t5_fsdp", "--t5_fsdp True --dit_fsdp False: must be started with torchrun"),
     "ulysses": ("--ulysses_size 2", "torchrun --nproc_per_node=2"),
     "no folder": ("--ckpt_dir /none", "--ckpt_dir /none: must be a folder"),
-    "a file": (f"--ckpt_dir {SCRIPT}", f"--ckpt_dir {SCRIPT}: must be a folder"),
     "no target": ("--save_file /none/x.mp4", "--save_file /none/x.mp4: cannot be written"),
     "read-only": ("--save_file /proc/x.mp4", "--save_file /proc/x.mp4: cannot be written"),
     "no ending": ("--save_file x", "x: cannot be written: no file with an ending: give a .mp4"),
-    "text": ("--save_file x.txt", "x.txt: cannot be written"),
     "webm": ("--save_file x.webm", "x.webm: cannot be written"),
 }
 
@@ -287,26 +249,17 @@ def test_missing_checkpoint_flag_is_refused(capsys):
 
 
 @pytest.mark.parametrize(
-    ("local_rank", "processes", "rank", "speaks"),
+    ("variables", "speaks"),
     [
-        (None, None, None, True),
-        ("1", None, None, True),  # left over in a shell: one process, and nobody else speaks
-        ("1", "1", None, True),
-        ("", "", None, True),
-        ("0", "2", "0", True),
-        ("1", "2", "1", False),
-        ("0", "2", "2", True),  # another machine
-        ("1", "2", "3", False),
+        ({"LOCAL_RANK": "1"}, True),  # left over in a shell: one process, and nobody else speaks
+        ({"LOCAL_RANK": "", "LOCAL_WORLD_SIZE": ""}, True),
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "RANK": "1"}, False),
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "RANK": "2"}, True),  # another machine
     ],
 )
-def test_refusal_is_printed_once_a_machine(
-    capsys, monkeypatch, local_rank, processes, rank, speaks
-):
-    values = {"LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": processes, "RANK": rank}
-    for name, value in values.items():
-        monkeypatch.delenv(name, raising=False)
-        if value is not None:
-            monkeypatch.setenv(name, value)
+def test_refusal_is_printed_once_a_machine(capsys, monkeypatch, variables, speaks):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     code, said = attempt(capsys, "--ckpt_dir", "/none", *PROMPT)
     assert code == 2
     assert said.count("--ckpt_dir /none: must be a folder") == speaks
@@ -327,31 +280,27 @@ def test_missing_ffmpeg_and_missing_wan_are_refused(ckpt, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("exports_flf2v", "task", "num", "accepted"),
+    ("has_flf2v", "task", "frame_num", "code"),
     [
-        (True, "i2v-14B", "17", True),
-        (False, "i2v-14B", "17", False),
-        (False, "i2v-14B", "81", True),
-        (False, "t2v-1.3B", "17", True),
-        (True, "flf2v-14B", "17", False),
-        (True, "flf2v-14B", "81", True),
+        (True, "i2v-14B", "17", 0),
+        (False, "i2v-14B", "17", 2),
+        (False, "i2v-14B", "81", 0),
+        (True, "flf2v-14B", "17", 2),
+        (True, "flf2v-14B", "81", 0),
     ],
 )
 def test_frames_other_than_81_are_refused_where_hard_coded(
-    capsys, wan, ckpt, i2v_ckpt, tmp_path, monkeypatch, exports_flf2v, task, num, accepted
+    capsys, wan, i2v_ckpt, monkeypatch, has_flf2v, task, frame_num, code
 ):
-    """FLF2V, and I2V in a Wan2.1 that does not have WanFLF2V yet."""
-    generate, package = wan
-    kind = "t2v" if task.startswith("t2v") else "i2v"
-    for table in (generate.WAN_CONFIGS, generate.SUPPORTED_SIZES, generate.EXAMPLE_PROMPT):
-        monkeypatch.setitem(table, task, table[f"{kind}-nano"])
-    if not exports_flf2v:
-        monkeypatch.delattr(package, "WanFLF2V")
-    folder = ckpt if kind == "t2v" else i2v_ckpt
-    argv = ["--task", task, "--ckpt_dir", folder, "--frame_num", num, "--teacache_plan"]
-    code, said = attempt(capsys, *argv, "--teacache_rule", "sigma")
-    assert code == (0 if accepted else 2), said
-    assert (f"--frame_num {num}: must be 81 for {task}" in said) == (not accepted)
+    """In FLF2V, and in the I2V of a Wan2.1 that does not have WanFLF2V yet."""
+    for table in (wan[0].WAN_CONFIGS, wan[0].SUPPORTED_SIZES, wan[0].EXAMPLE_PROMPT):
+        monkeypatch.setitem(table, task, table["i2v-nano"])
+    if not has_flf2v:
+        monkeypatch.delattr(wan[1], "WanFLF2V")
+    argv = ["--task", task, "--ckpt_dir", i2v_ckpt, "--frame_num", frame_num, "--teacache_plan"]
+    found, said = attempt(capsys, *argv)
+    assert found == code, said
+    assert (f"--frame_num {frame_num}: must be 81 for {task}" in said) == (code == 2)
 
 
 # ---------------------------------------------------------------------------------- importing Wan
@@ -393,6 +342,10 @@ except RuntimeError as error:
 """
 
 
+TORCHVISION = f"install the torchvision built for torch {torch.__version__}"
+NO_GPU_HERE = f"see nvidia-smi, and whether torch {torch.__version__} is a CUDA build"
+
+
 @pytest.mark.parametrize(
     ("generate_py", "expected"),
     [
@@ -401,16 +354,13 @@ except RuntimeError as error:
         (no_module("cv2"), "pip install opencv-python"),
         ("import a_package_that_is_missing", "pip install a_package_that_is_missing"),
         (no_module("wan.modules.vae"), "this checkout lacks it: clone it again"),
-        (
-            "raise RuntimeError('operator torchvision::nms does not exist')",
-            f"install the torchvision built for torch {torch.__version__}",
-        ),
-        (WRAPPED, f"install the torchvision built for torch {torch.__version__}"),
-        ("raise RuntimeError('torchvision::nms on CUDA')", "install the torchvision built for"),
+        (WRAPPED, TORCHVISION),
+        ("raise RuntimeError('operator torchvision::nms on CUDA')", TORCHVISION),
+        ("import torch\ntorch.zeros(1, device='cuda')", NO_GPU_HERE),
+        ("import torch\ntorch.cuda.current_device()", NO_GPU_HERE),  # as wan/modules/t5.py
+        ("raise RuntimeError('Found no NVIDIA driver on your system.')", NO_GPU_HERE),
         ("from PIL import NoSuchName", "cannot import name 'NoSuchName' from 'PIL'"),
-        ("raise OSError('libcudart.so.12: cannot open')", "libcudart.so.12: cannot open"),
         ("def (", "SyntaxError"),
-        ("raise KeyError", "KeyError"),
         ("raise ValueError('first\\nsecond')", "first second"),
         ("", "has no _parse_args, generate, WAN_CONFIGS, cache_video or save_video: use Wan2.1's"),
         (
@@ -419,22 +369,9 @@ except RuntimeError as error:
         ),
     ],
 )
-def test_failed_import_is_one_line_with_the_cure(capsys, fork, generate_py, expected):
-    assert expected in refused_import(capsys, fork(generate_py))
-
-
-@pytest.mark.parametrize(
-    "generate_py",
-    [
-        "import torch\ntorch.zeros(1, device='cuda')",
-        "import torch\ntorch.cuda.current_device()",  # as wan/modules/t5.py
-        "raise RuntimeError('Found no NVIDIA driver on your system.')",
-    ],
-)
-def test_missing_gpu_is_named(capsys, fork, monkeypatch, generate_py):
+def test_failed_import_is_one_line_with_the_cure(capsys, fork, monkeypatch, generate_py, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    said = refused_import(capsys, fork(generate_py))
-    assert f"see nvidia-smi, and whether torch {torch.__version__} is a CUDA build" in said
+    assert expected in refused_import(capsys, fork(generate_py))
 
 
 @pytest.fixture
@@ -468,33 +405,11 @@ def test_parser_without_an_essential_flag_is_refused(capsys, ckpt, parser_withou
     assert f"--{flag}: TeaCache reads this flag, and {NANO / 'generate.py'} has none" in said
 
 
-def test_fork_with_its_own_task_names_works(capsys, wan, ckpt, tmp_path, monkeypatch):
-    generate, name = wan[0], "anime-1.3B"
-    for table in (generate.WAN_CONFIGS, generate.SUPPORTED_SIZES, generate.EXAMPLE_PROMPT):
-        monkeypatch.setitem(table, name, table["t2v-nano"])
-    run = generate._run_pipeline
-
-    def run_pipeline(args, **load):
-        return run(Namespace(**{**vars(args), "task": "t2v-nano"}), **load)
-
-    monkeypatch.setattr(generate, "_run_pipeline", run_pipeline)
-    argv = ["--task", name, "--ckpt_dir", ckpt, *PROMPT, "--sample_steps", "2"]
-    code, said = attempt(capsys, *argv, "--save_file", tmp_path / "x.mp4")
-    assert code == 0, said
-    assert len(frames(tmp_path / "x.mp4")) == 17
-
-
-@pytest.mark.parametrize("into_the_checkout", [False, True])
-def test_script_that_is_a_link_finds_wan(ckpt, tmp_path, into_the_checkout):
-    repo, script = tmp_path / "Wan2.1", tmp_path / "teacache.py"
-    shutil.copytree(NANO, repo)
-    if into_the_checkout:
-        shutil.copy(SCRIPT, repo)
-        script.symlink_to(repo / SCRIPT.name)
-    else:
-        script = repo / SCRIPT.name
-        script.symlink_to(SCRIPT)
-    done = python(script, "--ckpt_dir", ckpt, "--teacache_plan", cwd=tmp_path)
+def test_script_that_is_a_link_finds_wan(ckpt, tmp_path):
+    shutil.copytree(NANO, tmp_path / "Wan2.1")
+    shutil.copy(SCRIPT, tmp_path / "Wan2.1")
+    (tmp_path / "teacache.py").symlink_to(tmp_path / "Wan2.1" / SCRIPT.name)
+    done = python(tmp_path / "teacache.py", "--ckpt_dir", ckpt, "--teacache_plan", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "TeaCache plan: rule sigma" in done.stdout
 
@@ -609,26 +524,23 @@ raise ValueError(f"found {found}")
 """
 
 
+@pytest.mark.parametrize("name", ["flash_attn", "flash_attn_interface"])
 @pytest.mark.parametrize(
     "broken",
     [
         "raise ImportError('undefined symbol: _ZN3c105')",
         "raise RuntimeError('built for another CUDA')",
         "raise OSError('libcudart.so.11.0: cannot open shared object file')",
-        "raise AttributeError('torch has no attribute')",
         "import a_package_that_is_missing",
         "def (",
+        "flash_attn_func = print",
     ],
 )
-def test_broken_flash_attn_counts_as_missing(capsys, packages, fork, broken):
-    packages(flash_attn=broken, flash_attn_interface="flash_attn_varlen_func = print")
-    assert "found ['flash_attn_interface']" in refused_import(capsys, fork(TRIES_BOTH))
-
-
-@pytest.mark.parametrize("text", ["raise ImportError('undefined symbol')", "other_name = 1"])
-def test_broken_flash_attn_3_counts_as_missing(capsys, packages, fork, text):
-    packages(flash_attn="flash_attn_varlen_func = print", flash_attn_interface=text)
-    assert "found ['flash_attn']" in refused_import(capsys, fork(TRIES_BOTH))
+def test_broken_flash_attn_counts_as_missing(capsys, packages, fork, name, broken):
+    works = dict.fromkeys(["flash_attn", "flash_attn_interface"], "flash_attn_varlen_func = print")
+    packages(**works | {name: broken})
+    (other,) = works.keys() - {name}
+    assert f"found ['{other}']" in refused_import(capsys, fork(TRIES_BOTH))
 
 
 @pytest.mark.parametrize("out", [torch.ones(2), (torch.ones(2), None)], ids=["tensor", "tuple"])
@@ -744,24 +656,6 @@ def test_prompt_that_is_a_file_brings_a_warning(
         assert all("--prompt prompts.txt" in text for text in named)
 
 
-@pytest.mark.parametrize("kind", [OSError, AssertionError, ImportError])
-def test_failing_prompt_expander_is_refused(capsys, ckpt, tmp_path, wan, monkeypatch, kind):
-    """Its constructor runs before anything is loaded."""
-    generate = wan[0]
-
-    def expander(model_name: str | None) -> None:
-        raise kind("Qwen/Qwen2.5-3B is not a local folder\nand more")
-
-    monkeypatch.setattr(generate, "QwenPromptExpander", expander, raising=False)
-    monkeypatch.setattr(generate, "generate", lambda args: generate.QwenPromptExpander(None))
-    argv = ["--ckpt_dir", ckpt, *PROMPT, "--use_prompt_extend", "--save_file", tmp_path / "x.mp4"]
-    code, said = attempt(capsys, *argv)
-    assert code == 2
-    assert said.count("\n") == 1
-    assert "Qwen/Qwen2.5-3B is not a local folder" in said
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_write_error_is_told_as_itself(capsys, caplog, ckpt, tmp_path, monkeypatch):
     """Wan's own writer tries again, and tells the error of its last try."""
     get_writer = imageio.get_writer
@@ -779,48 +673,6 @@ def test_write_error_is_told_as_itself(capsys, caplog, ckpt, tmp_path, monkeypat
     record = json.loads((tmp_path / "x.json").read_text())
     assert "No space left on device" in record["status"]
     assert record["latents"] == str(tmp_path / "x.latents.pt")
-
-
-def test_pipeline_that_never_calls_its_model_fails(
-    capsys, caplog, ckpt, tmp_path, wan, monkeypatch
-):
-    video = torch.zeros(3, 17, 64, 64)
-    monkeypatch.setattr(wan[1].WanT2V, "generate", lambda *args, **kwargs: video)
-    argv = ["--ckpt_dir", ckpt, *PROMPT, "--save_file", tmp_path / "x.mp4"]
-    assert attempt(capsys, *argv)[0] == 1
-    assert "this pipeline does not call its model" in caplog.text
-    assert json.loads((tmp_path / "x.json").read_text())["status"].startswith("failed: Runtime")
-
-
-def test_runs_of_one_second_have_two_names(capsys, ckpt, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(teacache_generate.time, "strftime", lambda *args: "NOW")
-    argv = ["--ckpt_dir", ckpt, *PROMPT, "--sample_steps", "2", "--teacache_thresh"]
-    for thresh in ("0.08", "0.08", "0"):
-        assert attempt(capsys, *argv, thresh)[0] == 0
-    name = "t2v-nano_64x64_a_red_ball_moves_right"
-    stems = {f"{name}_0.08_42_NOW", f"{name}_0.08_42_NOW.2", f"{name}_0_42_NOW"}
-    files = {f"{stem}{ending}" for stem in stems for ending in (".mp4", ".json")}
-    assert {file.name for file in tmp_path.iterdir()} == files
-    assert all(len(frames(tmp_path / f"{stem}.mp4")) == 17 for stem in stems)
-
-
-def test_single_video_is_made_again(capsys, caplog, ckpt, tmp_path):
-    target = tmp_path / "x.mp4"
-    argv = ["--ckpt_dir", ckpt, *PROMPT, "--save_file", target, "--sample_steps"]
-    for steps, overwrites in (("2", False), ("2", False), ("3", True)):
-        caplog.clear()
-        assert attempt(capsys, *argv, steps)[0] == 0
-        assert (f"{target} was made with other settings" in caplog.text) == overwrites
-    assert json.loads((tmp_path / "x.json").read_text())["steps"] == 3
-
-
-def test_json_that_is_no_record_is_not_overwritten(capsys, ckpt, tmp_path, no_loading):
-    (tmp_path / "x.json").write_text('{"mine": 1}')
-    code, said = attempt(capsys, "--ckpt_dir", ckpt, *PROMPT, "--save_file", tmp_path / "x.mp4")
-    assert code == 2
-    assert f"{tmp_path / 'x.json'} exists: it is not a record of this script" in said
-    assert (tmp_path / "x.json").read_text() == '{"mine": 1}'
 
 
 @pytest.mark.parametrize("flag", ["--help", "--teacache_plan"])

@@ -1,571 +1,156 @@
-"""What is told and refused before anything is loaded, and held against the run: on ``wan_nano``."""
+"""Which rule, which schedule, and what is refused before anything is loaded. On the stand-in."""
 
 import itertools
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
-from nano import PROMPT, ROW, SCRIPT, attempt
+import torch
+from nano import PROMPT, SCRIPT, attempt
 from safetensors.torch import load_file, save_file
 
-import teacache_generate
-from teacache_generate import (
-    RELEASES,
-    ROWS,
-    Choice,
-    Refused,
-    TeaCacheConfig,
-    Wan,
-    check_plan,
-    choose_row,
-    count_guided_steps,
-    job_of,
-    look_ahead,
-    own_parser,
-    parse_and_check,
-    plan,
-    plan_speedup,
-    read_coefficients,
-)
+from teacache_generate import RULES
 
+RULE = ["--teacache_rule", "t2v-1.3B"]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRAINED = SCRIPT.parent / "assets" / "wan_nano"
-PICTURE = ["--frame_num", "1", "--sample_guide_scale", "1"]  # the schedule knows nothing of these
-SIGMA_50 = "##########.....#....#...#...#..#..#..#.#.#.#.#####"
-
-
-def planned(said: str) -> tuple[float, str]:
-    """The current threshold and its marks."""
-    (line,) = [u for u in said.splitlines() if u.startswith(">")]
-    return float(line.split()[1]), line.split()[-1]
-
-
-def marks(report: Path) -> str:
-    return "".join("#" if u["computed"] else "." for u in json.loads(report.read_text())["steps"])
-
-
-def before_loading(log: str) -> list[str]:
-    """TeaCache's lines, of a run that came as far as loading."""
-    before, loads, _ = log.partition("Creating WanModel")
-    assert loads
-    return [line for line in before.splitlines() if "TeaCache: " in line]
+PICTURE = ["--frame_num", "1"]  # quick; no schedule depends on it
 
 
 @pytest.fixture
-def make(capsys, caplog, ckpt, tmp_path):
-    """A function of flags: exit status, all that was said, and the report if there is one."""
+def plan(capsys):
+    """A function of flags: exit status and text of a plan."""
+    return lambda *flags: attempt(capsys, "--teacache_plan", *flags)
+
+
+def lines_of(text: str) -> list[list[str]]:
+    """thresh, computed, skipped, speed-up, longest skip, schedule; the current threshold last."""
+    lines = [line for line in text.splitlines() if re.match(r"[ >] +[\d.e-]+ ", line)]
+    return [line[1:].split() for line in sorted(lines, key=lambda line: line.startswith(">"))]
+
+
+def schedule_of(text: str) -> str:
+    return lines_of(text)[-1][-1]
+
+
+@pytest.fixture
+def run(capsys, caplog, ckpt, tmp_path):
+    """A function of flags: exit status, log and output, and the schedule that the record shows."""
     caplog.set_level("INFO")
 
-    def run(*flags, folder=ckpt):
+    def start(*flags, folder=ckpt):
         caplog.clear()
-        report = tmp_path / "report.json"
-        report.unlink(missing_ok=True)
-        out = ["--save_file", tmp_path / "x.mp4", "--teacache_report", report]
-        code, said = attempt(capsys, "--ckpt_dir", folder, *PROMPT, *out, *flags)
-        return code, caplog.text + said, report
+        target = tmp_path / "x.mp4"
+        code, said = attempt(capsys, "--ckpt_dir", folder, *PROMPT, "--save_file", target, *flags)
+        schedule = ""
+        if code == 0:
+            record = json.loads(target.with_suffix(".json").read_text())
+            computed = record["computed"]
+            schedule = "".join("#" if i in computed else "." for i in range(record["steps"]))
+        return code, caplog.text + said, schedule
 
-    return run
+    return start
 
 
-def give_row(monkeypatch, name):
-    """The stand-in's task runs by this row alone."""
-    for other, row in teacache_generate.ROWS.items():
-        tasks = ("t2v-nano",) if other == name else ()
-        monkeypatch.setitem(teacache_generate.ROWS, other, replace(row, tasks=tasks))
+# ------------------------------------------------------------------------------------- which rule
 
 
 @pytest.fixture
-def fitted_for_14b(monkeypatch):
-    """The stand-in's task has the published row of t2v-14B, and its checkpoint no other."""
-    give_row(monkeypatch, "t2v-14B")
-
-
-# ------------------------------------------------------------------------------ plan and run agree
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        [*ROW, "--sample_steps", "20", "--sample_solver", "dpm++"],
-        [*ROW, "--sample_steps", "40", "--sample_shift", "3", "--use_ret_steps"],
-        [*ROW, "--sample_steps", "75", "--sample_shift", "8", "--teacache_order", "1"],
-        ["--sample_steps", "33", "--sample_shift", "16", "--sample_solver", "dpm++"],
-        ["--sample_steps", "40", "--teacache_guide_until", "0.6", "--teacache_order", "1"],
-    ],
-    ids=lambda flags: " ".join(flags),
-)
-def test_the_generation_computes_the_planned_steps(capsys, ckpt, make, flags):
-    code, said = attempt(capsys, "--ckpt_dir", ckpt, *flags, "--teacache_plan")
-    assert code == 0
-    code, log, report = make(*PICTURE, *flags)
-    assert code == 0
-    _, schedule = planned(said)
-    assert schedule == marks(report)
-    assert schedule.count(".") > 0
-    assert "planned were" not in log
-
-
-def test_a_difference_between_plan_and_run_is_said_after_the_run(make, monkeypatch):
-    def wrong(folder, timesteps, mode):
-        return [0.0] * (len(timesteps) - 1)
-
-    monkeypatch.setattr(teacache_generate, "signal_distances", wrong)  # adds .138 a step
-    flags = [*ROW, "--teacache_thresh", "0.2", "--sample_steps", "6"]
-    code, log, report = make(*PICTURE, *flags)
-    assert code == 0
-    (line,) = [line for line in log.splitlines() if "planned were" in line]
-    count = marks(report).count("#")
-    assert f"planned were 4 steps, #.#.##, and computed {count}, {marks(report)}" in line
-    assert marks(report) != "#.#.##"
-    assert log.index("sampling ") < log.index("planned were")
-
-
-def test_a_plan_needs_no_other_parts_of_the_checkpoint(capsys, ckpt, tmp_path):
-    """And shards do as well as one file."""
-    folder = tmp_path / "transformer"
-    folder.mkdir()
-    tensors = load_file(ckpt / WEIGHTS)
-    parts = {
-        "a.safetensors": {k: v for k, v in tensors.items() if not k.startswith("time_embedding")},
-        "b.safetensors": {k: v for k, v in tensors.items() if k.startswith("time_embedding")},
-    }
-    for name, part in parts.items():
-        save_file(part, folder / name)
-    index = {"weight_map": {k: name for name, part in parts.items() for k in part}}
-    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
-    shutil.copy(ckpt / "config.json", folder)
-    flags = [*ROW, "--teacache_plan", "--use_ret_steps"]
-    (one, whole), (two, alone) = (attempt(capsys, "--ckpt_dir", f, *flags) for f in (ckpt, folder))
-    assert (one, two) == (0, 0)
-    assert planned(whole) == planned(alone)
-    del index["weight_map"]["time_embedding.2.weight"]
-    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
-    code, said = attempt(capsys, "--ckpt_dir", folder, *flags)
-    assert code == 2
-    assert "its index names no file for time_embedding.2.weight" in said
-
-
-def test_an_abbreviated_flag_names_the_checkpoint_too(capsys, ckpt):
-    """As generate.py's parser takes it."""
-    for flag in ("--ckpt", "--ckpt_d", "--ck"):
-        code, said = attempt(capsys, flag, ckpt, *ROW, "--teacache_plan")
-        assert code == 0, said
-
-
-def test_a_plan_shows_the_published_thresholds_and_marks_the_current_one(capsys, ckpt):
-    run = ["--ckpt_dir", ckpt, *ROW, "--teacache_plan", "--teacache_thresh", "0.11"]
-    code, said = attempt(capsys, *run)
-    rows = [line[1:].split() for line in said.splitlines() if re.match(r"[ >] +[\d.]+ ", line)]
-    by_thresh = {float(row[0]): row for row in rows}
-    assert code == 0
-    assert {0.05, 0.07, 0.08, 0.11} <= by_thresh.keys()
-    assert list(by_thresh) == sorted(by_thresh)
-    assert planned(said)[0] == 0.11
-    for row in rows:
-        computed, skipped, speedup, longest, schedule = *row[1:5], row[5]
-        assert int(computed) == schedule.count("#")
-        assert int(skipped) == schedule.count(".")
-        assert speedup == f"{50 / int(computed):.2f}x"
-        assert int(longest) == max(map(len, schedule.split("#")))
+def tasks(wan, monkeypatch):
+    """The stand-in's generate.py has Wan's tasks and sizes."""
+    generate = wan[0]
+    names = "t2v-1.3B t2v-14B t2i-14B i2v-14B vace-14B anime-1.3B"
+    sizes = "832*480 480*832 1280*720 720*1280 960*544 1024*704"
+    for size in sizes.split():
+        monkeypatch.setitem(generate.SIZE_CONFIGS, size, tuple(map(int, size.split("*"))))
+    for name in names.split():
+        nano = "i2v-nano" if name == "i2v-14B" else "t2v-nano"
+        monkeypatch.setitem(generate.WAN_CONFIGS, name, generate.WAN_CONFIGS[nano])
+        monkeypatch.setitem(generate.EXAMPLE_PROMPT, name, {"prompt": "a ball"})
+        monkeypatch.setitem(generate.SUPPORTED_SIZES, name, tuple(sizes.split()))
 
 
 @pytest.mark.parametrize(
-    ("flags", "count"),
+    ("task", "expected"),
     [
-        ([*ROW], 9),  # six around the default, and three that are published
-        ([*ROW, "--teacache_thresh", "0.04"], 9),  # half of the default, as it is
-        ([*ROW, "--teacache_thresh", "0.0400001"], 9),
-        ([*ROW, "--teacache_thresh", "0.041"], 10),
-        (["--teacache_model", "sigma"], 7),
+        ("t2v-1.3B", "t2v-1.3B (task t2v-1.3B)"),
+        ("t2v-14B", "t2v-14B (task t2v-14B)"),
+        ("t2i-14B", "t2v-14B (task t2i-14B)"),
+        *((task, f"sigma (none is fitted to {task})") for task in ("vace-14B", "anime-1.3B")),
     ],
 )
-def test_a_plan_has_no_threshold_twice(capsys, ckpt, flags, count):
-    code, said = attempt(capsys, "--ckpt_dir", ckpt, *flags, "--teacache_plan")
-    rows = [line[1:].split()[0] for line in said.splitlines() if re.match(r"[ >] +[\d.]+ ", line)]
-    assert code == 0
-    assert len(rows) == len(set(rows)) == count
-    assert len([line for line in said.splitlines() if line.startswith(">")]) == 1
+def test_rule_follows_the_task(plan, tasks, ckpt, tmp_path, task, expected):
+    """Whatever the checkpoint is called; none is borrowed."""
+    folder = copied(ckpt, tmp_path / "Wan2.1-I2V-14B-480P")
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text('{"dim": 128}')
+    code, said = plan("--task", task, "--size", "832*480", "--ckpt_dir", folder)
+    assert code == 0, said
+    assert f"TeaCache plan: rule {expected}, 50 steps" in said
 
 
-def test_a_plan_warns_where_a_run_would_be_refused(capsys, ckpt):
-    flags = ["--teacache_model", "i2v-14B-480P", "--teacache_plan"]
-    code, said = attempt(capsys, "--ckpt_dir", ckpt, *flags)
-    assert code == 0
-    assert "warning: at 0.26 its increments are negative at steps 1-48" in said
-
-
-# ------------------------------------------------------------------------------ one line beforehand
-
-ALL_OF_4 = "thresh 0, sigma: computes all 4 steps, as stock does: nothing is gained"
+def copied(ckpt: Path, folder: Path) -> Path:
+    """The transformer of a checkpoint, in a new folder."""
+    folder.mkdir(parents=True)
+    for name in ("config.json", WEIGHTS):
+        os.link(ckpt / name, folder / name)
+    return folder
 
 
 @pytest.mark.parametrize(
-    ("flags", "line"),
+    ("folder", "size", "expected"),
     [
-        (
-            ["--sample_steps", "50"],
-            "row sigma (nobody has fitted t2v-nano), thresh 0.06094 (default), sigma: "
-            "will compute 25 of 50 steps (about 2.0x)",
-        ),
-        (
-            ["--teacache_model", "sigma", "--sample_steps", "50", "--teacache_guide_until", "0.6"],
-            "row sigma (as asked), thresh 0.06094 (default), sigma: will compute 25 of 50 steps, "
-            "39 of 100 passes (about 2.6x)",
-        ),
-        (
-            ["--sample_steps", "4", "--teacache_order", "1"],
-            "(default), sigma, order 1: will compute 2 of 4 steps (about 2.0x)",
-        ),
-        (
-            ["--sample_steps", "10", "--teacache_thresh", "0.001"],
-            "thresh 0.001, sigma: computes all 10 steps, as stock does: nothing is gained",
-        ),
-        (["--sample_steps", "2"], "sigma: computes all 2 steps, as stock does: nothing is gained"),
-        (["--sample_steps", "4", "--teacache_thresh", "0"], ALL_OF_4),
-        (
-            ["--sample_steps", "4", "--teacache_thresh", "0", "--sample_guide_scale", "1"],
-            ALL_OF_4,  # as stock does, which runs both branches at 1 too
-        ),
-    ],
-    ids=["default", "guided", "few", "low", "two", "off", "off at guidance 1"],
-)
-def test_what_will_be_computed_is_said_in_one_line_before_anything_is_loaded(make, flags, line):
-    _, log, _ = make("--frame_num", "1", *flags)
-    lines = [u for u in before_loading(log) if "thresh" in u]
-    assert len(lines) == 1
-    assert lines[0].endswith(line)
-
-
-def test_the_last_line_tells_passes_and_drift_and_the_report_has_each_step(make):
-    flags = ["--frame_num", "1", "--sample_steps", "10", "--teacache_guide_until", "0.5"]
-    code, log, report = make(*flags)
-    told = json.loads(report.read_text())
-    (line,) = [u for u in log.splitlines() if "TeaCache: computed" in u]
-    assert code == 0
-    assert len(told["computed"]) == 5
-    guided = sum(step < 5 for step in told["computed"])
-    assert told["passes"] == 5 + guided
-    assert told["config"]["guided_steps"] == 5
-    assert f"; {5 + guided} of 20 passes; reused residuals were off by " in line
-    after_skipped = [i for i in told["computed"] if i and i - 1 not in told["computed"]]
-    drifts = {i: step["drift"] for i, step in enumerate(told["steps"]) if step["drift"]}
-    assert list(drifts) == after_skipped
-    for name, said in (("order 0", "off by"), ("order 1", "they would have been by")):
-        mean = np.mean([drift[name] for drift in drifts.values()])
-        assert told["drift"][name] == pytest.approx(mean)
-        assert f"{said} {100 * mean:.1f} %" in line
-
-
-# -------------------------------------------------------------------------------------------- sigma
-
-
-def test_sigma_is_the_default_of_tasks_without_a_row(capsys, ckpt):
-    code, said = attempt(capsys, "--ckpt_dir", ckpt, "--teacache_plan")
-    assert code == 0
-    assert "TeaCache plan: row sigma (nobody has fitted t2v-nano), sigma, 50 steps" in said
-    assert planned(said)[1].count("#") == 25
-
-
-@pytest.mark.parametrize("task", ["vace-1.3B", "vace-14B", "flf2v-14B", "ti2v-5B", "a fork's"])
-def test_no_row_is_borrowed(task, tmp_path):
-    own = SimpleNamespace(teacache_model=None, teacache_coefficients=None)
-    args = SimpleNamespace(task=task, ckpt_dir=tmp_path / "Wan2.1-14B-720P", size="832*480")
-    choice = choose_row(own, args)
-    assert (choice.row, choice.name, choice.insisted) == (None, "sigma", False)
-
-
-def test_a_plan_of_sigma_needs_no_checkpoint(capsys, wan, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for flags in ([], ["--teacache_model", "sigma"]):
-        code, said = attempt(capsys, *flags, "--teacache_plan")
-        assert code == 0
-        assert planned(said) == (0.06094, SIGMA_50)
-    code, said = attempt(capsys, *ROW, "--teacache_plan")
-    assert code == 2
-    assert "--ckpt_dir: must be given for this plan" in said
-    assert "--teacache_model sigma needs none" in said
-
-
-def test_retention_steps_with_sigma_are_refused(capsys, ckpt):
-    for flags in ([], ["--teacache_model", "sigma"]):
-        code, said = attempt(capsys, "--ckpt_dir", ckpt, *flags, "--use_ret_steps")
-        assert code == 2
-        assert "--use_ret_steps: is not for row sigma (" in said
-
-
-# ----------------------------------------------------------------------------- no schedule unseen
-
-
-def test_t2v_14b_at_100_steps_is_refused_before_anything_is_loaded(make, fitted_for_14b):
-    code, said, _ = make("--sample_steps", "100")
-    (error,) = [line for line in said.splitlines() if "error" in line]
-    assert code == 2
-    assert "Creating WanModel" not in said
-    assert re.search(
-        r"row t2v-14B \(task t2v-nano\) would compute \d of 100 steps \(about \d+\.\dx\): its "
-        r"increments are negative at steps 1-.* and it skips 9\d steps in a row; it was fitted at "
-        "50 steps, shift 5, unipc: take --teacache_model sigma, another number of --sample_steps, "
-        "--teacache_thresh 0, or insist by --teacache_model t2v-14B$",
-        error,
-    ), error
-
-
-@pytest.mark.parametrize(
-    "unusual",
-    [["--sample_steps", "49"], ["--sample_shift", "8"], ["--sample_solver", "dpm++"]],
-    ids=["steps", "shift", "solver"],
-)
-def test_any_other_setting_than_a_rows_own_is_unusual(make, fitted_for_14b, unusual):
-    code, said, _ = make(*unusual)
-    assert code == 2
-    assert "its increments are negative at steps" in said
-
-
-def test_a_rows_schedule_with_a_fault_is_refused_of_half_of_the_steps_too():
-    """That half of the steps is no fault is said of sigma alone."""
-    config = TeaCacheConfig(8, 0.5, "plain", [0.0, 0.0, 0.0, 1.0, 0.0])
-    planned = plan(config, [0.0] * 8, [None, 0.6, 0.6, 0.6, -0.1, 0.6, 0.6, 0.6])
-    assert planned.marks() == "####.###"
-    args = SimpleNamespace(sample_steps=8, sample_shift=5.0, sample_solver="unipc")
-    own = SimpleNamespace(teacache_thresh=None, teacache_speedup=None)
-    choice = Choice(ROWS["t2v-1.3B"], "t2v-1.3B", "task t2v-1.3B", False)
-    with pytest.raises(Refused, match="negative at steps 4; it was fitted at 50 steps"):
-        check_plan(planned, own, args, choice)
-
-
-def test_at_the_settings_of_its_fit_a_row_runs_as_published_with_a_warning(make, fitted_for_14b):
-    code, log, report = make(*PICTURE)
-    assert code == 0
-    assert "row t2v-14B (task t2v-nano) would compute" in log
-    config = json.loads(report.read_text())["config"]
-    assert (config["thresh"], config["mode"], config["order"]) == (0.2, "plain", 0)
-    assert config["coefficients"][-1] == -13.02252404
-
-
-def test_a_row_that_is_insisted_on_is_only_warned_of(make):
-    code, log, report = make(*PICTURE, "--teacache_model", "t2v-14B", "--sample_steps", "30")
-    assert code == 0
-    warning, line = (u for u in before_loading(log) if "compute" in u)
-    assert "WARNING" in warning
-    assert re.search(r"would compute \d+ of 30 steps.*its increments are negative", warning)
-    assert "will compute" in line
-    assert marks(report).count("#") < 8
-
-
-def test_the_cures_cure(make, fitted_for_14b):
-    for flags in (["--teacache_model", "sigma"], ["--teacache_thresh", "0"]):
-        code, _, report = make(*PICTURE, "--sample_steps", "20", *flags)
-        assert code == 0
-        assert marks(report).count("#") >= 10
-
-
-def test_a_long_run_of_skipped_steps_is_refused_too(make, fitted_for_14b, monkeypatch):
-    give_row(monkeypatch, "t2v-1.3B")
-    code, said, _ = make("--sample_steps", "20", "--teacache_thresh", "9")
-    assert code == 2
-    assert "--teacache_thresh 9: row t2v-1.3B (task t2v-nano) would compute 2 of 20 steps" in said
-    assert ": it skips 18 steps in a row; it was fitted at 50 steps" in said
-
-
-def test_a_threshold_with_which_sigma_skips_a_quarter_is_refused_by_default_too(make):
-    code, said, _ = make("--sample_steps", "20", "--teacache_thresh", "9")
-    assert code == 2
-    assert "row sigma (nobody has fitted t2v-nano) would compute 5 of 20 steps" in said
-
-
-def test_sigma_is_not_named_as_the_cure_of_sigma(make):
-    code, said, _ = make("--sample_steps", "20", "--teacache_speedup", "4")
-    assert code == 2
-    assert "--teacache_speedup 4: row sigma (" in said
-    assert (
-        "steps in a row: take a lower one, another number of --sample_steps, --teacache_thresh 0, "
-        "or insist by --teacache_model sigma"
-    ) in said
-
-
-@pytest.mark.parametrize("steps", [4, 10, 16])
-def test_half_of_a_few_steps_by_sigma_are_run_asked_for_or_not(wan, ckpt, steps):
-    """Of 10, ##....#.##: four in a row are more than a quarter, and not nearly everything."""
-    jobs = []
-    for flags in ([], ["--teacache_speedup", "2"]):
-        own, rest = own_parser().parse_known_args(
-            [*flags, "--ckpt_dir", str(ckpt), "--sample_steps", str(steps), *PROMPT]
-        )
-        held = Wan(wan[0], RELEASES[0])
-        args = parse_and_check(held, own, rest)
-        jobs.append(job_of(held, own, args, look_ahead(held, own, args)))
-    assert jobs[0].planned.marks() == jobs[1].planned.marks()
-    assert jobs[0].planned.marks().count("#") == steps // 2
-    assert jobs[0].planned.longest_skip > steps / 4
-
-
-@pytest.mark.parametrize("flags", [["--teacache_speedup", "2"], []])
-def test_a_target_with_a_row_that_cannot_be_trusted_is_refused(make, fitted_for_14b, flags):
-    code, said, _ = make("--sample_steps", "100", *flags)
-    assert code == 2
-    assert "negative at steps 1-" in said
-    assert "take --teacache_model sigma" in said
-
-
-@pytest.mark.parametrize(
-    ("timesteps", "read"),
-    [
-        ((950, 900, 500, 100), [("high", 2), ("low", 2)]),
-        ((950, 900), [("high", 2)]),
-        ((500, 100), [("low", 2)]),  # below the boundary all are of the second
+        ("Wan2.1-I2V-14B-480P", "1280*720", "i2v-14B-480P (checkpoint Wan2.1-I2V-14B-480P)"),
+        ("480P/Wan2___1-I2V-14B-720p", "832*480", "i2v-14B-720P (checkpoint Wan2___1-I2V-14B-720p"),
+        ("wan_i2v_480p_fp16", "1280*720", "i2v-14B-480P (checkpoint wan_i2v_480p_fp16)"),
+        ("720P/mine", "832*480", "i2v-14B-480P (guessed from --size 832*480"),
+        ("480p-and-720p", "480*832", "i2v-14B-480P (guessed from --size 480*832"),
+        ("my1480px", "1280*720", "i2v-14B-720P (guessed from --size 1280*720"),
+        ("mine", "960*544", "i2v-14B-480P (guessed from --size 960*544"),  # the nearer area
+        ("mine", "1024*704", "i2v-14B-720P (guessed from --size 1024*704"),
     ],
 )
-def test_the_distances_are_of_the_transformer_that_samples(monkeypatch, timesteps, read):
-    asked = []
-
-    def distances(folder, timesteps, mode):
-        asked.append((folder.name, len(timesteps)))
-        return [0.1] * (len(timesteps) - 1)
-
-    monkeypatch.setattr(teacache_generate, "signal_distances", distances)
-    config = {"boundary": 0.875, "high_noise_checkpoint": "high", "low_noise_checkpoint": "low"}
-    wan = SimpleNamespace(task_config=lambda task: config, known_distances={})
-    args = SimpleNamespace(task="t2v-A14B", ckpt_dir=".")
-    found = teacache_generate.distances_of(wan, args, timesteps, "plain")
-    assert asked == read
-    assert found == [None, 0.1] * len(read)
-
-
-# --------------------------------------------------------------------------------------- guidance
-
-
-@pytest.mark.parametrize(
-    ("scale", "of_first", "until", "guided"),
-    [
-        (5.0, 40, 1.0, None),
-        (5.0, 40, 0.6, 24),
-        (5.0, 40, 0.0, 0),
-        (1.0, 40, 1.0, 0),  # the unconditional output is multiplied by 0
-        (1.0, 40, 0.5, 0),
-        (None, 40, 1.0, None),  # off: as stock, whatever the scale
-        ((3.0, 4.0), 26, 1.0, None),  # Wan2.2: of the low and of the high noise
-        ((1.0, 4.0), 26, 1.0, 26),  # the second model runs unguided
-        ((1.0, 4.0), 26, 0.5, 20),
-        ((3.0, 1.0), 26, 1.0, None),
-        ((1.0, 1.0), 26, 1.0, 0),
-        ((1.0, 4.0), 40, 1.0, None),  # the model of high noise runs alone
-        ((1.0, 4.0), 0, 1.0, 0),  # or the other
-    ],
-)
-def test_so_many_of_40_steps_are_guided(scale, of_first, until, guided):
-    assert count_guided_steps(scale, 40, of_first, until) == guided
-
-
-# ------------------------------------------------------------------------------- target speed-up
-
-
-@pytest.mark.parametrize(
-    ("flags", "passes"),
-    [
-        (["--teacache_speedup", "1"], 100),
-        (["--teacache_speedup", "1.5"], 68),  # 34 of 50 steps: 33 1/3 are asked for
-        (["--teacache_speedup", "2.0"], 50),
-        (["--teacache_speedup", "3"], 34),
-        (["--teacache_speedup", "2.5", "--teacache_guide_until", "0.6"], 40),
-        (["--teacache_speedup", "2.0", "--teacache_guide_until", "0.6"], 50),
-    ],
-)
-def test_a_target_counts_passes_and_is_met_by_sigma(capsys, ckpt, tmp_path, flags, passes):
-    file = tmp_path / "plan.json"
-    run = ["--ckpt_dir", ckpt, *flags, "--teacache_plan", "--teacache_report", file]
-    assert attempt(capsys, *run)[0] == 0
-    told = json.loads(file.read_text())
-    (row,) = [row for row in told["plan"] if row["thresh"] == told["config"]["thresh"]]
-    assert row["passes"] == passes
-    assert row["speedup"] == pytest.approx(100 / passes)
-
-
-@pytest.mark.parametrize(
-    ("mode", "speedup"),
-    [([], "1.5"), (["--use_ret_steps"], "2.0"), ([], "3")],
-    ids=["plain 1.5", "ret 2", "plain 3"],
-)
-def test_a_target_is_met_by_a_polynomial_and_run(make, mode, speedup):
-    code, _, report = make("--frame_num", "1", "--teacache_speedup", speedup, *mode, folder=TRAINED)
-    assert code == 0
-    wanted = 50 / float(speedup)
-    assert wanted <= marks(report).count("#") < wanted + 2.01
-
-
-def test_a_speedup_that_cannot_be_had_is_refused_with_the_nearest(capsys, ckpt):
-    run = ["--ckpt_dir", TRAINED, *PROMPT, "--teacache_speedup", "12", "--use_ret_steps"]
-    code, said = attempt(capsys, *run)
-    assert code == 2
-    (error,) = [line for line in said.splitlines() if "error" in line]
-    found = re.search(
-        r"--teacache_speedup 12: no threshold reaches it; the nearest is ([\d.]+), at "
-        r"--teacache_thresh ([\d.]+)$",
-        error,
-    )
-    code, said = attempt(
-        capsys, "--ckpt_dir", TRAINED, "--use_ret_steps", "--teacache_plan",
-        "--teacache_thresh", found[2],
-    )  # fmt: skip
-    assert planned(said)[1].count("#") == round(50 / float(found[1])) == 5
-
-
-def test_a_target_keeps_its_promise_where_the_time_embedding_is_rounded_to_bfloat16(
-    wan, monkeypatch
+def test_rule_of_i2v_follows_the_name_or_the_area(
+    plan, tasks, i2v_ckpt, tmp_path, folder, size, expected
 ):
-    """As FSDP holds it: at Wan's numbers of steps, 96 plans, each as many passes as promised."""
-    from wan.utils.fm_solvers import get_sampling_sigmas
-    from wan.utils.fm_solvers_unipc import FlowUniPCMultistepScheduler
-
-    read = teacache_generate.read_tensor
-    row = read_coefficients(TRAINED / "teacache.json")
-    broken_middle, broken_edge, plans = [], [], 0
-
-    class Rounded:
-        def __init__(self, folder, name):
-            self.tensor = read(folder, name)
-
-        def __getitem__(self, rows):
-            return self.tensor[rows].bfloat16()
-
-    def distances(timesteps, mode, reader):
-        monkeypatch.setattr(teacache_generate, "read_tensor", reader)
-        return [None, *teacache_generate.signal_distances(TRAINED, timesteps, mode)]
-
-    for steps, shift, solver, mode in itertools.product(
-        (40, 50), (3.0, 5.0, 8.0), ("unipc", "dpm++"), ("plain", "retention")
-    ):
-        timesteps = (1000 * get_sampling_sigmas(steps, shift)).astype(int).tolist()
-        if solver == "unipc":
-            scheduler = FlowUniPCMultistepScheduler()
-            scheduler.set_timesteps(steps, shift=shift)
-            timesteps = scheduler.timesteps.tolist()
-        exact, rounded = (distances(timesteps, mode, reader) for reader in (read, Rounded))
-        assert exact != rounded
-        config = TeaCacheConfig.from_row(row, steps, use_ret_steps=mode == "retention")
-        for speedup in (1.5, 2.0, 2.5, 3.0):
-            plans += 1
-            found = plan_speedup(config, timesteps, exact, speedup)
-            promised = found.passes
-            largest = min(
-                step.accumulated for step in found.decisions if step.computed and step.increment
-            )
-            edge = replace(config, thresh=largest)
-            assert plan(edge, timesteps, exact).passes == promised
-            if plan(found.config, timesteps, rounded).passes != promised:
-                broken_middle.append((steps, shift, solver, mode, speedup))
-            if plan(edge, timesteps, rounded).passes != promised:
-                broken_edge.append((steps, shift, solver, mode, speedup))
-    assert plans == 96
-    assert broken_middle == []
-    assert len(broken_edge) > 20  # so that the middle is not what any threshold does
+    path = copied(i2v_ckpt, tmp_path / folder)
+    code, said = plan("--task", "i2v-14B", "--size", size, "--ckpt_dir", path)
+    assert code == 0, said
+    assert f"TeaCache plan: rule {expected}" in said
+    assert ("--teacache_rule" in said.splitlines()[0]) == ("guessed" in expected)
 
 
-# ----------------------------------------------------------------------------- own coefficients
+NAME = "Wan2.1-I2V-14B-480P"
+HUB = f"720P/hub/models--Wan-AI--{NAME}/snapshots/1b7d4f6b2d1a3c9e8f70e6d5c4b3a29180f7e6d5"
+
+
+@pytest.mark.parametrize(
+    ("folder", "links", "ckpt_dir"),
+    [
+        (f"720P/{NAME}", {"720P-link": f"720P/{NAME}", "again": "720P-link"}, "again"),
+        ("blobs/4d7a", {NAME: "blobs/4d7a", "current": NAME}, "current"),
+        (f"disk/{NAME}", {"720P": "disk"}, f"720P/{NAME}"),  # a link in a parent
+        (HUB, {}, HUB),
+        (HUB, {"ckpt": HUB}, "ckpt"),
+        (NAME, {}, "."),
+    ],
+)
+def test_rule_follows_the_name_it_was_downloaded_under(
+    plan, tasks, i2v_ckpt, tmp_path, monkeypatch, folder, links, ckpt_dir
+):
+    copied(i2v_ckpt, tmp_path / folder)
+    for link, to in links.items():
+        (tmp_path / link).symlink_to(to)
+    monkeypatch.chdir(tmp_path / folder if ckpt_dir == "." else tmp_path)
+    argv = ["--task", "i2v-14B", "--size", "1280*720", "--ckpt_dir", ckpt_dir]
+    assert "TeaCache plan: rule i2v-14B-480P (checkpoint " in plan(*argv)[1]
+
+
+# -------------------------------------------------------------------------------- own rule files
 
 
 @pytest.fixture(scope="module")
@@ -573,152 +158,408 @@ def fitted(ckpt, tmp_path_factory) -> Path:
     """A checkpoint with a teacache.json for 12 steps."""
     folder = tmp_path_factory.mktemp("fitted") / "ckpt"
     shutil.copytree(ckpt, folder)
-    told = json.loads((TRAINED / "teacache.json").read_text())
-    (folder / "teacache.json").write_text(json.dumps({**told, "steps": 12}))
+    rule = json.loads((TRAINED / "teacache.json").read_text())
+    (folder / "teacache.json").write_text(json.dumps({**rule, "steps": 12}))
     return folder
 
 
-def test_the_checkpoints_own_coefficients_are_the_default(capsys, fitted):
-    run = ["--ckpt_dir", fitted, "--sample_steps", "12", "--teacache_plan"]
-    for mode in ([], ["--use_ret_steps"]):
-        code, said = attempt(capsys, *run, *mode)
+def changed(fitted: Path, file: Path, change) -> Path:
+    rule = json.loads((fitted / "teacache.json").read_text())
+    change(rule)
+    file.write_text(json.dumps(rule))
+    return file
+
+
+def test_teacache_json_of_the_checkpoint_is_the_default(plan, fitted):
+    for flags, thresh in (([], "0.08151"), (["--use_ret_steps"], "0.08524")):
+        code, said = plan("--ckpt_dir", fitted, "--sample_steps", "12", *flags)
         assert code == 0
-        name = "retention" if mode else "plain"
-        assert f"TeaCache plan: row teacache.json (of ckpt), {name}, 12 steps" in said
-        (thresh,) = json.loads((fitted / "teacache.json").read_text())[name]["thresholds"]
-        assert planned(said)[0] == pytest.approx(thresh, rel=1e-3)
+        assert "TeaCache plan: rule teacache.json (from ckpt), 12 steps" in said
+        assert lines_of(said)[-1][0] == thresh
 
 
-def test_a_row_asked_for_is_taken_in_place_of_them(capsys, fitted):
-    for name in ("t2v-1.3B", "sigma"):
-        _, said = attempt(capsys, "--ckpt_dir", fitted, "--teacache_model", name, "--teacache_plan")
-        assert f"row {name} (as asked)" in said
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte order mark"])
+def test_rule_that_is_asked_for_comes_first(plan, fitted, tmp_path, mark):
+    def thresholds(rule):
+        rule["plain"]["thresholds"] = [0.01, 0.02]
 
-
-def test_a_file_asked_for_is_taken_in_place_of_them(capsys, fitted, tmp_path):
-    file = tmp_path / "mine.json"
-    told = json.loads((fitted / "teacache.json").read_text())
-    told["plain"]["thresholds"] = [0.01, 0.02]
-    file.write_text(json.dumps(told))
-    argv = ["--ckpt_dir", fitted, "--teacache_coefficients", file, "--teacache_plan"]
-    code, said = attempt(capsys, *argv)
-    assert code == 0
-    assert planned(said)[0] == 0.02
-    assert "row mine.json" in said
-
-
-def test_own_coefficients_at_other_settings_than_those_of_their_fit_are_no_more_trusted(
-    make, fitted, tmp_path
-):
-    file = tmp_path / "mine.json"
-    told = json.loads((fitted / "teacache.json").read_text())
-    told["plain"]["coefficients"][-1] = -1.0
-    file.write_text(json.dumps(told))
-    flags = ["--teacache_coefficients", file]
-    code, said, _ = make("--sample_steps", "13", *flags, folder=fitted)
-    assert code == 2
-    assert "it was fitted at 12 steps, shift 5, unipc" in said
-    code, said, _ = make(*PICTURE, "--sample_steps", "12", *flags, folder=fitted)
-    assert code == 0
-
-
-def test_a_row_is_read_from_json_as_it_is_there():
-    row = read_coefficients(TRAINED / "teacache.json")
-    told = json.loads((TRAINED / "teacache.json").read_text())
-    assert (row.steps, row.shift, row.solver) == (50, 5.0, "unipc")
-    for mode in ("plain", "retention"):
-        assert list(getattr(row, mode).coefficients) == told[mode]["coefficients"]
-        assert list(getattr(row, mode).thresholds) == told[mode]["thresholds"]
+    file = changed(fitted, tmp_path / "mine.json", thresholds)
+    file.write_bytes(mark + file.read_bytes())
+    for asked, expected, thresh in (
+        ("t2v-1.3B", "rule t2v-1.3B (as asked)", "0.08"),
+        ("sigma", "rule sigma (as asked)", "0.06094"),
+        (file, f"rule mine.json (from {tmp_path.name})", "0.02"),
+    ):
+        code, said = plan("--ckpt_dir", fitted, "--teacache_rule", asked)
+        assert code == 0
+        assert f"TeaCache plan: {expected}" in said
+        assert lines_of(said)[-1][0] == thresh
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda told: told.update(version=2),
-        lambda told: told.pop("steps"),
-        lambda told: told.pop("plain"),
-        lambda told: told.pop("retention"),
-        lambda told: told["plain"].update(coefficients=[1.0, 2.0]),
-        lambda told: told["plain"].update(coefficients=[float("nan")] * 5),
-        lambda told: told["plain"].update(coefficients="12345"),
-        lambda told: told["retention"].update(thresholds=[-1.0]),
-        lambda told: told["retention"].update(thresholds=[float("inf")]),
-        lambda told: told["plain"].update(thresholds=[]),
-        lambda told: told["plain"].update(thresholds=0.1),
-        lambda told: told.update(plain=None),
-        lambda told: told.update(steps="12"),
-        lambda told: told.update(shift=None),
-        lambda told: told.update(solver=3),
+        {"version": 2},
+        {"plain": None},
+        {"retention": {}},
+        *({"plain": {"coefficients": c}} for c in ([1.0, 2.0], [float("nan")] * 5, "12345")),
+        *({"retention": {"thresholds": t}} for t in ([-1.0], [float("inf")], [], 0.1)),
+        *({"steps": "12"}, {"shift": None}, {"solver": 3}),
     ],
+    ids=str,
 )
-def test_damaged_coefficients_are_refused(capsys, fitted, tmp_path, change):
-    told = json.loads((fitted / "teacache.json").read_text())
-    change(told)
-    file = tmp_path / "mine.json"
-    file.write_text(json.dumps(told))
-    argv = ["--ckpt_dir", fitted, "--teacache_coefficients", file, "--teacache_plan"]
-    code, said = attempt(capsys, *argv)
+def test_damaged_rule_file_is_refused(plan, fitted, tmp_path, change):
+    def damage(rule):
+        for name, value in change.items():
+            rule[name] = rule[name] | value if value and isinstance(value, dict) else value
+
+    file = changed(fitted, tmp_path / "mine.json", damage)
+    code, said = plan("--ckpt_dir", fitted, "--teacache_rule", file)
     assert code == 2
-    assert f"--teacache_coefficients {file}: cannot be used" in said
-    assert "--teacache_model sigma" in said
+    assert len(said.splitlines()) == 1
+    assert f"--teacache_rule {file}: cannot be used" in said
+    assert "give one of sigma, t2v-1.3B, t2v-14B, i2v-14B-480P, i2v-14B-720P, or a file" in said
 
 
-# ------------------------------------------------------------------------------------ bad input
-
-
-def without_time_embedding(folder: Path) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    kept = {k: v for k, v in tensors.items() if not k.startswith("time_embedding")}
-    save_file(kept, folder / WEIGHTS)
+# -------------------------------------------------------------------------------- printing a plan
 
 
 @pytest.mark.parametrize(
-    ("change", "expected"),
+    ("flags", "count", "current"),
     [
-        (without_time_embedding, "its time embedding cannot be read"),
-        (lambda folder: (folder / "config.json").write_text('{"dim": 5120}'), "has dim 5120"),
+        (RULE, 9, "0.08"),  # six around the default, and three published
+        ([*RULE, "--use_ret_steps"], 7, "0.1"),
+        ([*RULE, "--teacache_thresh", "0.04"], 9, "0.04"),  # half of the default
+        ([*RULE, "--teacache_thresh", "0.041"], 10, "0.041"),
+        ([*RULE, "--teacache_thresh", "0"], 10, "0"),
+        (["--teacache_rule", "sigma"], 7, "0.06094"),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_foreign_checkpoint_cannot_be_planned(capsys, ckpt, tmp_path, change, expected):
-    folder = tmp_path / "ckpt"
-    shutil.copytree(ckpt, folder)
-    change(folder)
-    code, said = attempt(capsys, "--ckpt_dir", folder, *ROW, "--teacache_plan")
-    assert code == 2
-    assert expected in said
-    assert "Traceback" not in said
+def test_plan_prints_each_threshold_once(plan, ckpt, flags, count, current):
+    code, said = plan("--ckpt_dir", ckpt, *flags)
+    assert code == 0
+    assert sum(line.startswith(">") for line in said.splitlines()) == 1
+    lines = lines_of(said)
+    assert len({line[0] for line in lines}) == len(lines) == count
+    assert lines[-1][0] == current
+    printed = [line[1:].split()[0] for line in said.splitlines() if line[-9:].strip("#.") == ""]
+    assert printed == sorted(printed, key=float)
+    for _, computed, skipped, speedup, longest, schedule in lines:
+        assert (int(computed), int(skipped)) == (schedule.count("#"), schedule.count("."))
+        assert speedup == f"{50 / int(computed):.2f}x"
+        assert int(longest) == max(map(len, schedule.split("#")))
+
+
+# -------------------------------------------------------------------- distances from a checkpoint
+
+
+def two_models(wan, monkeypatch, high_steps):
+    """The stand-in's task has two models, as Wan2.2's A14B: the first samples so many steps of 10,
+    down to a timestep that is the boundary itself."""
+    from wan.utils.fm_solvers_unipc import FlowUniPCMultistepScheduler
+
+    scheduler = FlowUniPCMultistepScheduler()
+    scheduler.set_timesteps(10, shift=5.0)
+    timesteps = scheduler.timesteps.tolist()
+    boundary = timesteps[high_steps - 1] / 1000 if high_steps else 1.1
+    config = {**wan[0].WAN_CONFIGS["t2v-nano"], "boundary": boundary}
+    config |= {"high_noise_checkpoint": "high", "low_noise_checkpoint": "low"}
+    monkeypatch.setitem(wan[0].WAN_CONFIGS, "t2v-nano", config)
+
+
+def with_tensors(change):
+    """A change of a checkpoint folder's tensors."""
+
+    def rewrite(folder: Path) -> Path:
+        tensors = load_file(folder / WEIGHTS)
+        (folder / WEIGHTS).unlink()
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS)
+        return folder
+
+    return rewrite
+
+
+@with_tensors
+def constant(tensors):
+    """The same embedding at each timestep: all distances are 0."""
+    tensors["time_embedding.2.weight"].zero_()
+
+
+@with_tensors
+def without_time_embedding(tensors):
+    for name in [name for name in tensors if name.startswith("time_embedding")]:
+        del tensors[name]
+
+
+def write_rule(file: Path, coefficients, thresh, **fit) -> Path:
+    polynomial = {"coefficients": coefficients, "thresholds": [thresh]}
+    fit = {"steps": 50, "shift": 5.0, "solver": "unipc", **fit}
+    file.write_text(json.dumps({**fit, "plain": polynomial, "retention": polynomial}))
+    return file
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"),
+    ("high_steps", "constant_one", "damaged_one", "schedule"),
     [
-        (["--teacache_coefficients", "/none.json"], "--teacache_coefficients /none.json: cannot"),
-        (["--teacache_speedup", "0.5"], "--teacache_speedup: 0.5 must be 1 or more"),
-        (["--teacache_speedup", "nan"], "--teacache_speedup: nan must be 1 or more"),
-        (["--teacache_speedup", "fast"], "--teacache_speedup: fast must be 1 or more"),
-        (["--teacache_guide_until", "1.1"], "--teacache_guide_until: 1.1 must be from 0 to 1"),
-        (["--teacache_guide_until", "-0.1"], "--teacache_guide_until: -0.1 must be from 0 to 1"),
-        (["--teacache_order", "2"], "--teacache_order: invalid choice: 2"),
-        (
-            ["--teacache_speedup", "2", "--teacache_thresh", "0.1"],
-            "--teacache_thresh: not allowed with argument --teacache_speedup",
-        ),
-        (
-            ["--teacache_model", "sigma", "--teacache_coefficients", "x"],
-            "--teacache_coefficients: not allowed with argument --teacache_model",
-        ),
-        (["--teacache_calibrate"], "--teacache_calibrate"),  # it is gone
+        (4, "high", None, "#...######"),
+        (4, "low", None, "#####....#"),  # the first step of a model, and the last one, are forced
+        (0, "low", "high", "#........#"),  # below the boundary all steps are the second model's
+        (10, "high", "low", "#........#"),
+        (9, "high", "low", None),
     ],
 )
-def test_bad_flags_are_refused_in_one_line_with_status_2(capsys, ckpt, flags, expected):
-    code, said = attempt(capsys, "--ckpt_dir", ckpt, *PROMPT, *flags)
-    lines = [line for line in said.splitlines() if "error" in line]
+def test_distances_are_of_the_model_that_samples(
+    plan, wan, ckpt, tmp_path, monkeypatch, high_steps, constant_one, damaged_one, schedule
+):
+    two_models(wan, monkeypatch, high_steps)
+    for name in ("high", "low"):
+        copied(ckpt, tmp_path / name)
+    constant(tmp_path / constant_one)
+    if damaged_one:
+        without_time_embedding(tmp_path / damaged_one)
+    rule = write_rule(tmp_path / "rule.json", [0, 0, 0, 1, 0], 1e-9)
+    argv = ["--ckpt_dir", tmp_path, "--teacache_rule", rule, "--sample_steps", "10"]
+    code, said = plan(*argv)
+    assert code == (0 if schedule else 2)
+    if schedule:
+        assert schedule_of(said) == schedule
+    else:
+        assert f"--ckpt_dir {tmp_path / damaged_one}: its time embedding cannot be read" in said
+
+
+def test_printed_threshold_keeps_its_schedule_in_bfloat16(plan, ckpt, tmp_path):
+    """As FSDP holds the time embedding: 4 digits of the threshold are enough for the passes."""
+
+    @with_tensors
+    def round_embedding(tensors):
+        for name in [name for name in tensors if name.startswith("time_")]:
+            tensors[name] = tensors[name].to(torch.bfloat16)
+
+    rounded = round_embedding(copied(TRAINED, tmp_path / "rounded"))
+    rule = ["--teacache_rule", TRAINED / "teacache.json"]
+    for solver, mode, speedup in itertools.product(
+        ("unipc", "dpm++"), ([], ["--use_ret_steps"]), ("1.5", "2", "3")
+    ):
+        flags = [*rule, *mode, "--sample_solver", solver]
+        _, said = plan("--ckpt_dir", TRAINED, *flags, "--teacache_speedup", speedup)
+        thresh, computed = lines_of(said)[-1][:2]
+        assert 50 / float(speedup) <= int(computed) < 50 / float(speedup) + 2.01
+        _, said = plan("--ckpt_dir", rounded, *flags, "--teacache_thresh", thresh)
+        assert lines_of(said)[-1][:2] == [thresh, computed]
+
+
+# ------------------------------------------------------------------------ the plan and the run
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [*RULE, "--sample_steps", "20", "--sample_solver", "dpm++"],
+        [*RULE, "--sample_steps", "40", "--sample_shift", "3", "--use_ret_steps"],
+        ["--sample_steps", "33", "--sample_shift", "16", "--sample_solver", "dpm++"],
+        ["--sample_steps", "40", "--teacache_guide_until", "0.6", "--teacache_order", "1"],
+        [*RULE, "--sample_steps", "30", "--teacache_speedup", "1.5"],
+    ],
+    ids=" ".join,
+)
+def test_run_computes_the_planned_steps(plan, ckpt, run, flags):
+    said = plan("--ckpt_dir", ckpt, *flags)[1]
+    code, log, schedule = run(*PICTURE, *flags)
+    assert code == 0
+    assert schedule == schedule_of(said)
+    assert "." in schedule
+    assert "than planned" not in log
+
+
+def test_steps_other_than_planned_bring_a_warning(run, plan, wan, ckpt, monkeypatch):
+    """In a fork whose pipeline takes another shift than it is given."""
+    generate = wan[1].WanT2V.generate
+
+    def shifted(self, *args, **kwargs):
+        return generate(self, *args, **{**kwargs, "shift": 1.0})
+
+    monkeypatch.setattr(wan[1].WanT2V, "generate", shifted)
+    flags = ["--sample_steps", "20", "--teacache_thresh", "0.1"]
+    planned = schedule_of(plan("--ckpt_dir", ckpt, *flags)[1])
+    code, log, schedule = run(*PICTURE, *flags)
+    assert code == 0
+    (warning,) = [line for line in log.splitlines() if "than planned" in line]
+    assert schedule != planned
+    assert schedule in warning
+    assert planned in warning
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (
+            ["--sample_steps", "50"],
+            "rule sigma (none is fitted to t2v-nano), threshold 0.06094 (default): computes 25 of "
+            "50 steps (about 2.0x)",
+        ),
+        (
+            ["--teacache_rule", "sigma", "--teacache_guide_until", "0.6"],
+            "rule sigma (as asked), threshold 0.06094 (default): computes 25 of 50 steps, 39 of "
+            "100 passes (about 2.6x)",
+        ),
+        (["--sample_steps", "20", "--teacache_order", "1"], "order 1: computes 10 of 20 steps"),
+        (["--sample_steps", "4"], "limits allow): computes 3 of 4 steps (about 1.3x)"),
+        (["--sample_steps", "10", "--teacache_thresh", "0.001"], "computes all 10 steps, as stock"),
+        (["--sample_steps", "2"], "computes all 2 steps, as stock does"),
+        (
+            # stock runs both branches at scale 1 too
+            ["--sample_steps", "4", "--teacache_thresh", "0", "--sample_guide_scale", "1"],
+            "threshold 0: computes all 4 steps, as stock does",
+        ),
+    ],
+    ids=["default", "guided", "order 1", "few", "low", "two", "off at scale 1"],
+)
+def test_one_line_before_loading_tells_what_is_computed(run, no_loading, flags, line):
+    code, log, _ = run(*flags)
+    assert code == 1
+    (found,) = [text for text in log.splitlines() if "threshold" in text]
+    assert line in found
+    assert log.index(found) < log.index("the pipeline is loaded")
+
+
+# -------------------------------------------------------------------------------------- speed-ups
+
+
+@pytest.mark.parametrize(
+    ("flags", "speedup"),
+    [
+        (["--teacache_speedup", "1"], 1),
+        (["--teacache_speedup", "1.5"], 100 / 68),  # 34 of 50 steps: 33 1/3 are asked for
+        (["--teacache_speedup", "2.0"], 2),
+        (["--teacache_speedup", "2.5", "--teacache_guide_until", "0.6"], 2.5),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_speedup_counts_passes(plan, ckpt, flags, speedup):
+    code, said = plan("--ckpt_dir", ckpt, *flags)
+    assert code == 0
+    assert lines_of(said)[-1][3] == f"{speedup:.2f}x"
+
+
+@pytest.mark.parametrize("rule", [["--use_ret_steps"], ["--teacache_rule", "sigma"]], ids=" ".join)
+def test_speedup_out_of_reach_is_refused_with_the_most(plan, rule):
+    code, said = plan("--ckpt_dir", TRAINED, *rule, "--teacache_speedup", "12")
     assert code == 2
-    assert len(lines) == 1
-    assert expected in lines[0]
+    found = re.search(
+        r"--teacache_speedup 12: no threshold reaches it; the most is ([\d.]+), at "
+        r"--teacache_thresh ([\d.]+)$",
+        said,
+    )
+    said = plan("--ckpt_dir", TRAINED, *rule, "--teacache_thresh", found[2])[1]
+    assert lines_of(said)[-1][3] == f"{float(found[1]):.2f}x"
+    assert plan("--ckpt_dir", TRAINED, *rule, "--teacache_speedup", found[1])[0] == 0
 
 
-def test_published_rows_are_the_choices_and_sigma_comes_first(capsys):
-    _, said = attempt(capsys, "--help")
-    assert "{sigma,t2v-1.3B,t2v-14B,i2v-14B-480P,i2v-14B-720P}" in said
-    assert set(ROWS) == {"t2v-1.3B", "t2v-14B", "i2v-14B-480P", "i2v-14B-720P"}
+@pytest.mark.parametrize("steps", ["50", "100"])
+def test_speedup_with_negative_increments_is_refused(run, no_loading, tmp_path, steps):
+    rule = write_rule(tmp_path / "rule.json", [0, 0, 0, 0, -1], 0.1)
+    argv = ["--teacache_rule", rule, "--sample_steps", steps, "--teacache_speedup", "2"]
+    code, said, _ = run(*argv)
+    assert code == 2
+    assert "--teacache_speedup 2: " in said
+    assert f"increments are negative at steps 1-{int(steps) - 2}" in said
+    assert "use --teacache_rule sigma" in said
+
+
+# ---------------------------------------------------------------------- what is broken is refused
+
+
+@pytest.mark.parametrize(
+    ("skipped", "flags", "runs", "parts"),
+    [
+        (3, [], True, []),
+        (20, [], True, ["20 steps in a row are skipped"]),  # as published
+        (10, ["--sample_steps", "40"], True, ["steps 40 (fitted at 50)"]),
+        (11, ["--sample_steps", "40"], False, ["steps 40 (fitted at 50)", "11 steps in a row"]),
+        (6, ["--sample_steps", "20"], True, ["steps 20 (fitted at 50)"]),
+        (7, ["--sample_steps", "20"], False, ["steps 20 (fitted at 50)", "7 steps in a row"]),
+        (2, ["--sample_steps", "6"], True, ["steps 6 (fitted at 50)"]),  # 3 of 6
+        (12, ["--sample_shift", "8"], True, ["shift 8.0 (fitted at 5.0)"]),
+        (13, ["--sample_shift", "8"], False, ["shift 8.0 (fitted at 5.0)", "13 steps in a row"]),
+        (13, ["--sample_solver", "dpm++"], False, ["solver dpm++ (fitted at unipc)"]),
+    ],
+)
+def test_only_long_skips_away_from_the_fit_are_refused(
+    run, no_loading, tmp_path, skipped, flags, runs, parts
+):
+    """Each increment is 1: so many steps are skipped in a row."""
+    rule = write_rule(tmp_path / "rule.json", [0, 0, 0, 0, 1], skipped + 0.5)
+    code, said, _ = run("--teacache_rule", rule, *flags)
+    assert code == (1 if runs else 2)
+    told = [line for line in said.splitlines() if "WARNING" in line or "error: " in line]
+    assert len(told) == bool(parts)
+    for part in parts:
+        assert part in told[0]
+    for differs in {"steps 50", "shift 5", "solver unipc"}:
+        assert not any(f"{differs} (fitted" in line for line in told)
+    if not runs:
+        assert f"--teacache_thresh {skipped + 0.5}: rule rule.json (from " in told[0]
+        for cure in ("a lower --teacache_thresh", "--teacache_thresh 0", "--teacache_rule sigma"):
+            assert cure in told[0]
+
+
+@pytest.fixture
+def task_of(monkeypatch):
+    """A function that makes a published rule the stand-in's own."""
+
+    def give(name: str) -> None:
+        for other, rule in RULES.items():
+            tasks = ("t2v-nano",) if other == name else ()
+            monkeypatch.setitem(RULES, other, replace(rule, tasks=tasks))
+
+    return give
+
+
+def test_shift_8_and_scale_6_run_with_a_warning(run, no_loading, task_of):
+    """As Wan2.1's README recommends for t2v-1.3B."""
+    task_of("t2v-1.3B")
+    code, log, _ = run("--sample_shift", "8", "--sample_guide_scale", "6")
+    assert code == 1
+    (warning,) = [line for line in log.splitlines() if "WARNING" in line]
+    assert "rule t2v-1.3B (task t2v-nano): shift 8.0 (fitted at 5.0)" in warning
+    assert "steps 50" not in warning
+
+
+def test_t2v_14b_at_100_steps_is_refused(run, plan, ckpt, no_loading, task_of):
+    task_of("t2v-14B")
+    code, said, _ = run("--sample_steps", "100")
+    (error,) = [line for line in said.splitlines() if "error" in line]
+    assert code == 2
+    assert "rule t2v-14B (task t2v-nano) would compute 2 of 100 steps" in error
+    assert "steps 100 (fitted at 50)" in error
+    assert "increments are negative at steps 1-98" in error
+    assert "98 steps in a row are skipped" in error
+    assert "--teacache_rule sigma, --teacache_rule t2v-14B to run it all the same" in error
+    for cure in (["--teacache_rule", "sigma"], ["--teacache_thresh", "0"]):
+        assert run("--sample_steps", "100", *cure)[0] == 1
+    code, log, _ = run("--sample_steps", "100", "--teacache_rule", "t2v-14B")
+    assert code == 1
+    assert "98 steps in a row are skipped" in log
+    code, said = plan("--ckpt_dir", ckpt, "--sample_steps", "100")
+    assert code == 0
+    assert "a run would be refused: --teacache_thresh 0.2: " in said
+
+
+def test_negative_increments_are_named_by_step(run, no_loading, tmp_path):
+    """The increment is the distance less .0131: the distances of two steps are smaller."""
+    rule = write_rule(tmp_path / "rule.json", [0, 0, 0, 1, -0.0131], 1e-9, steps=20)
+    code, log, _ = run("--teacache_rule", rule, "--sample_steps", "20")
+    assert code == 1
+    (warning,) = [line for line in log.splitlines() if "WARNING" in line]
+    assert "increments are negative at steps 3-4: check the video" in warning
+
+
+def test_checkpoint_without_time_embedding_is_refused(plan, ckpt, tmp_path):
+    folder = without_time_embedding(copied(ckpt, tmp_path / "ckpt"))
+    code, said = plan("--ckpt_dir", folder, *RULE)
+    assert code == 2
+    assert f"--ckpt_dir {folder}: its time embedding cannot be read" in said
+    assert "--teacache_rule sigma" in said
+    assert plan("--ckpt_dir", folder, "--teacache_rule", "sigma")[0] == 0
