@@ -1,24 +1,21 @@
-"""Many videos from one load: --teacache_jobs, on the stand-in ``wan_nano``."""
+"""A batch, --teacache_jobs, on the stand-in: lines, names, restarts, failing lines."""
 
-import argparse
 import json
 import logging
 import os
 import re
+import shutil
 import signal
+import weakref
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
-import imageio
 import numpy as np
 import pytest
 import torch
 from nano import NANO, SCRIPT, attempt, frames, python
 
-import teacache_generate
-from teacache_generate import Job, is_done, read_jobs
-
-FEW = ["--sample_steps", "5", "--frame_num", "5", "--teacache_model", "sigma"]
+FEW = ["--sample_steps", "5", "--frame_num", "5", "--teacache_rule", "sigma"]
 THREE = [
     '--prompt "a red ball moves right" --base_seed 1 --save_file one.mp4',
     '--prompt "a blue ball moves left" --base_seed 2 --save_file two.mp4',
@@ -26,448 +23,414 @@ THREE = [
 ]
 
 
+class Made:
+    """Counts the videos sampled and stores what the VAE decodes; ``then`` replaces a decoding.
+
+    then: what to call before the decoding of that number, counted from 0.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        from wan.modules.vae import WanVAE
+        from wan.text2video import WanT2V
+
+        self.sampled, self.decoded, self.then = [], [], {}
+        generate, decode = WanT2V.generate, WanVAE.decode
+
+        def recorded_generate(pipeline, *args, **kwargs):
+            self.sampled.append(kwargs["seed"])
+            return generate(pipeline, *args, **kwargs)
+
+        def recorded_decode(vae, latents):
+            number, _ = len(self.decoded), self.decoded.append(None)
+            self.then.get(number, lambda: None)()
+            self.decoded[number] = decode(vae, latents)[0]
+            return [self.decoded[number]]
+
+        patch.setattr(WanT2V, "generate", recorded_generate)
+        patch.setattr(WanVAE, "decode", recorded_decode)
+
+
+@pytest.fixture
+def made(wan, monkeypatch):
+    return Made(monkeypatch)
+
+
 @pytest.fixture
 def batch(wan, ckpt, tmp_path, monkeypatch, capsys, caplog):
-    """A function of a jobs file's lines and of more flags: exit status, and all that was said."""
+    """A function of a jobs file's lines and more flags: exit status, and all that was logged."""
     monkeypatch.chdir(tmp_path)
     caplog.set_level(logging.INFO)
 
     def run(lines, *flags):
-        Path("jobs.txt").write_text("\n".join(lines), encoding="utf-8")
+        if lines is not None:
+            Path("jobs.txt").write_text("\n".join(lines), encoding="utf-8")
+            flags = ("--teacache_jobs", "jobs.txt", *flags)
         caplog.clear()
-        argv = ["--ckpt_dir", ckpt, *FEW, "--teacache_jobs", "jobs.txt", *flags]
-        code, said = attempt(capsys, *argv)
+        code, said = attempt(capsys, "--ckpt_dir", ckpt, *FEW, *flags)
         return code, caplog.text + said
 
     return run
 
 
 @pytest.fixture
-def decoded(wan, monkeypatch):
-    """What the VAE made, call by call; an entry of ``decoded.then`` is called in place of one."""
-    from wan.modules.vae import WanVAE
-
-    class Decoded(list):
-        then: dict = {}  # noqa: RUF012
-
-    made, decode = Decoded(), WanVAE.decode
-    made.then, count = {}, iter(range(100))
-
-    def recorded(self, latents):
-        number = next(count)
-        if number in made.then:
-            made.then[number]()
-        made.append(decode(self, latents)[0])
-        return made[-1:]
-
-    monkeypatch.setattr(WanVAE, "decode", recorded)
-    return made
+def asked(wan, monkeypatch):
+    """The flags that Wan's generate() is called with, in place of its videos."""
+    calls = []
+    monkeypatch.setattr(wan[0], "generate", calls.append)
+    return calls
 
 
 def fail():
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def not_made(said: str) -> list[str]:
-    """The list at the end, which comes after the table."""
-    return re.findall(r"TeaCache: not made: (.*)", said[said.index("sampling  speed-up") :])
+def record(name: str) -> dict:
+    return json.loads(Path(f"{name}.json").read_text(encoding="utf-8"))
 
 
 def videos() -> list[str]:
     return sorted(path.name for path in Path().glob("*.mp4"))
 
 
-# ------------------------------------------------------------------------------- the file of lines
+def add_flag(patch, generate, line: str) -> None:
+    """Give generate.py's parser one more flag, as a fork has it."""
+    text = (NANO / "generate.py").read_text().replace('add("--image"', f'{line}\n    add("--image"')
+    fork = dict(vars(generate))
+    exec(compile(text.split("def _validate_args")[0], "fork", "exec"), fork)
+    parse = type(fork["_parse_args"])(fork["_parse_args"].__code__, vars(generate))
+    patch.setattr(generate, "_parse_args", parse)
 
 
-def test_a_line_is_read_as_the_shell_would(tmp_path):
-    file = tmp_path / "jobs.txt"
-    file.write_bytes(
-        b"\xef\xbb\xbf# a comment\r\n"
-        b"--prompt \"Two cats' box.\" --save_file take#1.mp4 # the rest is none's\r\n"
-        b"\r\n"
-        b"   \t\r\n"
-        b"--prompt 'a \"#1\" dog # surfs' --save_file a\\ b.mp4\r\n"
-        b"  # --prompt no\r\n" + "--prompt 'é\u2028猫'".encode()
-    )
-    assert read_jobs(str(file)) == [
-        (2, ["--prompt", "Two cats' box.", "--save_file", "take#1.mp4"]),
-        (5, ["--prompt", 'a "#1" dog # surfs', "--save_file", "a b.mp4"]),
-        (7, ["--prompt", "é\u2028猫"]),
+# ------------------------------------------------------------------------------ the jobs file
+
+MIXED = (
+    "# a comment\r\n"
+    'He said "no", it\'s $HOME & 50% off #1 \\n `ls`\r\n'
+    "\r\n \t \r\n"
+    "   - a cat, indented  \r\n"
+    "  --prompt \"Two cats' box.\" --save_file 'take #1.mp4'\r\n"
+    " # --prompt no\r\n"
+    "-1 é\u2028猫"
+)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be with mark"])
+def test_lines_are_prompts_or_flags(batch, asked, encoding):
+    name, _, mark = encoding.partition(" ")
+    Path("lines.txt").write_bytes((("\ufeff" if mark else "") + MIXED).encode(name))
+    batch(None, "--teacache_jobs", "lines.txt")
+    assert [args.prompt for args in asked] == [
+        'He said "no", it\'s $HOME & 50% off #1 \\n `ls`',
+        "- a cat, indented",
+        "Two cats' box.",
+        "-1 é\u2028猫",
     ]
+    assert asked[2].save_file == "take #1.mp4"
 
 
 @pytest.mark.parametrize(
-    ("content", "expected"),
+    ("name", "content", "parts"),
     [
-        (b"", "jobs.txt: has no line with flags"),
-        (b"# nothing\n\n", "jobs.txt: has no line with flags"),
-        (b"--base_seed 1\n--prompt 'open\n", "jobs.txt: line 2: No closing quotation: close the"),
-        ("--prompt é".encode("utf-16"), "jobs.txt: cannot be read"),
+        ("jobs.txt", b"", ["has no line with a prompt or flags"]),
+        ("jobs.txt", b"# nothing\n\n", ["has no line with a prompt or flags"]),
+        ("jobs.txt", b"a cat\n--prompt 'open\n", ["line 2: No closing quotation", "quotes"]),
+        ("jobs.txt", "a cat\ncafé".encode("latin-1"), ["line 2", "save as UTF-8"]),
+        ("jobs.txt", "a cat\na dog".encode("utf-16-le"), ["line 1", "save as UTF-8"]),
+        ("none.txt", None, ["none.txt: cannot be read"]),
+        ("Jobs.CSV", b"prompt\na cat", ["Jobs.CSV: must be plain text", "a prompt, or flags"]),
+        ("jobs.json", b'["a cat"]', ["jobs.json: must be plain text"]),
+        ("jobs.jsonl", b'{"prompt": "a cat"}', ["jobs.jsonl: must be plain text"]),
     ],
 )
-def test_a_file_that_cannot_be_read_is_refused(batch, capsys, ckpt, content, expected):
-    Path("jobs.txt").write_bytes(content)
-    code, said = attempt(capsys, "--ckpt_dir", ckpt, "--teacache_jobs", "jobs.txt")
-    assert code == 2
-    assert expected in said
-    assert said.count("error:") == 1
+def test_unreadable_jobs_file_is_refused(batch, asked, name, content, parts):
+    if content is not None:
+        Path(name).write_bytes(content)
+    code, said = batch(None, "--teacache_jobs", name)
+    assert (code, said.count("error:"), asked) == (2, 1, [])
+    assert all(part in said for part in parts), said
 
 
-def test_a_file_that_is_not_there_is_refused(batch, capsys, ckpt):
-    code, said = attempt(capsys, "--ckpt_dir", ckpt, "--teacache_jobs", "none.txt")
-    assert (code, said.count("\n")) == (2, 1)
-    assert "--teacache_jobs none.txt: cannot be read" in said
+def test_every_line_is_checked_before_loading(batch, asked):
+    expected = {
+        THREE[0]: None,
+        "--sample_steps 0": "--sample_steps 0: must be 1 or more",
+        "--frame_num 6 --sample_steps 0": "--frame_num 6: must be 4n+1",
+        "--nonsense 1": "--nonsense 1",
+        "--ckpt_dir elsewhere": "--ckpt_dir elsewhere: must be that of the command line",
+        "--save_file one.mp4": "line 1 has this name too",
+        "--save_file x/../one.gif": "line 1 has this name too",
+        "--save_file nowhere/two.mp4": "nowhere/two.mp4: cannot be written",
+        "--teacache_jobs others.txt": "--teacache_jobs: give it on the command line",
+        "--teacache_compare 2x": "--teacache_compare: give it on the command line",
+        "--wan_repo .": "--wan_repo: give it on the command line",
+        "--teacache_plan": "--teacache_plan: give it on the command line",
+        "--teacache_decode x.pt": "--teacache_decode: give it on the command line",
+        "--teacache_thresh 0.1 --teacache_speedup 2": "not allowed with --teacache_thresh",
+        "--teacache_speedup 5": "--teacache_speedup 5: no threshold reaches it",
+        "--teacache_rule none.json": "--teacache_rule none.json: cannot be used",
+        '--teacache_rule ""': '--teacache_rule "": is empty',
+        "--teacache_model sigma": "use --teacache_rule",
+    }
+    code, said = batch(expected)
+    errors = re.findall("error: .*: line ([0-9]+): (.*)", said)
+    assert (code, len(errors), asked, videos()) == (2, said.count("error:"), [], [])
+    assert [int(line) for line, _ in errors] == list(range(2, len(expected) + 1))  # one a line
+    for (_, error), part in zip(errors, list(expected.values())[1:], strict=True):
+        assert part in error.replace("argument ", "")
 
 
-# ------------------------------------------------------------------------ checked before loading
-
-
-def test_every_line_is_checked_before_anything_is_loaded_one_error_a_line(batch, decoded):
-    other = "--save_file x/../one.mp4"
-    code, said = batch(
-        [
-            THREE[0],
-            "--sample_steps 0",
-            "",
-            "--frame_num 6 --sample_steps 0",
-            "--nonsense 1",
-            "two words",
-            "--ckpt_dir elsewhere",
-            "--task i2v-nano --image a.png",
-            "--ulysses_size 2",
-            "--t5_cpu",
-            "--save_file one.mp4",
-            other,
-            "--save_file nowhere/two.mp4",
-            "--teacache_jobs others.txt",
-            "--teacache_compare 2x",
-            "--wan_repo .",
-            "--teacache_order 0 1",
-            "--teacache_thresh 0.1 --teacache_speedup 2",
-            "--teacache_speedup 5",
-            "--teacache_model t2v-14B --sample_steps 20 --teacache_speedup 3",
-        ]
-    )
-    assert code == 2
-    lines = [line for line in said.splitlines() if "error: " in line]
-    told = {int(line.split("line ")[1].split(":")[0]): line.split(": ", 4)[4] for line in lines}
-    assert len(lines) == len(told)  # one a line
-    assert list(told) == [2, *range(4, 21)]
-    for number, beginning in {
-        2: "--sample_steps 0: must be 1 or more",
-        4: "--frame_num 6: must be 4n+1",
-        5: "unrecognized arguments: --nonsense 1",
-        6: "unrecognized arguments: two words",
-        7: "--ckpt_dir elsewhere: ",
-        8: "--ckpt_dir ",  # of another kind of transformer, or --task: see the next test
-        9: "--ulysses_size 2 --ring_size 1: their product must be the number of processes",
-        10: "--t5_cpu True: must be that of the command line, False",
-        11: "--save_file one.mp4: is another line's too",
-        12: "--save_file x/../one.mp4: is another line's too",
-        13: "--save_file ",
-        14: "--teacache_jobs: is for the command line",
-        15: "--teacache_compare: is for the command line",
-        16: "--wan_repo: is for the command line",
-        17: "--teacache_order: several are for --teacache_compare",
-        18: "--teacache_speedup: not allowed with argument --teacache_thresh",
-        19: "--teacache_speedup 5: no threshold reaches it",
-        20: "--teacache_speedup 3: with row t2v-14B (as asked) the increments are negative",
-    }.items():
-        assert told[number].startswith(beginning), (number, told[number])
-    assert "Creating WanModel" not in said
-    assert decoded == []
-    assert videos() == []
-
-
-def test_a_fault_of_the_command_line_is_said_once(batch):
+def test_fault_of_the_command_line_is_told_once(batch, asked):
     code, said = batch(THREE, "--sample_steps", "many")
-    assert code == 2
-    assert said.count("error: ") == 1
-    assert "line" not in said
+    assert (code, said.count("error: "), asked) == (2, 1, [])
+    assert "line" not in said.split("error: ")[1].replace("--sample_steps", "")
 
 
 @pytest.mark.parametrize(
-    "flag",
+    ("flag", "of_all"),
     [
-        *("--task t2v-nano-2", "--ckpt_dir copy", "--ring_size 2", "--t5_fsdp", "--dit_fsdp"),
-        *("--t5_cpu", "--prompt_extend_method dashscope", "--prompt_extend_model other"),
+        ("--task t2v-nano-2", []),
+        ("--ckpt_dir copy", []),
+        ("--ring_size 2", []),
+        ("--t5_fsdp", []),
+        ("--dit_fsdp", []),
+        ("--t5_cpu", []),
+        ("--convert_model_dtype", []),
+        ("--prompt_extend_model other", []),
+        ("--prompt_extend_method local_qwen", ["--prompt_extend_method", "dashscope"]),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_the_loaded_model_depends_on_cannot_differ(batch, ckpt, wan, monkeypatch, flag):
+def test_flags_of_the_loaded_model_cannot_differ(
+    batch, asked, ckpt, wan, monkeypatch, flag, of_all
+):
     generate, _ = wan
-    monkeypatch.setitem(generate.WAN_CONFIGS, "t2v-nano-2", generate.WAN_CONFIGS["t2v-nano"])
-    monkeypatch.setitem(generate.SUPPORTED_SIZES, "t2v-nano-2", ("64*64",))
-    monkeypatch.setitem(generate.EXAMPLE_PROMPT, "t2v-nano-2", {"prompt": "a ball"})
-    monkeypatch.setattr("teacache_generate.check_numbers", lambda wan, args: None)
+    add_flag(monkeypatch, generate, 'add("--convert_model_dtype", action="store_true")')
+    for table in (generate.WAN_CONFIGS, generate.SUPPORTED_SIZES, generate.EXAMPLE_PROMPT):
+        monkeypatch.setitem(table, "t2v-nano-2", table["t2v-nano"])
     Path("copy").symlink_to(ckpt)
-    code, said = batch([THREE[0], "", flag])
-    name = flag.split()[0]
-    assert code == 2
-    assert f"jobs.txt: line 3: {name} " in said
+    code, said = batch([THREE[0], "", flag], *of_all)
+    assert (code, asked) == (2, [])
+    assert f"jobs.txt: line 3: {flag.split()[0]} " in said
     assert "must be that of the command line" in said
 
 
-def test_lines_may_give_what_the_command_line_alone_lacks(wan, monkeypatch, batch):
-    generate, _ = wan
-    monkeypatch.setitem(generate.SUPPORTED_SIZES, "t2v-nano", ("64*96",))  # not the default 64*64
-    monkeypatch.setitem(generate.SIZE_CONFIGS, "64*96", (64, 96))
-    code, said = batch([f"{THREE[0]} --size 64*96"], "--size", "64*64")
-    assert code == 0, said
-    assert frames(Path("one.mp4")).shape == (5, 96, 64, 3)
-
-
-# --------------------------------------------------------------------------------- flags of a line
-
-
-def test_flags_of_a_line_are_over_those_of_the_command_line(batch):
+def test_flags_of_a_line_override_the_command_line(batch):
     code, said = batch(
         [
             f"{THREE[0]} --teacache_thresh 0",
-            f"{THREE[1]} --sample_steps 12 --teacache_speedup 1.5 --frame_num 9",
-            f"{THREE[2]} --teacache_order 1 --sample_solver dpm++",
+            f"{THREE[1]} --sample_steps 12 --teacache_speedup 1.2 --frame_num 9",
+            f"{THREE[2]} --teacache_order 1 --sample_solver dpm++ --size 64*96",
             '--prompt "a cube" --teacache_guide_until 0 --save_file four.mp4',
         ],
-        *("--teacache_speedup", "2", "--sample_steps", "10", "--teacache_report", "r.json"),
+        *("--teacache_speedup", "1.5", "--sample_steps", "10"),
     )
     assert code == 0, said
-    told = json.loads(Path("r.json").read_text())["videos"]
-    assert [len(video["computed"]) for video in told] == [10, 8, 5, 10]
-    assert [video["passes"] for video in told] == [20, 16, 10, 10]
-    assert [len(video["steps"]) for video in told] == [10, 12, 10, 10]
-    assert [video["config"]["order"] for video in told] == [0, 0, 1, 0]
-    assert [video["settings"]["sample_solver"] for video in told][1:3] == ["unipc", "dpm++"]
-    assert [len(frames(Path(video["file"]))) for video in told] == [5, 9, 5, 5]
+    records = [record(name) for name in ("one", "two", "three", "four")]
+    assert [len(video["computed"]) for video in records] == [10, 10, 7, 10]
+    assert [video["steps"] for video in records] == [10, 12, 10, 10]
+    assert [video["order"] for video in records] == [0, 0, 1, 0]
+    assert [video["frames"] for video in records] == [5, 9, 5, 5]
+    assert [video["settings"]["sample_solver"] for video in records][1:3] == ["unipc", "dpm++"]
+    assert frames(Path("three.mp4")).shape == (5, 96, 64, 3)
 
 
-def test_a_threshold_of_a_line_replaces_a_speedup_and_the_other_way_round(batch):
-    _, said = batch([f"{THREE[0]} --teacache_speedup 1"], "--teacache_thresh", "0.3")
-    assert "thresh 0, sigma: computes all 5 steps, as stock does" in said
-    _, said = batch([f"{THREE[1]} --teacache_thresh 0.3"], "--teacache_speedup", "1")
-    assert "thresh 0.3, sigma: will compute" in said
+def test_threshold_of_a_line_replaces_a_speedup(batch, asked):
+    said = batch([f"{THREE[0]} --teacache_thresh 0"], "--teacache_speedup", "1.5")[1]
+    assert "threshold 0: computes all 5 steps" in said
+    said = batch([f"{THREE[0]} --teacache_speedup 1"], "--teacache_thresh", "0.3")[1]
+    assert "threshold 0: computes all 5 steps" in said
 
 
-def test_a_row_of_a_line_replaces_a_file_of_coefficients(batch):
-    argv = ["--teacache_coefficients", "none.json", "--teacache_model", "sigma"]
-    code, said = batch(THREE, *argv)
-    assert code == 2  # both at once
-    code, said = batch([f"{THREE[0]} --teacache_coefficients none.json"])
-    assert code == 2
-    assert "line 1: --teacache_coefficients none.json: cannot be used" in said
-    code, said = batch([f'{THREE[0]} --teacache_coefficients ""'])
-    assert code == 2
-    assert 'line 1: --teacache_coefficients "": is empty' in said
+def test_equal_plans_are_announced_once(batch, asked):
+    lines = ["a ball", "a cube", "--save_file x.mp4 --sample_steps 6"]
+    said = batch(lines)[1]
+    announced = re.findall("TeaCache: (.*rule sigma.*): computes ([0-9]+ of [0-9] steps)", said)
+    assert [steps for _, steps in announced] == ["3 of 5 steps", "4 of 6 steps"]
+    assert announced[0][0].startswith("2 videos: rule sigma")
 
 
-def test_names_without_save_file_differ_and_are_those_of_the_last_time(batch):
-    lines = ['--prompt "a ball" --base_seed 1', '--prompt "a ball" --base_seed 2'] * 2
+# ------------------------------------------------------------------------------ names and seeds
+
+
+def test_default_names_and_seeds_survive_a_restart(batch, made, ckpt):
+    lines = ["a ball", "a ball", '--prompt "a ball" --base_seed 7', "a cube"]
     code, said = batch(lines)
-    assert code == 0, said
-    made = videos()
-    assert len(made) == 4
-    assert all(name.startswith("t2v-nano_64x64_a_ball_") for name in made)
-    assert sum(".2." in name for name in made) == 2  # the lines that are there twice
-    code, said = batch(lines)
-    assert code == 0
-    assert said.count("is there: skipped") == 4
-    assert "will compute" not in said
-    assert videos() == made
-    code, said = batch(lines[:1], "--teacache_thresh", "0")  # another video
-    assert "skipped" not in said
+    names = videos()
+    assert (code, len(names), len(made.sampled)) == (0, 4, 4), said
+    assert sum(name.startswith("t2v-nano_64x64_a_ball_") for name in names) == 3
+    assert sum(".2." in name for name in names) == 1  # of two equal lines without a seed
+    seeds = {name: record(Path(name).stem)["seed"] for name in names}
+    assert len(set(seeds.values())) == 4
+    cube = next(name for name in names if "cube" in name)
+    Path(cube).unlink()
+    Path("again").symlink_to(ckpt)
+    other = ["--offload_model", "False", "--t5_cpu", "--ckpt_dir", "./again"]
+    code, said = batch(lines, *other)  # the same videos, so the same names
+    assert (code, said.count("is finished: skipped"), videos()) == (0, 3, names)
+    assert made.sampled[4:] == [seeds[cube]]
+    assert {name: record(Path(name).stem)["seed"] for name in names} == seeds
+    assert batch(["a ball"], "--teacache_thresh", "0")[0] == 0  # another video
     assert len(videos()) == 5
 
 
-# ------------------------------------------------------------------------------------ one load
+def test_two_equal_lines_with_a_seed_are_refused(batch, asked):
+    code, said = batch(['--prompt "a ball" --base_seed 1'] * 2)
+    assert (code, asked) == (2, [])
+    assert "line 2" in said
+    assert "line 1 has this name too" in said
 
 
-def test_one_load_makes_all_videos_and_each_is_that_of_a_single_run_to_the_bit(
-    batch, decoded, capsys, ckpt, caplog
-):
+def test_single_runs_in_one_second_have_two_names(batch, made, monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda *args: "20260101_120000")
+    argv = ["--prompt", "a ball", "--base_seed", "5", "--teacache_thresh"]
+    assert [batch(None, *argv, thresh)[0] for thresh in ("0.3", "0.3", "0.2")] == [0, 0, 0]
+    start = "t2v-nano_64x64_a_ball_"
+    assert videos() == [
+        f"{start}0.2_5_20260101_120000.mp4",
+        f"{start}0.3_5_20260101_120000.2.mp4",
+        f"{start}0.3_5_20260101_120000.mp4",
+    ]
+    assert [record(name[:-4])["file"] for name in videos()] == videos()
+
+
+def test_default_name_is_taken_when_sampling_begins(batch, made, monkeypatch):
+    from wan.pipeline import WanPipeline
+
+    monkeypatch.setattr("time.strftime", lambda *args: "now")
+    name, seen, stock = "t2v-nano_64x64_a_ball_0.3_5_now", [], WanPipeline.__init__
+    other = '{"status": "started", "settings": {}}'
+
+    def load(self, *args, **kwargs):
+        stock(self, *args, **kwargs)
+        Path(f"{name}.json").write_text(other)  # another run begins meanwhile
+
+    monkeypatch.setattr(WanPipeline, "__init__", load)
+    made.then = {0: lambda: seen.extend(path.name for path in Path().iterdir())}
+    argv = ["--prompt", "a ball", "--base_seed", "5", "--teacache_thresh", "0.3"]
+    assert batch(None, *argv)[0] == 0
+    assert {f"{name}.2.json", f"{name}.2.latents.pt"} < set(seen)
+    assert (Path(f"{name}.json").read_text(), videos()) == (other, [f"{name}.2.mp4"])
+
+
+# ------------------------------------------------------------------------------ one load
+
+
+def test_batch_loads_once_and_equals_single_runs(batch, made):
     lines = [
         f"{THREE[0]} --sample_steps 10",
         f"{THREE[1]} --frame_num 9 --teacache_order 1 --sample_steps 12 --sample_solver dpm++",
         f"{THREE[2]} --teacache_guide_until 0.5",
     ]
     code, said = batch(lines)
-    assert code == 0, said
-    assert said.count("Creating WanModel") == 1
+    assert (code, said.count("Creating WanModel")) == (0, 1), said
     assert videos() == ["one.mp4", "three.mp4", "two.mp4"]
-    together = list(decoded)
     for line in lines:
-        words = line.replace('"', "").split()
-        flags = [*words[:1], " ".join(words[1:6]), *words[6:]]
-        assert attempt(capsys, "--ckpt_dir", ckpt, *FEW, *flags)[0] == 0
-    alone = decoded[3:]
+        _, prompt, rest = line.split('"')
+        assert batch(None, "--prompt", prompt, *rest.split())[0] == 0
+    together, alone = made.decoded[:3], made.decoded[3:]
     assert [video.shape[1] for video in alone] == [5, 9, 5]
-    for one, other in zip(together, alone, strict=True):
-        assert torch.equal(one, other)
+    assert all(torch.equal(*pair) for pair in zip(together, alone, strict=True))
 
 
-def test_a_prompt_expander_is_made_once(batch, wan, monkeypatch):
+def test_prompt_expander_is_loaded_once(batch, wan, monkeypatch):
     generate, _ = wan
-    made = []
-
-    class QwenPromptExpander:
-        def __init__(self, name):
-            made.append(name)
-
-    monkeypatch.setattr(generate, "QwenPromptExpander", QwenPromptExpander, raising=False)
-    inner = generate.generate
+    loads, stock = [], generate.generate
+    monkeypatch.setattr(generate, "QwenPromptExpander", loads.append, raising=False)
 
     def expanding(args):
         generate.QwenPromptExpander("model")
-        inner(args)
+        stock(args)
 
     monkeypatch.setattr(generate, "generate", expanding)
-    code, said = batch(THREE)
-    assert code == 0, said
-    assert made == ["model"]
-    generate.QwenPromptExpander("after")  # and what was put in its way is gone
-    assert made == ["model", "after"]
+    assert batch(THREE[:2])[0] == 0
+    assert loads == ["model"]
 
 
 @pytest.mark.parametrize(("kind", "expected"), [(AssertionError, 2), (RuntimeError, 1)])
-def test_an_objection_of_wan_before_the_load_is_a_refusal_and_a_breakdown_is_not(
-    batch, wan, monkeypatch, kind, expected
-):
+def test_objection_of_wan_before_loading_is_a_refusal(batch, wan, monkeypatch, kind, expected):
     def objecting(args):
         raise kind("of a prompt expander")
 
     monkeypatch.setattr(wan[0], "generate", objecting)
     code, said = batch(THREE[:1])
     assert code == expected
-    assert said.count("of a prompt expander") >= 1
+    assert "of a prompt expander" in said
 
 
-def test_before_each_video_is_said_which_it_is_and_how_long_all_will_take(
-    batch, monkeypatch, decoded
-):
-    code, said = batch(THREE)
-    assert code == 0
-    numbers = re.findall(r"TeaCache: video (\d of 3)(.*): (\w+\.mp4)", said)
-    assert numbers == [
+def test_progress_and_table_of_a_batch(batch):
+    code, said = batch([THREE[0], f"{THREE[1]} --teacache_thresh 0", THREE[2]])
+    assert code == 0, said
+    assert re.findall(r"TeaCache: video (\d of 3)(.*): (\w+\.mp4)", said) == [
         ("1 of 3", "", "one.mp4"),
         ("2 of 3", ", about 1 min to go", "two.mp4"),
         ("3 of 3", ", about 1 min to go", "three.mp4"),
     ]
+    table = said[said.index("computed  sampling   drift  file") :]
+    rows = re.findall(r"TeaCache: +(\d+)/(\d+) +([\d.]+) s +(?:([\d.]+) %)? +(\S+)", table)
+    assert [row[:2] + row[-1:] for row in rows] == [
+        ("3", "5", "one.mp4"),
+        ("5", "5", "two.mp4"),
+        ("3", "5", "three.mp4"),
+    ]
+    first, second = record("one"), record("two")
+    assert rows[0][2] == f"{first['seconds']['sampling']:.1f}"
+    assert [rows[0][3], rows[1][3]] == [f"{100 * first['drift']:.1f}", ""]
+    assert second["drift"] is None
 
 
-def test_the_time_to_go_is_that_of_the_videos_that_are_made():
-    from types import SimpleNamespace
-
-    from teacache_generate import Session
-
-    def run(status, **seconds):
-        return SimpleNamespace(status=status, seconds=seconds)
-
-    session = Session(SimpleNamespace(pipelines=dict), None, {})
-    session.videos = 12
-    session.runs = [run("finished", encode=20, sampling=200, decode=20), run("failed: x", encode=1)]
-    assert session.progress() == "video 3 of 12, about 40 min to go"
-    session.runs = [run("failed: x", encode=1)]
-    assert session.progress() == "video 2 of 12"
+# ------------------------------------------------------------------------------ failing lines
 
 
-def test_a_table_ends_a_batch_and_is_in_the_report(batch):
-    line = f"{THREE[1]} --teacache_speedup 1"
-    code, said = batch([THREE[0], line], "--sample_steps", "10", "--teacache_report", "r.json")
-    assert code == 0
-    told = json.loads(Path("r.json").read_text())["videos"]
-    table = said[said.index("TeaCache: computed  sampling  speed-up   drift  file") :]
-    rows = re.findall(
-        r"TeaCache: +(\d+)/(\d+) +([\d.]+) s +([\d.]+)x +(?:([\d.]+) %)? +(\S+)", table
-    )
-    assert [row[:2] + row[-1:] for row in rows] == [("5", "10", "one.mp4"), ("10", "10", "two.mp4")]
-    for row, video in zip(rows, told, strict=True):
-        assert row[2] == f"{video['seconds']['sampling']:.1f}"
-        assert row[3] == f"{video['speedup']:.2f}"
-    assert rows[0][4] == f"{100 * told[0]['drift']['order 0']:.1f}"
-    assert rows[1][4] == ""
-    assert told[1]["drift"]["order 0"] is None
-    assert [video["status"] for video in told] == ["finished"] * 2
-
-
-def test_the_report_of_a_batch_does_not_call_it_finished_after_its_first_video(batch, monkeypatch):
-    write, seen = teacache_generate.Session.write_report, []
-
-    def looking(self):
-        write(self)
-        seen.append(json.loads(Path("r.json").read_text()))
-
-    monkeypatch.setattr(teacache_generate.Session, "write_report", looking)
-    assert batch(THREE[:2], "--teacache_report", "r.json")[0] == 0
-    assert [len(report["videos"]) for report in seen] == [1, 2]
-    assert all("status" not in report for report in seen)
-
-
-# ------------------------------------------------------------------------------ what goes wrong
-
-
-def test_a_table_stays_a_table_whatever_failed(batch):
-    runs = []
-    for status in ("failed: " + "x" * 60, "failed: y"):
-        run = SimpleNamespace(status=status, cache=None)
-        run.job = SimpleNamespace(args=SimpleNamespace(save_file="a.mp4"))
-        runs.append(run)
-    _, first, second = teacache_generate.batch_table(runs)
-    assert first.index("a.mp4") == second.index("a.mp4")
-
-
-def test_a_line_whose_decoder_fails_keeps_its_latents_and_the_next_one_runs(batch, decoded):
-    decoded.then = {1: fail}
-    code, said = batch(THREE, "--teacache_report", "r.json")
-    assert code == 1
-    assert said.count("Creating WanModel") == 1
+def test_failing_decoder_keeps_latents_and_the_batch_goes_on(batch, made):
+    made.then = {1: fail}
+    code, said = batch(THREE)
+    assert (code, said.count("Creating WanModel")) == (1, 1)
     assert videos() == ["one.mp4", "three.mp4"]
-    assert [path.name for path in Path().glob("*.latents.pt")] == ["two.latents.pt"]
-    assert "TeaCache: two.mp4: failed: OutOfMemoryError('CUDA out of memory')" in said
-    assert "--teacache_decode" in said
-    assert not_made(said) == ["two.mp4: failed: OutOfMemoryError('CUDA out of memory')"]
-    told = json.loads(Path("r.json").read_text())["videos"]
-    assert [video["status"][:8] for video in told] == ["finished", "failed: ", "finished"]
-    assert told[1]["latents"].endswith("two.latents.pt")
+    assert [record(name)["status"][:7] for name in ("one", "two", "three")] == [
+        *("finished"[:7], "failed:", "finished"[:7])
+    ]
+    assert record("two")["latents"] == str(Path("two.latents.pt").absolute())
+    assert Path("two.latents.pt").is_file()
+    assert said.count("two.mp4 failed: CUDA out of memory") == 1
+    assert "Traceback" not in said
+    table = said[said.index("computed  sampling   drift  file") :].splitlines()
+    assert "failed: OutOfMemoryError(" in table[2]
+    assert len({line.rindex("  ") for line in table[1:4]}) == 1  # a table, whatever failed
+    assert said.count("Finished.") == 2  # Wan's own word
 
 
-def test_a_line_that_runs_out_of_memory_before_its_latents_is_said_and_the_next_one_runs(
-    batch, wan, monkeypatch
-):
+@pytest.mark.parametrize("where", ["encode_prompts", "noise"])
+def test_failure_before_sampling_is_told_and_the_batch_goes_on(batch, wan, monkeypatch, where):
     from wan.pipeline import WanPipeline
 
-    encode = WanPipeline.encode_prompts
+    stock, calls = getattr(WanPipeline, where), iter(range(9))
 
-    def encode_prompts(self, prompt, *others):
-        if "blue" in prompt:
-            fail()
-        return encode(self, prompt, *others)
+    def failing(self, *args):
+        return fail() if next(calls) == 1 else stock(self, *args)
 
-    monkeypatch.setattr(WanPipeline, "encode_prompts", encode_prompts)
+    monkeypatch.setattr(WanPipeline, where, failing)
     code, said = batch(THREE)
-    assert code == 1
-    assert said.count("Creating WanModel") == 1
+    assert (code, said.count("Creating WanModel")) == (1, 1)
     assert videos() == ["one.mp4", "three.mp4"]
-    assert list(Path().glob("*.latents.pt")) == []
-    assert not_made(said) == ["two.mp4: failed: OutOfMemoryError('CUDA out of memory')"]
+    assert "latents" not in said.split("two.mp4 failed: CUDA out of memory")[1].split("\n")[0]
 
 
-def test_a_video_that_cannot_be_written_keeps_its_latents_and_the_next_one_runs(
-    batch, wan, monkeypatch
-):
-    generate, _ = wan
-    write = generate.cache_video
+def test_model_that_cannot_be_loaded_ends_the_batch(batch, wan, monkeypatch):
+    loads = []
 
-    def cache_video(tensor, save_file=None, **options):
-        return None if save_file == "two.mp4" else write(tensor, save_file, **options)
+    def load(*args, **kwargs):
+        loads.append(args)
+        fail()
 
-    monkeypatch.setattr(generate, "cache_video", cache_video)
+    monkeypatch.setattr("wan.pipeline.WanModel.from_pretrained", load)
     code, said = batch(THREE)
-    assert code == 1, said
-    assert videos() == ["one.mp4", "three.mp4"]
-    assert [path.name for path in Path().glob("*.latents.pt")] == ["two.latents.pt"]
+    assert (code, len(loads)) == (1, 1)
+    assert said.count("failed: CUDA out of memory") == 1
+    assert said.count("not made") == 2
+    assert (record("one")["status"][:7], Path("two.json").exists()) == ("failed:", False)
 
 
-def test_what_a_failure_held_is_free_before_the_next_line(batch, decoded, monkeypatch):
-    import weakref
-
+def test_failure_frees_its_tensors_before_the_next_line(batch, made, monkeypatch):
     held, alive = [], []
 
     def fail_with_a_tensor():
@@ -475,68 +438,191 @@ def test_what_a_failure_held_is_free_before_the_next_line(batch, decoded, monkey
         held.append(weakref.ref(activations))
         fail()
 
-    monkeypatch.setattr(logging.root, "handlers", [])  # pytest's keep what they were told
-    decoded.then = {0: fail_with_a_tensor, 1: lambda: alive.append(held[0]())}
-    code, _ = batch(THREE[:2])
-    assert code == 1
+    monkeypatch.setattr(logging.root, "handlers", [])  # pytest's keep what they are given
+    made.then = {0: fail_with_a_tensor, 1: lambda: alive.append(held[0]())}
+    assert batch(THREE[:2])[0] == 1
     assert alive == [None]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_all_and_what_is_done_is_done(batch, decoded, number):
-    decoded.then = {1: lambda: os.kill(os.getpid(), number)}
-    code, said = batch(THREE, "--teacache_report", "r.json")
-    assert code == 128 + number
-    assert f"stopped by {number.name}" in said
+@pytest.mark.parametrize("offload", ["True", "False"])
+def test_pipeline_is_put_back_after_a_failed_decode(batch, made, wan, monkeypatch, offload):
+    from wan.modules.model import WanModel
+    from wan.modules.t5 import WordEncoder
+    from wan.modules.vae import VAE
+
+    events = []
+    monkeypatch.setattr(VAE, "clear_cache", lambda vae: events.append("clear"), raising=False)
+    for name, cls in (("model", WanModel), ("text", WordEncoder)):
+
+        def cpu(self, name=name, stock=cls.cpu):
+            events.append(name)
+            return stock(self)
+
+        monkeypatch.setattr(cls, "cpu", cpu)
+    made.then = {0: lambda: (events.clear(), fail()), 1: lambda: events.append("decode 2")}
+    assert batch(THREE[:2], "--offload_model", offload)[0] == 1
+    moved = {"model", "text"} if offload == "True" else set()
+    assert set(events[: events.index("decode 2")]) - {"text"} == {"clear"} | moved - {"text"}
+    assert events.index("clear") < events.index("decode 2")
+    assert ("text" in events[: events.index("decode 2")]) == (offload == "True")
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A stand-in for torch.cuda that the script alone sees; Wan stays on the CPU."""
+    cuda = SimpleNamespace(events=[], peak=0)
+    calls = ("is_available", "is_initialized", "synchronize", "device_count")
+    vars(cuda).update({name: lambda: 1 for name in calls})
+    cuda.empty_cache = lambda: cuda.events.append("empty")
+    cuda.reset_peak_memory_stats = lambda: (cuda.events.append("reset"), setattr(cuda, "peak", 0))
+    cuda.max_memory_allocated = lambda: cuda.peak
+    cuda.get_device_capability = lambda *device: (9, 0)
+    seen = ModuleType("torch")
+    seen.cuda, seen.__getattr__ = cuda, lambda name: getattr(torch, name)
+    monkeypatch.setattr("teacache_generate.torch", seen)
+    monkeypatch.setattr("teacache_generate.device_of_run", lambda: torch.device("cpu"))
+    return cuda
+
+
+def test_peak_memory_is_of_one_video_and_the_cache_is_emptied(batch, made, cuda):
+    made.then = {i: lambda i=i: setattr(cuda, "peak", (900, 7)[i]) for i in (0, 1)}
+    assert batch(THREE[:2])[0] == 0
+    assert [record(name)["peak_bytes"] for name in ("one", "two")] == [900, 7]
+    assert cuda.events == ["reset", "empty", "reset", "empty"]
+
+
+# ------------------------------------------------------------------------------ started again
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_stopped_batch_continues_where_it_was(batch, made, name):
+    made.then = {1: lambda: os.kill(os.getpid(), signal.Signals[name])}
+    code, said = batch(THREE)
+    assert code == 128 + signal.Signals[name]
+    assert f"stopped by {name}" in said
     assert "video 3 of 3" not in said
-    assert videos() == ["one.mp4"]
-    told = json.loads(Path("r.json").read_text())["videos"]
-    assert [video["status"].split(":")[0] for video in told] == ["finished", "failed"]
-    decoded.then = {}
+    assert [record(x)["status"] for x in ("one", "two")] == ["finished", "stopped"]
     before = Path("one.mp4").stat().st_mtime_ns
     code, said = batch(THREE)
-    assert code == 0
-    assert "one.mp4 is there: skipped" in said
-    assert re.findall(r"video \d of \d", said) == ["video 1 of 2", "video 2 of 2"]
+    assert (code, made.sampled) == (0, [1, 2, 3]), said  # two is decoded only
+    assert "one.mp4 is finished: skipped" in said
     assert videos() == ["one.mp4", "three.mp4", "two.mp4"]
     assert Path("one.mp4").stat().st_mtime_ns == before
+    assert (record("two")["status"], record("two")["latents"]) == ("finished", None)
+    assert list(Path().glob("*.pt")) == []
+    assert batch(THREE)[1].count("Creating WanModel") == 0
 
 
-def test_a_half_written_video_is_made_again_and_a_whole_one_is_not(batch, decoded):
-    assert batch(THREE)[0] == 0
-    whole = Path("two.mp4").read_bytes()
-    Path("two.mp4").write_bytes(whole[: len(whole) // 2])
-    Path("three.mp4").write_bytes(b"")
-    code, said = batch(THREE)
-    assert code == 0
-    assert said.count("skipped") == 1
-    assert "one.mp4 is there: skipped" in said
-    assert Path("two.mp4").read_bytes() == whole
-    assert len(frames(Path("three.mp4"))) == 5
+@pytest.fixture(scope="module")
+def leftovers(ckpt, tmp_path_factory):
+    """A folder with x.mp4, its record and, as if decoding had failed, its latents."""
+    folder = tmp_path_factory.mktemp("leftovers")
+    program = KILLED.format(folder=str(SCRIPT.parent), nano=str(NANO), number=0)
+    argv = ["--wan_repo", NANO, "--ckpt_dir", ckpt, *FEW, *SAME, "--save_file", "x.mp4"]
+    assert python("-c", program, *argv, cwd=folder).returncode == -signal.SIGKILL
+    shutil.move(folder / "x.latents.pt", folder / "kept.pt")
+    assert python(SCRIPT, *argv, cwd=folder).returncode == 0
+    return folder
 
 
-@pytest.mark.parametrize(("src_video", "done"), [(None, False), ("in.mp4", True)])
-def test_a_video_made_of_another_may_be_shorter_than_asked_for(tmp_path, src_video, done):
-    """VACE makes no more frames than its video has."""
-    file = tmp_path / "five.mp4"
-    imageio.mimwrite(file, np.zeros((5, 64, 64, 3), np.uint8))
-    args = argparse.Namespace(save_file=str(file), frame_num=81, src_video=src_video)
-    assert is_done(Job(args, None, "", None)) == done
+SAME = ["--prompt", "a ball", "--base_seed", "1", "--teacache_thresh", "0.3"]
+REFUSED = None
 
 
-def test_nothing_is_loaded_where_all_videos_are_there(batch):
+def finished(target: Path) -> None:
+    pass
+
+
+def cut_short(target: Path) -> None:
+    target.write_bytes(target.read_bytes()[:3000])
+
+
+def stopped_with_latents(target: Path) -> None:
+    target.unlink()
+    latents = target.with_name(f"{target.stem}.latents.pt").absolute()
+    content = torch.load(target.with_name("kept.pt"), weights_only=True)
+    torch.save({**content, "save_file": str(target.absolute())}, latents)
+    change(target, status="stopped", latents=str(latents))
+
+
+def stopped_without_latents(target: Path) -> None:
+    change(target, status="started", latents=str(target.with_name("none.pt").absolute()))
+
+
+def of_another_prompt(target: Path) -> None:
+    change(target, settings={**record(target.stem)["settings"], "prompt": "a cube"})
+
+
+def without_a_record(target: Path) -> None:
+    target.with_suffix(".json").unlink()
+
+
+def beside_a_foreign_json(target: Path) -> None:
+    target.with_suffix(".json").write_text('{"camera": "mine"}')
+
+
+def change(target: Path, **values) -> None:
+    target.with_suffix(".json").write_text(json.dumps(record(target.stem) | values))
+
+
+# what is found: how many videos are sampled by a batch, a comparison (with its stock), a single run
+FOUND = {
+    finished: (0, 3, 1),
+    cut_short: (1, 3, 1),
+    stopped_with_latents: (0, 2, 1),
+    stopped_without_latents: (1, 3, 1),
+    of_another_prompt: (REFUSED, REFUSED, 1),
+    without_a_record: (REFUSED, REFUSED, 1),
+    beside_a_foreign_json: (REFUSED, REFUSED, REFUSED),
+}
+RUNS = {
+    "batch": ("x", ["--teacache_jobs", "line.txt"]),
+    "comparison": ("x.0.3", [*SAME[:4], "--teacache_compare", "0.3", "--save_file", "x.mp4"]),
+    "single": ("x", [*SAME, "--save_file", "x.mp4"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("found", "run", "expected"),
+    [
+        (found, run, count)
+        for found, counts in FOUND.items()
+        for run, count in zip(RUNS, counts, strict=True)
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_files_beside_the_target_decide(batch, made, leftovers, found, run, expected):
+    name, argv = RUNS[run]
+    for ending in ("mp4", "json"):
+        shutil.copy(leftovers / f"x.{ending}", f"{name}.{ending}")
+    shutil.copy(leftovers / "kept.pt", "kept.pt")
+    Path("line.txt").write_text(
+        "--prompt 'a ball' --base_seed 1 --teacache_thresh 0.3 --save_file x.mp4"
+    )
+    found(Path(f"{name}.mp4"))
+    before = {path.name: path.read_bytes() for path in Path().glob(f"{name}.*")}
+    code, said = batch(None, *argv)
+    if expected is REFUSED:
+        assert (code, made.sampled, said.count("error:")) == (2, [], 1), said
+        assert f"--save_file {name}.mp4" in said
+        assert {path.name: path.read_bytes() for path in Path().glob(f"{name}.*")} == before
+        return
+    assert (code, len(made.sampled)) == (0, expected), said
+    done = record(name)
+    assert (done["status"], done["latents"], done["prompt"]) == ("finished", None, "a ball")
+    assert np.array_equal(frames(Path(f"{name}.mp4")), frames(leftovers / "x.mp4"))
+    assert ("made with other settings" in said) == (found is of_another_prompt)
+
+
+def test_record_knows_how_many_frames_are_whole(batch, made, wan, monkeypatch):
+    """A short source video makes fewer frames than asked for (VACE)."""
+    from wan.modules.vae import WanVAE
+
+    monkeypatch.setattr(WanVAE, "decode", lambda self, latents: [torch.zeros(3, 3, 64, 64)])
     assert batch(THREE[:1])[0] == 0
-    code, said = batch(THREE[:1], "--teacache_report", "report.json")
-    assert code == 0
-    assert "Creating WanModel" not in said
-    assert json.loads(Path("report.json").read_text())["videos"] == []
-
-
-def test_a_single_video_that_is_there_is_made_again(capsys, ckpt, batch, decoded):
-    argv = ["--ckpt_dir", ckpt, *FEW, "--base_seed", "1", "--save_file", "one.mp4"]
-    assert attempt(capsys, *argv)[0] == 0
-    assert attempt(capsys, *argv)[0] == 0
-    assert len(decoded) == 2
+    assert (record("one")["frames"], made.sampled) == (3, [1])
+    assert batch(THREE[:1])[0] == 0
+    assert made.sampled == [1]
 
 
 KILLED = """
@@ -546,10 +632,7 @@ from wan.modules.vae import WanVAE
 from teacache_generate import main
 decode, count = WanVAE.decode, iter(range(9))
 def dying(self, latents):
-    number = next(count)
-    if number == 1:
-        raise RuntimeError("a decoder")
-    if number == 2:
+    if next(count) == {number}:
         os.kill(os.getpid(), 9)
     return decode(self, latents)
 WanVAE.decode = dying
@@ -557,23 +640,19 @@ main(sys.argv[1:])
 """
 
 
-def test_a_batch_with_a_failing_line_killed_and_started_again_ends_with_all_videos(batch, ckpt):
+def test_batch_killed_and_started_again_is_complete(batch, made, ckpt):
     Path("jobs.txt").write_text("\n".join(THREE))
-    program = KILLED.format(folder=str(SCRIPT.parent), nano=str(NANO))
+    program = KILLED.format(folder=str(SCRIPT.parent), nano=str(NANO), number=1)
     argv = ["--wan_repo", NANO, "--ckpt_dir", ckpt, *FEW, "--teacache_jobs", "jobs.txt"]
     killed = python("-c", program, *argv)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert videos() == ["one.mp4"]
-    kept = sorted(path.name for path in Path().glob("*.latents.pt"))
-    assert kept == ["three.latents.pt", "two.latents.pt"]
+    assert (videos(), record("two")["status"]) == (["one.mp4"], "started")
     code, said = batch(THREE)
-    assert code == 0, said
-    assert said.count("skipped") == 1
-    assert videos() == ["one.mp4", "three.mp4", "two.mp4"]
-    assert all(len(frames(Path(name))) == 5 for name in videos())
+    assert (code, made.sampled) == (0, [3]), said
+    assert all(len(frames(Path(name))) == 5 for name in ("one.mp4", "two.mp4", "three.mp4"))
 
 
-# -------------------------------------------------------------------------------- two processes
+# ------------------------------------------------------------------------------ two processes
 
 FAILS_ON_RANK_0 = """
 import sys
@@ -592,24 +671,22 @@ XFUSER = "init_distributed_environment = initialize_model_parallel = None"
 
 
 @pytest.mark.parametrize("flags", [["--ulysses_size", "2"], ["--dit_fsdp"]], ids=" ".join)
-def test_two_processes_load_once_and_go_on_after_a_failure(ckpt, batch, capsys, tmp_path, flags):
-    png = [line.replace(".mp4", ".png") for line in THREE]  # animated, lossless
-    Path("jobs.txt").write_text("\n".join(png))
+def test_processes_sharing_a_video_go_on_after_a_failure(batch, made, ckpt, tmp_path, flags):
+    Path("jobs.txt").write_text("\n".join(THREE))
     program = tmp_path / "program.py"
     program.write_text(FAILS_ON_RANK_0.format(folder=str(SCRIPT.parent), nano=str(NANO)))
-    (tmp_path / "xfuser/core").mkdir(parents=True)  # which the stand-in does without
+    (tmp_path / "xfuser/core").mkdir(parents=True)  # the stand-in does without
     (tmp_path / "xfuser/core/distributed.py").write_text(XFUSER)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", program]
     argv = ["--wan_repo", NANO, "--ckpt_dir", ckpt, *FEW, "--teacache_jobs", "jobs.txt", *flags]
     done = python(*torchrun, *argv, CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 1
-    assert done.stdout.count("Creating WanModel") == 1  # rank 0's; the others say nothing
-    assert "not made: one.png: failed: RuntimeError('a decoder')" in done.stdout
-    assert sorted(path.name for path in Path().glob("*.p*")) == [
-        *("one.latents.pt", "program.py", "three.png", "two.png")
-    ]
+    assert (done.returncode, done.stdout.count("Creating WanModel")) == (1, 1), done.stderr
+    assert done.stdout.count("one.mp4 failed: a decoder") == 1
     assert done.stdout.count("TeaCache: video 3 of 3") == 1
-    both = frames(Path("three.png"))
-    alone = ["--ckpt_dir", ckpt, *FEW, "--prompt", "a green box moves up", "--base_seed", "3"]
-    assert attempt(capsys, *alone, "--save_file", "alone.png")[0] == 0
-    assert np.abs(both - frames(Path("alone.png"))).max() <= 1  # of 255, for the rounding
+    assert (videos(), Path("one.latents.pt").is_file()) == (["three.mp4", "two.mp4"], True)
+    both = frames(Path("three.mp4"))
+    code, said = batch(THREE)  # by one process, the same names and videos
+    assert (code, made.sampled, said.count("skipped")) == (0, [], 2), said
+    alone = ["--prompt", "a green box moves up", "--base_seed", "3", "--save_file", "alone.mp4"]
+    assert batch(None, *alone)[0] == 0
+    assert np.abs(both - frames(Path("alone.mp4"))).mean() < 1
