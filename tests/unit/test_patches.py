@@ -1,0 +1,398 @@
+"""Which models are patched, with what, and what is restored."""
+
+import inspect
+import threading
+from contextlib import ExitStack
+
+import pytest
+import torch
+from torch import nn
+from toys import Toy, ToyVace, config_of, halves, in_turn, numbers, sample
+
+from teacache_generate import TeaCacheConfig, teacache
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
+    torch._dynamo.reset()
+
+
+def expected_of(model, computed) -> list[float]:
+    """The outputs of order 0: stock's on computed steps, else the last residual's."""
+    stock, found = numbers(sample(model, 6)), []
+    for step in range(6):
+        last = max(i for i in computed if i <= step)
+        found += stock[2 * last : 2 * last + 2]
+    return found
+
+
+# Forks: forwards that do more with their blocks
+
+
+def skip_one(blocks, x, e):
+    for i, block in enumerate(blocks):
+        if i == 1:
+            continue
+        x = block(x, e)
+    return x
+
+
+def offload(blocks, x, e):
+    for block in blocks:
+        block.to("cpu")
+        x = block(x, e)
+        block.to(x.device)
+    return x
+
+
+def add_in_place(blocks, x, e):
+    for block in blocks:
+        x = block(x, e)
+        x += 0.5
+    return x
+
+
+FORKS = {
+    "skips one by number": skip_one,
+    "leaves out the first": lambda blocks, x, e: in_turn(blocks[1:], x, e),
+    "leaves out the last": lambda blocks, x, e: in_turn(list(blocks)[:-1], x, e),
+    "reversed": lambda blocks, x, e: in_turn(reversed(blocks), x, e),
+    "twice": lambda blocks, x, e: in_turn(blocks, in_turn(blocks, x, e), e),
+    "moves blocks": offload,
+    "x as keyword": lambda blocks, x, e: blocks[1](e=e, x=blocks[0](x=x, e=e)),
+    "calls forward": lambda blocks, x, e: blocks[0].forward(x, e),
+    "adds between blocks": lambda blocks, x, e: blocks[1](blocks[0](x, e) * 2 + 1, e) + 3,
+    "adds in place": add_in_place,
+}
+
+
+@pytest.mark.parametrize("fork", FORKS)
+def test_a_forks_loop_over_its_blocks_keeps_working(fork):
+    model = Toy(loop=FORKS[fork])
+    for thresh, computed in ((0.0, range(6)), (1.5, [0, 2, 4, 5])):
+        with teacache(model, config_of(6, thresh)) as cache:
+            outputs = numbers(sample(model, 6))
+        assert cache.computed_steps == list(computed)
+        assert outputs == expected_of(model, computed)
+
+
+def test_a_block_that_adds_in_place_keeps_working():
+    model = Toy()
+    model.blocks[0].forward = lambda x, e: x.add_(e)
+    with teacache(model, config_of(6)):
+        outputs = numbers(sample(model, 6))
+    assert outputs == expected_of(model, [0, 2, 4, 5])
+
+
+def test_a_forward_that_bypasses_blocks_or_projection_is_an_error():
+    model = Toy()
+    with pytest.raises(RuntimeError, match="step 2"), teacache(model, config_of(4)):
+        sample(model, 2)
+        model.loop = lambda blocks, x, e: x
+        sample(model, 1, begin=2)
+    model.forward = lambda x, t, context: x
+    with pytest.raises(RuntimeError, match=r"step 0.*thresh 0"), teacache(model, config_of(4)):
+        sample(model, 1)
+
+
+# Wrappers and torch.compile
+
+
+class Wrapper(nn.Module):
+    """As FSDP with mixed precision: casts what it passes on."""
+
+    def __init__(self, module, cast=torch.Tensor.bfloat16):
+        super().__init__()
+        self.module, self.cast = module, cast
+
+    def forward(self, x, t, **kwargs):
+        return self.module(x, t=self.cast(t), **kwargs)
+
+
+class Peft(nn.Module):
+    """As get_peft_model: two layers, the inner one calls forward itself."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model = nn.Module()
+        self.base_model.model = model
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.base_model.model, name)
+
+    def forward(self, *args, **kwargs):
+        return self.base_model.model.forward(*args, **kwargs)
+
+
+class LowMemory(nn.Module):
+    """Moves the model for each call."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.add_module("inner", model)
+
+    def forward(self, *args, **kwargs):
+        output = self.inner.to("cpu")(*args, **kwargs)
+        self.inner.to("cpu")
+        return output
+
+
+@pytest.mark.parametrize("wrapper", [Wrapper, Peft, LowMemory, lambda model: Peft(Wrapper(model))])
+def test_the_model_in_a_wrapper_is_patched(wrapper):
+    model = Toy()
+    wrapped, timesteps = wrapper(model), [999.0, 990.0, 981.0, 972.0, 963.0, 954.0]
+    with teacache(wrapped, config_of(6)) as cache:
+        outputs = numbers(sample(model, timesteps, called=wrapped))
+    assert outputs == expected_of(model, [0, 2, 4, 5])
+    assert [d.timestep for d in cache.schedule.decisions] == timesteps  # in bfloat16 1000, 992...
+    assert not wrapped._forward_pre_hooks
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_compiled_blocks_are_patched_and_restored(in_place):
+    model = Toy()
+    for i, block in enumerate(model.blocks):
+        if in_place:
+            block.compile(backend="eager")
+        else:
+            model.blocks[i] = torch.compile(block, backend="eager")
+    calls = [block._compiled_call_impl for block in model.blocks]
+    expected = expected_of(model, [0, 2, 4, 5])
+    model.blocks[0].runs = 0
+    with teacache(model, config_of(6)):
+        assert numbers(sample(model, 6)) == expected
+    assert model.runs == 8
+    assert [block._compiled_call_impl for block in model.blocks] == calls
+
+
+def compiled_forward(model):
+    model.forward = torch.compile(model.forward, backend="eager")
+    return model
+
+
+def compiled_in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize(
+    "compiled",
+    [
+        lambda model: torch.compile(model, backend="eager"),
+        lambda model: Peft(torch.compile(model, backend="eager")),
+        lambda model: torch.compile(Wrapper(model), backend="eager"),
+        lambda model: Wrapper(compiled_in_place(model)),
+        compiled_in_place,
+        compiled_forward,
+    ],
+)
+def test_a_model_compiled_as_a_whole_is_refused_before_a_step(compiled, used):
+    model = Toy()
+    whole = compiled(model)
+    if used:
+        sample(model, 1, called=whole)
+    before = state(model)
+    with pytest.raises(RuntimeError, match="compile its blocks"), teacache(whole, config_of(4)):
+        pytest.fail("entered")
+    assert state(model) == before
+
+
+# Calls
+
+
+@pytest.mark.parametrize(("guided", "runs"), [(None, 6), (4, 6), (3, 5), (2, 4), (0, 3)])
+def test_after_guidance_both_calls_return_the_conditional_output(guided, runs):
+    model = Toy()
+    with teacache(model, config_of(4, guided_steps=guided)) as cache:
+        outputs = sample(model, 4)
+    assert (model.runs, cache.computed_steps) == (runs, [0, 2, 3])
+    assert ("passes" in cache.summary()) == (runs < 6)
+    for step in range(4):
+        same = guided is not None and step >= guided
+        assert (outputs[2 * step + 1] is outputs[2 * step]) == same
+
+
+@pytest.mark.parametrize("guided", [0, 2])
+@pytest.mark.parametrize("thresh", [0.0, 1.5])
+def test_one_call_a_step_works_where_no_step_is_guided(guided, thresh):
+    stock = numbers(sample(Toy(), 4)[::2])
+    model = Toy()
+    with teacache(model, config_of(4, thresh, guided_steps=guided)) as cache:
+        outputs = sample(model, guided)[::2] + sample(model, 4 - guided, begin=guided, calls=1)
+    assert cache.computed_steps == ([0, 2, 3] if thresh else [0, 1, 2, 3])
+    assert numbers(outputs) == [
+        stock[max(i for i in cache.computed_steps if i <= s)] for s in range(4)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("calls", "thresh", "guided", "message"),
+    [
+        ((2, 2, 1, 2), 1.5, None, "step 2: the model was called once, not twice"),
+        ((2, 2, 2, 1), 1.5, None, "step 3: the model was called once, not twice"),
+        ((1, 1, 1, 1), 1.5, None, "step 0: the model was called once, not twice"),
+        ((2, 1, 1, 1), 0.0, 2, "step 1: the model was called once, not twice"),
+        ((2, 3), 1.5, None, "step 1: the model was called three times"),
+        ((2, 2, 2, 2, 2), 1.5, None, "more than 4 steps: set TeaCacheConfig.steps"),
+        ((1, 1, 1, 1, 1), 1.5, 0, "more than 4 steps"),
+    ],
+)
+def test_another_number_of_calls_is_an_error_that_counts(calls, thresh, guided, message):
+    model = Toy()
+    config = config_of(4, thresh, guided_steps=guided)
+    with pytest.raises(RuntimeError, match=message), teacache(model, config):
+        for step, count in enumerate(calls):
+            sample(model, 1, begin=step, calls=count)
+
+
+def test_each_call_of_a_step_may_have_its_own_timestep_tensor():
+    model = Toy()
+    with teacache(model, config_of(3)) as cache:
+        for timestep in halves(3):
+            for _ in (0, 1):
+                model([torch.zeros(1, 1, 1)], t=torch.tensor([timestep]))
+    assert cache.computed_steps == [0, 2]
+
+
+def test_fewer_steps_are_a_warning(caplog):
+    model = Toy()
+    with teacache(model, config_of(4)) as cache:
+        sample(model, 3)
+    assert "set up for 4 steps, but the pipeline took 3" in caplog.text
+    assert cache.drift(0) == 3.0  # 6 where 1.5 was right
+
+
+def test_negative_increments_are_a_warning_with_their_steps(caplog):
+    model = Toy()
+    with teacache(model, TeaCacheConfig(5, 1.5, (-1.0,))):
+        sample(model, 5)
+    assert "negative at steps 1-3" in caplog.text
+
+
+def test_a_call_from_another_thread_is_one_plain_error():
+    model, errors = Toy(), []
+
+    def intrude():
+        try:
+            sample(model, 4)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    with teacache(model, config_of(6)):
+        outputs = []
+        for step in range(6):
+            outputs += sample(model, 1, begin=step)
+            thread = threading.Thread(target=intrude)
+            thread.start()
+            thread.join()
+    assert len(errors) == 6
+    assert all("thread" in error for error in errors)
+    assert numbers(outputs) == expected_of(model, [0, 2, 4, 5])
+
+
+# What is refused, patched and restored
+
+
+class Diffusers(nn.Module):
+    """As diffusers' WanTransformer3DModel."""
+
+    def __init__(self):
+        super().__init__()
+        self.condition_embedder, self.proj_out = nn.Identity(), nn.Identity()
+        self.blocks = nn.ModuleList([nn.Identity()])
+
+
+class Pipeline:
+    def __init__(self):
+        self.model = Toy()
+
+
+@pytest.mark.parametrize("wrong", [Pipeline(), Diffusers(), None, Toy])
+def test_what_is_no_wan_transformer_is_a_plain_type_error(wrong):
+    for models in (wrong, [Toy(), wrong]):
+        with pytest.raises(TypeError, match=r"pipeline\.model, not a \w+$"):
+            teacache(models, config_of(4)).__enter__()
+
+
+def state(model) -> list:
+    """Attributes and hooks of all modules."""
+    counted = {"runs", "vace_runs", "rows", "now", "e0", "dtype", "hints", "residual"}
+    return [
+        {name: value.copy() if isinstance(value, dict) else value}
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if name not in counted
+    ]
+
+
+def test_threshold_0_patches_nothing():
+    model, wrapped = ToyVace(), Wrapper(ToyVace())
+    before = state(model), state(wrapped)
+    with teacache([model, wrapped], config_of(4, 0.0)) as cache:
+        assert (state(model), state(wrapped)) == before
+    assert (cache.computed_steps, cache.drift(0)) == ([0, 1, 2, 3], None)
+    assert cache.summary().endswith("computed 4 of 4 steps")
+
+
+def test_less_guidance_at_threshold_0_patches_forward_only():
+    model = ToyVace()
+    before, parts = state(model), [state(module) for module in model.children()]
+    with teacache(model, config_of(4, 0.0, guided_steps=2)) as cache:
+        assert vars(model).keys() - Toy().__dict__.keys() <= {"forward", "teacache"}
+        assert [state(module) for module in model.children()] == parts
+        outputs = sample(model, 4)
+    assert state(model) == before
+    assert numbers(outputs) == [6.0, 106.0, 3.0, 103.0, 1.5, 1.5, 0.75, 0.75]
+    assert cache.summary().endswith("4 of 4 steps, 6 of 8 passes")
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, "too many", "inside"])
+@pytest.mark.parametrize("kind", [Toy, ToyVace])
+def test_models_are_restored_after_every_error(kind, error):
+    models = [kind(), kind()]
+    models[0].forward = lambda *args, **kwargs: kind.forward(models[0], *args, **kwargs)  # Ulysses
+    before = [state(model) for model in models]
+    expected = (RuntimeError, ValueError, KeyboardInterrupt, ZeroDivisionError)
+    with pytest.raises(expected), teacache(models, config_of(4)):
+        assert all(state(model) != was for model, was in zip(models, before, strict=True))
+        sample(models[0], 5 if error == "too many" else 2)
+        models[1].residual = (lambda *_: 1 / 0) if error == "inside" else models[0].residual
+        sample(models[1], 2, begin=2)
+        raise error
+    models[1].residual = models[0].residual
+    assert [state(model) for model in models] == before
+    assert numbers(sample(models[1], 4)) == numbers(sample(kind(), 4))
+
+
+def test_a_model_serves_one_teacache_at_a_time():
+    outer, inner = Toy(), Toy()
+    with teacache(outer, config_of(4)) as one, teacache(inner, config_of(4, 0.5)) as two:
+        sample(outer, 2)
+        free = Toy()
+        before = state(free)
+        for models in ([free, outer], outer, [inner, inner]):
+            with ExitStack() as stack, pytest.raises(RuntimeError, match="leave that one first"):
+                stack.enter_context(teacache(models, config_of(4)))
+        assert state(free) == before
+        sample(inner, 4)
+        sample(outer, 2, begin=2)
+    assert (one.computed_steps, two.computed_steps) == ([0, 2, 3], [0, 1, 2, 3])
+    with pytest.raises(RuntimeError, match="leave"), teacache([free, free], config_of(4)):
+        pass
+    assert state(free) == before
+
+
+def test_only_the_instance_is_patched_and_keeps_its_signature():
+    model, other = Toy(), Toy()
+    signature, forward = inspect.signature(model.forward), Toy.forward
+    with teacache(model, config_of(4)):
+        assert Toy.forward is forward
+        assert numbers(sample(other, 1)) == [6.0, 106.0]
+        assert (model.forward.__name__, model.forward.__doc__) == ("forward", forward.__doc__)
+        assert inspect.signature(model.forward) == signature
