@@ -12,63 +12,49 @@ import imageio
 import numpy as np
 import pytest
 import torch
+from harness import Reference
 from nano import NANO, PROMPT, SCRIPT, attempt, frames, python
 from PIL import Image
 
 from teacache_generate import RULES, TeaCacheConfig, import_wan, sdpa_attention, teacache
 
 RULE = ["--teacache_rule", "t2v-1.3B"]
-EIGHT = [*RULE, *PROMPT, "--sample_steps", "8"]
-
-
-@pytest.fixture(autouse=True)
-def log_level(caplog):
-    caplog.set_level("INFO")
-
-
-# ----------------------------------------------------------------------------------- the main job
-
 RECORD = """status file prompt asked_prompt seed rule thresh order frames computed steps drift
 seconds peak_bytes versions latents settings"""
 
+# ----------------------------------------------------------------------------------- the main job
 
-@pytest.mark.parametrize(
-    ("flags", "thresh"), [([], 0.08), (["--use_ret_steps"], 0.1)], ids=["plain", "ret"]
-)
-def test_run_leaves_a_video_and_its_record(capsys, caplog, ckpt, tmp_path, flags, thresh):
-    video = tmp_path / "cats.mp4"
-    argv = ["--ckpt_dir", ckpt, *RULE, *PROMPT, *flags, "--save_file", video]
-    assert attempt(capsys, *argv)[0] == 0
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["cats.json", "cats.mp4"]
-    assert frames(video).shape == (17, 64, 64, 3)
-    record = json.loads((tmp_path / "cats.json").read_text())
+
+@pytest.mark.parametrize(("flags", "thresh"), [([], 0.08), (["--use_ret_steps"], 0.1)])
+def test_run_leaves_a_video_and_its_record(run, tmp_path, flags, thresh):
+    code, log, record = run(*RULE, *flags)
+    assert code == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["x.json", "x.mp4"]
+    assert frames(tmp_path / "x.mp4").shape == (17, 64, 64, 3)
     assert record.keys() == set(RECORD.split())
-    values = {"status": "finished", "file": str(video), "seed": 42, "thresh": thresh, "order": 0}
+    values = {"status": "finished", "file": str(tmp_path / "x.mp4"), "seed": 42, "latents": None}
     values |= {"prompt": PROMPT[1], "asked_prompt": PROMPT[1]}
-    values |= {"frames": 17, "steps": 50, "latents": None}
+    values |= {"thresh": thresh, "order": 0, "frames": 17, "steps": 50}
     assert {name: record[name] for name in values} == values
     assert record["rule"].split()[0] == "t2v-1.3B"
     assert record["seconds"].keys() == {"load", "encode", "sampling", "decode", "write"}
     computed = record["computed"]
     assert 15 <= len(computed) <= 40
-    before, loading, after = caplog.text.partition("Creating WanModel")
+    before, loading, after = log.partition("Creating WanModel")
     assert loading
     assert f"rule t2v-1.3B (as asked), threshold {thresh} (default): computes" in before
     assert f"computed {len(computed)} of 50 steps ({' '.join(map(str, computed))})" in after
     assert f"mean drift {100 * record['drift']:.1f} %" in after
 
 
-def test_log_tells_order_and_passes(capsys, caplog, ckpt, tmp_path):
-    argv = ["--ckpt_dir", ckpt, *PROMPT, "--sample_steps", "10", "--teacache_order", "1"]
-    argv += ["--teacache_guide_until", "0.5", "--save_file", tmp_path / "x.mp4"]
-    assert attempt(capsys, *argv)[0] == 0
-    record = json.loads((tmp_path / "x.json").read_text())
+def test_log_tells_order_and_passes(run):
+    flags = ["--sample_steps", "10", "--teacache_order", "1", "--teacache_guide_until", "0.5"]
+    code, log, record = run(*flags)
     computed = record["computed"]
     passes = len(computed) + sum(step < 5 for step in computed)
-    assert record["order"] == 1
-    assert f"order 1: computes {len(computed)} of 10 steps, {passes} of 20 passes" in caplog.text
-    (line,) = [line for line in caplog.messages if "order 0: " in line]
-    assert f"{passes} of 20 passes, mean drift {100 * record['drift']:.1f} %" in line
+    assert (code, record["order"]) == (0, 1)
+    assert f"order 1: computes {len(computed)} of 10 steps, {passes} of 20 passes" in log
+    assert f"{passes} of 20 passes, mean drift {100 * record['drift']:.1f} % (max" in log
 
 
 def test_threshold_0_equals_stock_generate_py_to_the_byte(ckpt, tmp_path):
@@ -98,42 +84,6 @@ def new_pipeline(wan, ckpt, i2v_ckpt, picture, task):
     return package.WanI2V(config, str(i2v_ckpt)), ("a ball", image), {"max_area": 64 * 64}
 
 
-class Plainly:
-    """TeaCache written plainly, with hooks on a stock run: every step computes all blocks, and on
-    a step that the method skips their output is replaced by h + the last residual."""
-
-    def __init__(self, model, steps, polynomial, method):
-        self.polynomial, self.calls, self.computed, self.residual = polynomial, 0, [], {}
-        self.forced = range(5) if method == "ret" else (0, steps - 1)
-        compared = model.time_projection if method == "ret" else model.time_embedding
-        compared.register_forward_hook(self.decide)
-        model.blocks[0].register_forward_pre_hook(self.enter)
-        model.blocks[-1].register_forward_hook(self.leave)
-
-    def decide(self, module, args, e):
-        step, self.branch = divmod(self.calls, 2)
-        self.calls += 1
-        if self.branch == 1:
-            return
-        e, last = e.double().numpy(), self.computed and self.e
-        if step not in self.forced:
-            distance = np.abs(e - last).mean() / np.abs(last).mean()
-            self.accumulated += np.polyval(self.polynomial.coefficients, distance)
-        self.e = e
-        compute = step in self.forced or self.accumulated >= self.polynomial.thresholds[-1]
-        self.accumulated = 0 if compute else self.accumulated
-        self.computed.append(bool(compute))
-
-    def enter(self, module, args):
-        self.h = args[0]
-
-    def leave(self, module, args, output):
-        if self.computed[-1]:
-            self.residual[self.branch] = output - self.h
-            return output
-        return self.h + self.residual[self.branch]
-
-
 @pytest.mark.parametrize(
     ("task", "method", "solver", "scale"),
     [
@@ -155,7 +105,9 @@ def test_video_equals_the_method_written_plainly(
     config = TeaCacheConfig.from_rule(rule, 50, ret=method == "ret", guided_steps=guided)
     with teacache(pipeline.model, config) as cache:
         ours = pipeline.generate(*inputs, **settings, guide_scale=scale)
-    plainly = Plainly(pipeline.model, 50, polynomial, method)
+    job = {"method": method, "thresh": polynomial.thresholds[-1]}
+    job |= {"coefficients": polynomial.coefficients, "guided_steps": 0 if scale == 1 else 50}
+    plainly = Reference([pipeline.model], 50, job)
     expected = pipeline.generate(*inputs, **settings, guide_scale=scale)
     assert [decision.computed for decision in cache.schedule.decisions] == plainly.computed
     assert 10 < sum(plainly.computed) < 45
@@ -163,10 +115,15 @@ def test_video_equals_the_method_written_plainly(
     assert (ours - expected).abs().max() <= (1e-5 if scale == 1 else 0)
 
 
+STEPS = ["--sample_steps", "8"]
+
+
 @pytest.fixture(scope="module")
 def by_one_process(ckpt, tmp_path_factory) -> Path:
     video = tmp_path_factory.mktemp("one") / "alone.png"  # animated, lossless
-    one = python(SCRIPT, "--wan_repo", NANO, "--ckpt_dir", ckpt, *EIGHT, "--save_file", video)
+    one = python(
+        SCRIPT, "--wan_repo", NANO, "--ckpt_dir", ckpt, *RULE, *PROMPT, *STEPS, "--save_file", video
+    )
     assert one.returncode == 0, one.stderr
     return video
 
@@ -178,7 +135,17 @@ def by_one_process(ckpt, tmp_path_factory) -> Path:
 )
 def test_two_processes_give_the_video_of_one(ckpt, tmp_path, by_one_process, flags):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT]
-    argv = ["--wan_repo", NANO, "--ckpt_dir", ckpt, *EIGHT, "--save_file", tmp_path / "both.png"]
+    argv = [
+        "--wan_repo",
+        NANO,
+        "--ckpt_dir",
+        ckpt,
+        *RULE,
+        *PROMPT,
+        *STEPS,
+        "--save_file",
+        tmp_path / "both.png",
+    ]
     two = python(*torchrun, *argv, *flags, CUDA_VISIBLE_DEVICES="")
     assert two.returncode == 0, two.stderr
     videos = (by_one_process, tmp_path / "both.png")
@@ -389,18 +356,16 @@ def parser_without(wan, monkeypatch):
     return remove
 
 
-def test_parser_without_flags_of_several_gpus_works(capsys, ckpt, tmp_path, parser_without):
+def test_parser_without_flags_of_several_gpus_works(run, tmp_path, parser_without):
     parser_without("t5_fsdp", "dit_fsdp", "ulysses_size", "ring_size", "src_video", "last_frame")
-    argv = ["--ckpt_dir", ckpt, *PROMPT, "--sample_steps", "2", "--save_file", tmp_path / "x.mp4"]
-    code, said = attempt(capsys, *argv)
-    assert code == 0, said
+    assert run("--sample_steps", "2")[0] == 0
     assert len(frames(tmp_path / "x.mp4")) == 17
 
 
 @pytest.mark.parametrize("flag", ["ckpt_dir", "sample_steps", "save_file", "base_seed"])
-def test_parser_without_an_essential_flag_is_refused(capsys, ckpt, parser_without, flag):
+def test_parser_without_an_essential_flag_is_refused(run, parser_without, flag):
     parser_without(flag)
-    code, said = attempt(capsys, "--ckpt_dir", ckpt, *PROMPT)
+    code, said, _ = run()
     assert code == 2
     assert f"--{flag}: TeaCache reads this flag, and {NANO / 'generate.py'} has none" in said
 
@@ -457,6 +422,7 @@ def wans_attention(wan, monkeypatch):
 def test_attention_is_replaced_only_where_it_cannot_run(caplog, wans_attention, runs, line):
     from wan.modules import clip, model
 
+    caplog.set_level("INFO")
     calls = wans_attention(*runs)
     import_wan(str(NANO), generates=True)
     shape = ((1, 16, 1, 128), torch.bfloat16, "cpu")
@@ -468,16 +434,16 @@ def test_attention_is_replaced_only_where_it_cannot_run(caplog, wans_attention, 
     assert line in logged
 
 
-def test_attention_of_pytorch_gives_the_same_video(capsys, ckpt, tmp_path, wans_attention):
-    videos = [tmp_path / "own.mp4", tmp_path / "pytorch.mp4"]
-    argv = ["--ckpt_dir", ckpt, *PROMPT, "--sample_steps", "2", "--save_file"]
-    assert attempt(capsys, *argv, videos[0])[0] == 0
-    wans_attention()
-    assert attempt(capsys, *argv, videos[1])[0] == 0
-    assert np.abs(frames(videos[0]) - frames(videos[1])).max() <= 1
+def test_attention_of_pytorch_gives_the_same_video(run, tmp_path, wans_attention):
+    videos = []
+    for prepare in (lambda: None, wans_attention):
+        prepare()
+        assert run("--sample_steps", "2")[0] == 0
+        videos.append(frames(tmp_path / "x.mp4"))
+    assert np.abs(videos[0] - videos[1]).max() <= 1
 
 
-def test_attention_of_the_users_own_is_used(capsys, caplog, ckpt, tmp_path, wan, monkeypatch):
+def test_attention_of_the_users_own_is_used(run, wan, monkeypatch):
     """Written into wan/modules/attention.py; it need not run on the 16 tokens."""
     from wan.modules import attention, model
 
@@ -490,10 +456,10 @@ def test_attention_of_the_users_own_is_used(capsys, caplog, ckpt, tmp_path, wan,
 
     for module in (attention, model):
         monkeypatch.setattr(module, "flash_attention", sage)
-    argv = ["--ckpt_dir", ckpt, *PROMPT, "--sample_steps", "2", "--save_file", tmp_path / "x.mp4"]
-    assert attempt(capsys, *argv)[0] == 0
+    code, log, _ = run("--sample_steps", "2")
+    assert code == 0
     assert len(shapes) == 2 * 2 * 6 * 2  # steps, branches, blocks, self- and cross-attention
-    assert "TeaCache: attention: test_command.sage" in caplog.messages
+    assert "TeaCache: attention: test_command.sage\n" in log
 
 
 @pytest.fixture
@@ -570,9 +536,7 @@ def gpus(monkeypatch):
 
 
 @pytest.mark.parametrize(("capability", "warned"), [((7, 5), True), ((8, 0), False)])
-def test_old_gpu_is_warned_of_the_memory_of_scores(
-    capsys, caplog, wan, ckpt, monkeypatch, gpus, capability, warned
-):
+def test_old_gpu_is_warned_of_the_memory_of_scores(run, wan, monkeypatch, gpus, capability, warned):
     """Of t2v-1.3B at 480P: 21 * 30 * 52 tokens, 12 heads, 2 bytes a score."""
     from wan.modules import model
 
@@ -584,10 +548,9 @@ def test_old_gpu_is_warned_of_the_memory_of_scores(
     monkeypatch.setitem(generate.WAN_CONFIGS, "t2v-nano", config)
     monkeypatch.setitem(generate.SIZE_CONFIGS, "832*480", (832, 480))
     monkeypatch.setitem(generate.SUPPORTED_SIZES, "t2v-nano", ("832*480",))
-    argv = ["--ckpt_dir", ckpt, *PROMPT, "--size", "832*480", "--frame_num", "81"]
-    assert attempt(capsys, *argv, "--save_file", "/none/x.mp4")[0] == 2
-    (line,) = [text for text in caplog.messages if "GiB" in text] or [""]
-    assert ("capability 7.5" in line and "24 GiB for 32,760 tokens" in line) == warned
+    code, log, _ = run("--size", "832*480", "--frame_num", "81", "--save_file", "/none/x.mp4")
+    assert code == 2
+    assert ("capability 7.5" in log and "24 GiB for 32,760 tokens" in log) == warned
 
 
 @pytest.mark.parametrize(
@@ -633,30 +596,23 @@ def test_plan_touches_no_gpu(ckpt, tmp_path):
 # ------------------------------------------------------------------------------ prompts and files
 
 
-def test_empty_prompt_is_no_example(capsys, ckpt, tmp_path):
-    argv = ["--ckpt_dir", ckpt, "--prompt", "", "--sample_steps", "2"]
-    assert attempt(capsys, *argv, "--save_file", tmp_path / "x.mp4")[0] == 0
-    record = json.loads((tmp_path / "x.json").read_text())
-    assert (record["prompt"], record["asked_prompt"]) == ("", "")
+def test_empty_prompt_is_no_example(run):
+    code, _, record = run("--prompt", "", "--sample_steps", "2")
+    assert (code, record["prompt"], record["asked_prompt"]) == (0, "", "")
 
 
-def test_prompt_that_is_a_file_brings_a_warning(
-    capsys, caplog, ckpt, tmp_path, monkeypatch, no_loading
-):
+def test_prompt_that_is_a_file_brings_a_warning(run, tmp_path, monkeypatch, no_loading):
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("a cat\na dog\n")
     in_chinese = "猫在舞台上打拳击。" * 12  # longer than a file's name may be
-    for prompt, warnings in (("prompts.txt", 1), ("no_file.txt", 0), (in_chinese, 0)):
-        caplog.clear()
-        code, said = attempt(capsys, "--ckpt_dir", ckpt, "--prompt", prompt)
-        assert (code, said) == (1, "")
-        assert "the pipeline is loaded" in caplog.text
-        named = [text for text in caplog.messages if "--teacache_jobs" in text]
-        assert len(named) == warnings
-        assert all("--prompt prompts.txt" in text for text in named)
+    for prompt, warned in (("prompts.txt", True), ("no_file.txt", False), (in_chinese, False)):
+        code, log, _ = run("--prompt", prompt)
+        assert code == 1
+        assert "the pipeline is loaded" in log
+        assert ("--prompt prompts.txt" in log and "--teacache_jobs" in log) == warned
 
 
-def test_write_error_is_told_as_itself(capsys, caplog, ckpt, tmp_path, monkeypatch):
+def test_write_error_is_told_as_itself(run, tmp_path, monkeypatch):
     """Wan's own writer tries again, and tells the error of its last try."""
     get_writer = imageio.get_writer
 
@@ -666,11 +622,10 @@ def test_write_error_is_told_as_itself(capsys, caplog, ckpt, tmp_path, monkeypat
         return get_writer(file, *args, **kwargs)
 
     monkeypatch.setattr(imageio, "get_writer", full_disk)
-    argv = ["--ckpt_dir", ckpt, *PROMPT, "--sample_steps", "2", "--save_file", tmp_path / "x.mp4"]
-    assert attempt(capsys, *argv)[0] == 1
-    assert "x.mp4 failed: [Errno 28] No space left on device" in caplog.text
-    assert "Finished." not in caplog.text
-    record = json.loads((tmp_path / "x.json").read_text())
+    code, log, record = run("--sample_steps", "2")
+    assert code == 1
+    assert "x.mp4 failed: [Errno 28] No space left on device" in log
+    assert "Finished." not in log
     assert "No space left on device" in record["status"]
     assert record["latents"] == str(tmp_path / "x.latents.pt")
 
