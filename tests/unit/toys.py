@@ -60,13 +60,14 @@ class Toy(nn.Module):
         self.time_projection = Projection(2, 12, bias=False)
         nn.init.normal_(self.time_projection.weight, generator=torch.Generator().manual_seed(0))
         self.blocks, self.head = nn.ModuleList(map(Block, SHARES)), Head()
-        self.residual, self.loop, self.now = residual, loop, (0, 0)
+        self.residual, self.loop, self.now, self.vace_runs = residual, loop, (0, 0), 0
 
     def forward(self, x, t, context=None, seq_len=None):
         """The toy's own docstring."""
-        self.e0 = self.time_projection(self.embed(t))
-        x = self.loop(self.blocks, x[0].bfloat16(), self.residual(*self.now))
-        return [self.head(x, self.e0)]
+        self.e0, x = self.time_projection(self.embed(t)), x[0].bfloat16()
+        if hasattr(self, "forward_vace"):
+            self.hints = self.forward_vace(x)
+        return [self.head(self.loop(self.blocks, x, self.residual(*self.now)), self.e0)]
 
     def embed(self, t):
         """[1, 2]; for a timestep a token [1, tokens], as in Wan2.2's ti2v, [1, tokens, 2]."""
@@ -78,17 +79,9 @@ class Toy(nn.Module):
 
 
 class ToyVace(Toy):
-    vace_runs = 0
-
     def forward_vace(self, x):
         self.vace_runs += 1
         return [x]
-
-    def forward(self, x, t, context=None, seq_len=None):
-        self.e0 = self.time_projection(self.embed(t))
-        x = x[0].bfloat16()
-        self.hints = self.forward_vace(x)
-        return [self.head(in_turn(self.blocks, x, self.residual(*self.now)), self.e0)]
 
 
 def config_of(steps: int, thresh: float = 1.5, signal: str = EMBEDDING, **others) -> TeaCacheConfig:
