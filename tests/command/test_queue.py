@@ -1,0 +1,240 @@
+"""The queue: each process of torchrun makes videos of its own, on the stand-in."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from nano import NANO, SCRIPT, attempt, python
+
+FEW = ["--sample_steps", "4", "--frame_num", "5", "--teacache_rule", "sigma"]
+LINES = [
+    "a red ball",
+    "a red ball",
+    '--prompt "a blue ball" --base_seed 7 --save_file blue.mp4',
+    "a green box, which fails",
+    '--prompt "a cube" --save_file cube.mp4 --teacache_order 1',
+    "a ball and a box",
+]
+# Runs in each process when the script imports Wan. ROLE_RANK is torchrun's own name for the rank.
+FORK = """
+import json, os, time
+from pathlib import Path
+from wan.pipeline import WanModel
+from wan.text2video import WanT2V
+from wan.modules.vae import WanVAE
+
+RANK = os.environ["ROLE_RANK"]
+NAMES = ("CUDA_VISIBLE_DEVICES", "RANK", "LOCAL_RANK", "WORLD_SIZE")
+Path(f"environment.{RANK}").write_text(json.dumps([os.environ.get(name) for name in NAMES]))
+load, sample, decode = WanModel.from_pretrained, WanT2V.generate, WanVAE.decode
+
+def note(file, text):
+    with open(file, "a") as opened:
+        opened.write(f"{RANK} {text}\\n")
+
+def noted_load(*args, **kwargs):
+    note("loaded", "")
+    if RANK in os.getenv("CANNOT_LOAD", ""):
+        raise MemoryError("the model is too large")
+    return load(*args, **kwargs)
+
+def noted_sample(self, prompt, **options):
+    note("sampled", prompt)
+    WanVAE.prompt = prompt
+    time.sleep(2)  # so that each process gets some
+    return sample(self, prompt, **options)
+
+def disturbed_decode(self, latents):
+    disturbed = Path("disturbed")
+    if "fails" in getattr(self, "prompt", "") and not disturbed.exists():
+        disturbed.touch()
+        raise RuntimeError("a decoder")
+    if os.getenv("KILLED") == RANK and not disturbed.exists():
+        disturbed.touch()
+        os.kill(os.getpid(), 9)
+    return decode(self, latents)
+
+WanModel.from_pretrained, WanT2V.generate = noted_load, noted_sample
+WanVAE.decode = disturbed_decode
+"""
+
+
+def run_queue(folder: Path, ckpt: Path, lines: list[str], **environment: str):
+    """A batch of two processes in a folder of its own."""
+    repo = folder / "repo"
+    if not repo.exists():
+        repo.mkdir(parents=True)
+        (repo / "wan").symlink_to(NANO / "wan")
+        (repo / "generate.py").write_text(FORK + (NANO / "generate.py").read_text())
+    (folder / "jobs.txt").write_text("\n".join(lines))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT]
+    argv = ["--wan_repo", repo, "--ckpt_dir", ckpt, *FEW, "--teacache_jobs", "jobs.txt"]
+    environment = {"CUDA_VISIBLE_DEVICES": "4,7", **environment}
+    done = python(*torchrun, *argv, cwd=folder, **environment)
+    sampled = [line.split(" ", 1) for line in noted(folder, "sampled")]
+    return SimpleNamespace(folder=folder, sampled=sampled, **vars(done))
+
+
+def noted(folder: Path, file: str) -> list[str]:
+    return (folder / file).read_text().splitlines() if (folder / file).exists() else []
+
+
+def records(folder: Path) -> dict[str, dict]:
+    """By the name of the video."""
+    return {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
+
+
+def made_by_one_process(folder: Path, ckpt: Path, capsys, monkeypatch) -> None:
+    """Make the videos of a folder's records again, with their names and seeds."""
+    lines = [
+        f"--prompt '{record['asked_prompt']}' --base_seed {record['seed']} --save_file {name}.mp4"
+        f" --teacache_order {record['order']}"
+        for name, record in records(folder).items()
+    ]
+    alone = folder / "alone"
+    alone.mkdir()
+    monkeypatch.chdir(alone)
+    Path("jobs.txt").write_text("\n".join(lines))
+    assert attempt(capsys, "--ckpt_dir", ckpt, *FEW, "--teacache_jobs", "jobs.txt")[0] == 0
+
+
+@pytest.fixture(scope="module")
+def first(ckpt, tmp_path_factory):
+    """A batch with a failing line."""
+    return run_queue(tmp_path_factory.mktemp("queue"), ckpt, LINES)
+
+
+@pytest.fixture(scope="module")
+def again(first, ckpt):
+    """The same batch, started again: the failing line has its latents."""
+    return run_queue(first.folder, ckpt, LINES)
+
+
+def test_queue_makes_every_line_once(first):
+    assert first.returncode == 1  # of torchrun: a line failed
+    prompts = [prompt for _, prompt in first.sampled]
+    asked = ["a red ball"] * 2 + ["a blue ball", "a green box, which fails", "a cube"]
+    assert Counter(prompts) == Counter([*asked, "a ball and a box"])
+    assert {rank for rank, _ in first.sampled} == {"0", "1"}
+    assert sorted(noted(first.folder, "loaded")) == ["0 ", "1 "]
+    statuses = Counter(record["status"] for record in records(first.folder).values())
+    assert statuses == {"finished": 5, "failed: RuntimeError('a decoder')": 1}
+    assert records(first.folder)["blue"]["seed"] == 7
+
+
+def test_queue_fails_with_its_last_process(first):
+    """The others leave with 0, or torchrun would stop a video in the making."""
+    failed = re.findall(r"rank +: (\d)", first.stderr)
+    assert set(failed) == {"0"}, first.stderr
+
+
+def test_queue_gives_each_process_its_gpu(first):
+    """What Wan sees when it is imported."""
+    seen = [json.loads((first.folder / f"environment.{rank}").read_text()) for rank in (0, 1)]
+    assert seen == [["4", "0", "0", "1"], ["7", "0", "0", "1"]]
+
+
+def test_queue_prints_one_table_of_all_videos(first):
+    said = first.stdout
+    assert said.count("computed  sampling   drift  file") == 1
+    rows = said[said.index("computed  sampling   drift  file") :].splitlines()[1:]
+    assert sum("failed: RuntimeError(" in row for row in rows) == 1
+    assert {row.split()[-1] for row in rows} == {f"{x}.mp4" for x in records(first.folder)}
+    announced = re.findall(r"([\d,]+) videos: rule sigma|TeaCache: (rule sigma.*order 1)", said)
+    assert len(announced) == 2  # by rank 0 alone
+
+
+def test_queue_log_lines_name_their_video(first):
+    by_rank = Counter(rank for rank, _ in first.sampled)
+    said = first.stdout + first.stderr
+    assert len(re.findall(r"TeaCache: \S+\.mp4: computed \d of 4 steps", said)) == 5
+    assert len(re.findall(r"TeaCache: video \d of 6.*: \S+\.mp4", said)) == 6
+    ends = re.findall(r"TeaCache: \S+\.mp4: (finished|failed: R)", said)
+    assert len(ends) == by_rank["1"]  # rank 0 has Wan's log and bar
+    assert said.count("  0%|") == by_rank["0"]
+    assert said.count(".mp4 failed: a decoder") == 1
+    assert said.count("RuntimeError: a decoder\n") == 1  # one traceback
+
+
+def test_queue_started_again_finishes_what_is_missing(first, again):
+    assert again.returncode == 0, again.stderr
+    assert again.sampled == first.sampled  # decoded only
+    assert len(noted(again.folder, "loaded")) == 2  # nobody needed a model
+    assert all(record["status"] == "finished" for record in records(again.folder).values())
+    assert again.stdout.count("is finished: skipped") == 5
+
+
+def test_queue_equals_one_process(again, ckpt, wan, capsys, monkeypatch):
+    made_by_one_process(again.folder, ckpt, capsys, monkeypatch)
+    videos = sorted(again.folder.glob("*.mp4"))
+    assert len(videos) == 6
+    for video in videos:
+        assert video.read_bytes() == (again.folder / "alone" / video.name).read_bytes(), video
+
+
+def test_queue_survives_kill_9_of_a_process(ckpt, wan, tmp_path, capsys, monkeypatch):
+    lines = LINES[:3] + LINES[4:]
+    killed = run_queue(tmp_path, ckpt, lines, KILLED="1")
+    assert killed.returncode == 1
+    assert "SIGKILL" in killed.stderr
+    before = {name: record["status"] for name, record in records(tmp_path).items()}
+    assert set(before.values()) & {"started", "stopped"}
+    assert len(list(tmp_path.glob("*.latents.pt"))) >= 1
+    done = run_queue(tmp_path, ckpt, lines)
+    assert done.returncode == 0, done.stderr
+    assert [record["status"] for record in records(tmp_path).values()] == ["finished"] * 5
+    assert not list(tmp_path.glob("*.pt"))
+    made_by_one_process(tmp_path, ckpt, capsys, monkeypatch)
+    for video in tmp_path.glob("*.mp4"):
+        assert video.read_bytes() == (tmp_path / "alone" / video.name).read_bytes(), video
+
+
+@pytest.mark.parametrize(("ranks", "failed", "finished"), [("1", 1, 2), ("0 1", 2, 0)])
+def test_process_that_cannot_load_takes_no_further_line(ckpt, tmp_path, ranks, failed, finished):
+    done = run_queue(tmp_path, ckpt, LINES[:3], CANNOT_LOAD=ranks)
+    assert done.returncode == 1
+    statuses = [record["status"].split(":")[0] for record in records(tmp_path).values()]
+    assert Counter(statuses) == Counter({"failed": failed, "finished": finished})
+    assert len(noted(tmp_path, "loaded")) == 2
+    assert done.stdout.count("computed  sampling   drift  file") == 1
+    assert done.stdout.count("not made") == 3 - failed - finished
+
+
+def test_queue_is_refused_once_for_all(ckpt, tmp_path):
+    done = run_queue(tmp_path, ckpt, [*LINES, "--frame_num 6"])
+    assert done.returncode == 1  # torchrun's
+    assert done.stderr.count("teacache_generate.py: error: ") == 1
+    assert "line 7: --frame_num 6: must be 4n+1" in done.stderr
+    assert (done.sampled, list(tmp_path.glob("*.json"))) == ([], [])
+
+
+# ------------------------------------------------------------------------------ without a queue
+
+
+@pytest.fixture
+def two(wan, monkeypatch, tmp_path):
+    """The flags that reach generate(), in the first of two processes; nothing is made."""
+    calls = []
+    monkeypatch.setattr(wan[0], "generate", calls.append)
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    return calls
+
+
+def test_comparison_by_several_processes_is_refused(two, ckpt, capsys):
+    argv = ["--ckpt_dir", ckpt, *FEW, "--teacache_compare", "1.5x", "--save_file", "x.mp4"]
+    code, said = attempt(capsys, *argv)
+    assert (code, two) == (2, [])
+    assert "--teacache_compare" in said
+    assert "--ulysses_size 2" in said
+
+
+@pytest.mark.parametrize(("flags", "warns"), [([], True), (["--dit_fsdp"], False)])
+def test_one_prompt_for_several_processes_warns(two, ckpt, capsys, caplog, flags, warns):
+    attempt(capsys, "--ckpt_dir", ckpt, *FEW, "--save_file", "x.mp4", *flags)
+    assert len(two) == 1
+    assert ("--ulysses_size 2" in caplog.text and "--teacache_jobs" in caplog.text) == warns
