@@ -30,26 +30,22 @@ PUBLISHED = {
     "t2v-1.3B": (
         "2.39676752e+03, -1.31110545e+03, 2.01331979e+02, -8.29855975e+00, 1.37887774e-01",
         "-5.21862437e+04, 9.23041404e+03, -5.28275948e+02, 1.36987616e+01, -4.99875664e-02",
-        ((0.05, 0.07, 0.08), (0.05, 0.1)),
-        (50, 5, "unipc"),
+        ((0.05, 0.07, 0.08), (0.05, 0.1), (50, 5, "unipc")),
     ),
     "t2v-14B": (
         "-5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404",
         "-3.03318725e+05, 4.90537029e+04, -2.65530556e+03, 5.87365115e+01, -3.15583525e-01",
-        ((0.14, 0.15, 0.2), (0.1, 0.2)),
-        (50, 5, "unipc"),
+        ((0.14, 0.15, 0.2), (0.1, 0.2), (50, 5, "unipc")),
     ),
     "i2v-14B-480P": (
         "-3.02331670e+02, 2.23948934e+02, -5.25463970e+01, 5.87348440e+00, -2.01973289e-01",
         "2.57151496e+05, -3.54229917e+04, 1.40286849e+03, -1.35890334e+01, 1.32517977e-01",
-        ((0.13, 0.19, 0.26), (0.2, 0.3)),
-        (40, 3, "unipc"),
+        ((0.13, 0.19, 0.26), (0.2, 0.3), (40, 3, "unipc")),
     ),
     "i2v-14B-720P": (
         "-114.36346466, 65.26524496, -18.82220707, 4.91518089, -0.23412683",
         "8.10705460e+03, 2.13393892e+03, -3.72934672e+02, 1.66203073e+01, -4.17769401e-02",
-        ((0.18, 0.2, 0.3), (0.2, 0.3)),
-        (40, 5, "unipc"),
+        ((0.18, 0.2, 0.3), (0.2, 0.3), (40, 5, "unipc")),
     ),
 }
 NORMS = json.loads(Path(__file__).with_name("wan_residual_norms.json").read_text())["tables"]
@@ -67,21 +63,22 @@ def planned(distances, thresh=1.0, signal=EMBEDDING, **others) -> Schedule:
     return Preview([1.0] * config.steps, [None, *distances]).plan(config)
 
 
+def noise_levels(first: float, steps: int, shift: float) -> np.ndarray:
+    flat = np.linspace(first, 0.0, steps, endpoint=False)
+    return shift * flat / (1 + (shift - 1) * flat)
+
+
 def wan_timesteps(steps: int, shift: float) -> list[int]:
     """Those of Wan's unipc scheduler, to within one."""
-    levels = np.linspace(0.999, 0.0, steps + 1)[:-1]
-    return (1000 * shift * levels / (1 + (shift - 1) * levels)).astype(int).tolist()
+    return (1000 * noise_levels(0.999, steps, shift)).astype(int).tolist()
 
 
-def sigma(
-    timesteps, thresh: float | None = None, second_model=0, speedup=2.0, **others
-) -> Schedule:
+def sigma(timesteps, thresh=None, second_model=0, speedup=2.0, **others) -> Schedule:
     """The plan of "sigma" at a threshold, or else for a speed-up."""
     steps = len(timesteps)
     config = TeaCacheConfig(steps, thresh or 0.0, signal=NOISE_LEVEL, **others)
-    distances = [None if step in (0, second_model) else 0.0 for step in range(steps)]
-    preview = Preview(timesteps, distances)
-    return preview.plan_speedup(config, speedup) if thresh is None else preview.plan(config)
+    preview = Preview(timesteps, [None if i in (0, second_model) else 0.0 for i in range(steps)])
+    return preview.plan(config) if thresh else preview.plan_speedup(config, speedup)
 
 
 # Rules and settings
@@ -91,12 +88,10 @@ def sigma(
 @pytest.mark.parametrize("ret", [False, True])
 def test_rules_have_the_published_coefficients(name, ret):
     rule, values = RULES[name], tuple(map(float, PUBLISHED[name][ret].split(",")))
-    thresholds, fitted_at = PUBLISHED[name][2][ret], PUBLISHED[name][3]
-    assert (rule.steps, rule.shift, rule.solver) == fitted_at
-    assert (rule.polynomial(ret).coefficients, rule.polynomial(ret).thresholds) == (
-        values,
-        thresholds,
-    )
+    thresholds = PUBLISHED[name][2][ret]
+    assert (rule.steps, rule.shift, rule.solver) == PUBLISHED[name][2][2]
+    assert rule.polynomial(ret).coefficients == values
+    assert rule.polynomial(ret).thresholds == thresholds
     config = TeaCacheConfig.from_rule(rule, 50, ret=ret)
     assert (config.coefficients, config.thresh) == (values, thresholds[-1])
     assert config.signal == (PROJECTION if ret else EMBEDDING)
@@ -106,10 +101,8 @@ def test_rules_have_the_published_coefficients(name, ret):
 def test_defaults_are_those_of_the_published_teacache():
     config = TeaCacheConfig.from_rule(RULES["t2v-1.3B"], 50)
     assert (config.order, config.guided_steps, config.max_skipped) == (0, None, 50)
-    changed = TeaCacheConfig.from_rule(RULES["t2v-1.3B"], 50, 0.05, order=1)
-    assert (changed.thresh, changed.order) == (0.05, 1)
-    stock = TeaCacheConfig.from_rule(RULES["sigma"], 50)
-    assert (stock.signal, stock.thresh, stock.max_skipped) == (NOISE_LEVEL, 0.0, 5)
+    sigma = TeaCacheConfig.from_rule(RULES["sigma"], 50, 0.1)
+    assert (sigma.signal, sigma.thresh, sigma.max_skipped) == (NOISE_LEVEL, 0.1, 5)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +110,7 @@ def test_defaults_are_those_of_the_published_teacache():
     [
         ({"steps": 0}, "steps 0"),
         ({"guided_steps": -1}, "guided_steps -1"),
+        ({"thresh": None}, "thresh None must be 0"),
         ({"thresh": -0.1}, "thresh -0.1 must be 0"),
         ({"thresh": math.nan}, "thresh nan must be 0"),
         ({"thresh": math.inf}, "thresh inf must be 0"),
@@ -130,23 +124,17 @@ def test_a_wrong_setting_is_an_error_that_names_it(settings, message):
         TeaCacheConfig(**{"steps": 50, "thresh": 0.1, "coefficients": LINE, **settings})
 
 
-# Decisions
-
-
 def test_a_step_is_computed_once_the_sum_reaches_the_threshold():
     plan = planned([0.25] * 5, thresh=0.5)
     assert plan.as_text() == "#.#.##"
     assert [d.accumulated for d in plan.decisions] == [0, 0.25, 0.5, 0.25, 0.5, 0]
 
 
-@pytest.mark.parametrize(
-    ("signal", "forced"), [(EMBEDDING, "#........#"), (PROJECTION, "#####.....")]
-)
-def test_forced_steps_are_computed_and_add_nothing(signal, forced):
-    assert planned([0.0] * 9, signal=signal).as_text() == forced
-    plan = planned([0.9, 0.9, 0.9, 0.9, 0.5, 0.5, 0.5], signal=PROJECTION)
-    assert plan.as_text() == "#####.#."
-    assert [d.increment for d in plan.decisions] == [None] * 5 + [0.5] * 3
+def test_forced_steps_are_computed_and_add_nothing():
+    assert planned([0.0] * 9).as_text() == "#........#"
+    plan = planned([0.9, 0.9, 0.9, 0.9, 0.5, 0.5, 0.5, 0.0], signal=PROJECTION)
+    assert plan.as_text() == "#####.#.."
+    assert [d.increment for d in plan.decisions] == [None] * 5 + [0.5] * 3 + [0.0]
 
 
 def test_forced_steps_and_the_limit_of_skips_can_be_set():
@@ -172,9 +160,6 @@ def test_a_distance_that_is_no_number_computes_the_step(odd):
     assert planned([odd, 0.0, 0.0], thresh=0.5).as_text() == "##.#"
 
 
-# What a schedule reports
-
-
 @pytest.mark.parametrize(("guided", "passes"), [(None, 8), (6, 8), (4, 6), (2, 5), (0, 4)])
 def test_a_step_counts_two_passes_only_while_guided(guided, passes):
     plan = planned([0.25] * 5, 0.5, guided_steps=guided)
@@ -195,26 +180,18 @@ def test_the_longest_skip_and_ranges_of_steps_are_reported():
 # The rule "sigma"
 
 
-OFF = {  # the norm from the published ones, in the mean and at most
-    "t2v-1.3B": (0.009, 0.033),
-    "t2v-14B": (0.007, 0.051),
-    "i2v-14B-480P": (0.003, 0.013),
-    "i2v-14B-720P": (0.003, 0.011),
-    "vace-1.3B": (0.022, 0.091),
-}
-
-
 @pytest.mark.parametrize("model", NORMS)
 def test_the_norm_is_near_the_published_ones(model):
     """After one factor a model; between the noise levels 0.2 and 0.93."""
-    table, flat = NORMS[model], 1 - np.arange(NORMS[model]["steps"]) / NORMS[model]["steps"]
-    levels = table["shift"] * flat / (1 + (table["shift"] - 1) * flat)
+    table = NORMS[model]
+    levels = noise_levels(1.0, table["steps"], table["shift"])
     inside = (levels >= 0.2) & (levels <= 0.93)
     published = np.cumprod([1.0, *table["ratios"]])[inside]
     logs = np.log(published / [residual_norm(1000 * level) for level in levels[inside]])
     errors = np.abs(logs - logs.mean())
-    assert errors.mean() < OFF[model][0] + 0.0005
-    assert errors.max() < OFF[model][1]
+    mean, largest = (0.0225, 0.091) if model == "vace-1.3B" else (0.0095, 0.051)
+    assert errors.mean() < mean
+    assert errors.max() < largest
 
 
 def test_sigma_adds_changes_since_the_last_computed_step():
@@ -293,17 +270,14 @@ CASES = {  # signal: forced steps, limit
 
 
 def sums_of(signal, timesteps, distances) -> dict[tuple[int, int], float]:
-    """What may be accumulated at each step, by (last computed step, step)."""
+    """What is accumulated at each step, by (last computed step, step)."""
+    norms = [0.33 + 0.66 * timestep / 1000 for timestep in timesteps]
     sums = {}
     for last in range(len(timesteps)):
-        total = 0.0
-        for step in range(last + 1, len(timesteps)):
-            if signal == NOISE_LEVEL:
-                norm, norm_then = (0.33 + 0.66 * timesteps[i] / 1000 for i in (step, last))
-                total += abs(1 - norm / norm_then)
-            else:
-                total += distances[step] or 0.0
-            sums[last, step] = total
+        steps = range(last + 1, len(timesteps))
+        changes = [abs(1 - norms[i] / norms[last]) for i in steps]
+        added = changes if signal == NOISE_LEVEL else [distances[i] or 0.0 for i in steps]
+        sums |= {(last, step): total for step, total in zip(steps, np.cumsum(added), strict=True)}
     return sums
 
 
