@@ -15,8 +15,8 @@ Sections; each uses only those above it:
   comparison    one prompt with several settings: table and picture
   command line  flags, jobs, main
 
-The method is TeaCacheConfig, Schedule.decide, ResidualCache and TeaCache. To add a model, add a
-Rule to RULES; to add a kind of task, add a Kind to KINDS.
+The method is TeaCacheConfig, Schedule.decide, ResidualCache and TeaCache. To add a fitted model,
+add a Rule to RULES; to add a kind of task, add a Kind to KINDS and see check_inputs.
 
 TeaCache: Liu et al., "Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model",
 arXiv 2411.19108. Wan: https://github.com/Wan-Video/Wan2.1 and Wan2.2.
@@ -67,8 +67,8 @@ log = logging.getLogger("teacache")
 # ----------------------------------------------------------------------------------------- rules
 # Decides which steps are computed. Uses numbers only: no tensors, models or files.
 #
-# TeaCache published the polynomials and their thresholds, MagCache the rule "sigma" stands on.
-# The line residual_norm, order 1 and the threshold for a speed-up are this project's.
+# TeaCache published the polynomials and their thresholds. Rule "sigma" is based on MagCache. New
+# here: the straight line of residual_norm, order 1, and choosing a threshold for a speed-up.
 
 EMBEDDING, PROJECTION, NOISE_LEVEL = "embedding", "projection", "noise level"  # signals
 RETENTION_STEPS = 5
@@ -94,8 +94,9 @@ class Rule:
     plain, retention: the polynomial without and with --use_ret_steps; None for "sigma".
     steps, shift, solver: the sampling settings of the fit.
     tasks: Wan's tasks that use this rule by default.
-    why: it was chosen for a run. forced: it was named with --teacache_rule, and a schedule that
-        would be refused only brings a warning.
+    area: pixels of a frame in the fit, where several rules have one task.
+    why: the reason for choosing it for a run. forced: the user named it with --teacache_rule; it
+        then only warns where it would be refused.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Rule:
     shift: float = 5.0
     solver: str = "unipc"
     tasks: Sequence[str] = ()
+    area: int = 0
     why: str = ""
     forced: bool = False
 
@@ -141,13 +143,13 @@ RULES: dict[str, Rule] = {rule.name: rule for rule in (
                     (0.13, 0.19, 0.26)),
          Polynomial((257151.496, -35422.9917, 1402.86849, -13.5890334, 0.132517977),
                     (0.2, 0.3)),
-         steps=40, shift=3.0, tasks=("i2v-14B",)),
+         steps=40, shift=3.0, tasks=("i2v-14B",), area=832 * 480),
     Rule("i2v-14B-720P",
          Polynomial((-114.36346466, 65.26524496, -18.82220707, 4.91518089, -0.23412683),
                     (0.18, 0.2, 0.3)),
          Polynomial((8107.05460, 2133.93892, -372.934672, 16.6203073, -0.0417769401),
                     (0.2, 0.3)),
-         steps=40, tasks=("i2v-14B",)),
+         steps=40, tasks=("i2v-14B",), area=1280 * 720),
 )}
 # fmt: on
 
@@ -191,7 +193,7 @@ class TeaCacheConfig:
     def __post_init__(self) -> None:
         if self.steps < 1 or (self.guided_steps or 0) < 0:
             raise ValueError(f"steps {self.steps}, guided_steps {self.guided_steps}: too few")
-        if not 0 <= self.thresh < math.inf:
+        if self.thresh is None or not 0 <= self.thresh < math.inf:
             raise ValueError(f"thresh {self.thresh} must be 0 (stock) or a positive number")
         if self.signal not in (EMBEDDING, PROJECTION, NOISE_LEVEL):
             raise ValueError(f"signal {self.signal!r} must be one of the three constants")
@@ -212,12 +214,12 @@ class TeaCacheConfig:
     ) -> TeaCacheConfig:
         """Settings for a rule, such as ``RULES["t2v-1.3B"]``.
 
-        thresh: the rule's default if None; that of "sigma" is 0, see ``Preview.plan_speedup``.
+        thresh: the rule's default if None; "sigma" has none, see ``Preview.plan_speedup``.
         ret: use the polynomial for retention steps.
         """
         polynomial = rule.polynomial(ret)
         if polynomial is None:
-            return cls(steps, thresh or 0.0, signal=NOISE_LEVEL, **others)
+            return cls(steps, thresh, signal=NOISE_LEVEL, **others)
         thresh = polynomial.thresholds[-1] if thresh is None else thresh
         signal_ = PROJECTION if ret else EMBEDDING
         return cls(steps, thresh, polynomial.coefficients, signal_, **others)
@@ -330,7 +332,7 @@ class Schedule:
         return max(map(len, self.as_text().split("#")))
 
     def as_text(self) -> str:
-        """A character a step: # computed, . skipped."""
+        """One character per step: # computed, . skipped."""
         return "".join("#" if decision.computed else "." for decision in self.decisions)
 
     def summary(self) -> str:
@@ -356,7 +358,7 @@ class Preview:
     """Runs a schedule ahead of the sampling.
 
     distances: of each step's embedding to the step before; None at the first step of a model.
-        For "sigma" any number serves.
+        "sigma" reads only whether it is None.
     """
 
     timesteps: Sequence[float]
@@ -372,8 +374,8 @@ class Preview:
         """The plan with the fewest passes, at least 2 * steps / speedup.
 
         Passes never grow with the threshold, so bisection finds the largest that leaves enough.
-        Of all thresholds with that plan the middle is taken: rounding on another machine or in
-        bfloat16 then changes no decision. Forced steps may leave more passes than asked for.
+        Many thresholds give that plan; the middle one is taken, so that rounding on another machine
+        or in bfloat16 changes no decision. Forced steps may leave more passes than asked for.
         ValueError: an increment is negative; no threshold can be trusted.
         """
         wanted = 2 * config.steps / speedup - 1e-9
@@ -397,7 +399,8 @@ class Preview:
 
 
 def middle_threshold(schedule: Schedule) -> float:
-    """The middle of the thresholds that give a schedule; 0 where it skips nothing."""
+    """The middle of the thresholds that give a schedule: above each sum that was skipped, not
+    above any that was computed. 0 where it skips nothing."""
     free = [decision for decision in schedule.decisions if decision.increment is not None]
     skipped = [decision.accumulated for decision in free if not decision.computed]
     reached = [decision.accumulated for decision in free if decision.computed]
@@ -413,7 +416,7 @@ def middle_threshold(schedule: Schedule) -> float:
 # Keeps the residuals of one generation and patches the model to reuse them. Knows WanModel's
 # forward, blocks, head, time_projection and forward_vace; no flags, files or pipelines.
 
-PROBE_TOKENS = 1024  # at most, of each rank: of 32,760 tokens every 32nd
+PROBE_TOKENS = 1024  # measure on at most this many tokens per rank: every 32nd of 32,760
 CONDITIONAL, UNCONDITIONAL = 0, 1  # branches: with the prompt, then without
 
 
@@ -483,19 +486,21 @@ class ResidualCache:
     """Predicts the residual of a skipped step from the last one or two computed steps.
 
     Order 0 repeats the newest residual (TeaCache). Order 1 continues the line through the last
-    two over the noise level, no further than the two are apart (in steps):
+    two, over the timestep:
 
-        prediction = new + gain * distance * (new - old)
+        prediction = new + gain * reach * (new - old)
+        reach      = (timestep[step] - timestep[new]) / (timestep[new] - timestep[old])
 
-    where ``distance`` is in lengths of the line. The gain of a branch is the share of its last
-    line that turned out right, clipped to 0..1; it starts at 1/2. D2Cache published a linear
-    prediction for Wan2.1 before this one; the measured gain is this project's.
+    but for no more steps than the two are apart. The gain of a branch is measured at each computed
+    step, as the least-squares factor of (actual - new) on reach * (new - old), clipped to 0..1; it
+    starts at 1/2. D2Cache published a linear prediction for Wan2.1 before this one; the measured
+    gain is this project's.
 
-    levels: the noise level of each step so far, up to a factor.
+    timesteps: of each step so far.
     """
 
-    def __init__(self, levels: Sequence[float]):
-        self.levels = levels
+    def __init__(self, timesteps: Sequence[float]):
+        self.timesteps = timesteps
         self.history: deque[ComputedStep] = deque(maxlen=2)  # old, new
         self.gain: dict[int, Tensor | float] = defaultdict(lambda: 0.5)  # on the GPU once measured
 
@@ -505,14 +510,15 @@ class ResidualCache:
         if order == 0 or len(self.history) < 2:
             return newest
         old, new = self.history
-        distance = self.distance(min(step, 2 * new.step - old.step))
+        reach = self.reach(min(step, 2 * new.step - old.step))
         change = newest - getattr(old, of)[branch]
-        return change.mul_(self.gain[branch] * distance).add_(newest)  # in place: 1.5 GB for 14B
+        return change.mul_(self.gain[branch] * reach).add_(newest)  # in place: 1.5 GB for 14B
 
-    def distance(self, step: int) -> float:
+    def reach(self, step: int) -> float:
         """How far a step lies beyond the newest one, in lengths of the line; 0 without a line."""
-        old, new = (self.levels[self.history[end].step] for end in (0, -1))
-        return (self.levels[step] - new) / (new - old) if new != old else 0.0
+        old, new = self.history[0], self.history[-1]  # the same one if there is only one
+        begin, end = self.timesteps[old.step], self.timesteps[new.step]
+        return (self.timesteps[step] - end) / (end - begin) if end != begin else 0.0
 
     def free(self, keep: int) -> None:
         """Free the residuals of all but the ``keep`` newest steps; probes stay."""
@@ -520,26 +526,28 @@ class ResidualCache:
             computed.residual.clear()
 
     def add(self, computed: ComputedStep) -> Tensor | None:
-        """Take a computed step; measure the predictions it replaces and the gain of the line.
+        """Take a computed step; measure the predictions it replaces, and the gains.
 
         Returns [sum|R|, sum|R - prediction of order 0|, sum|R - prediction of order 1|] over the
         probes of both branches and all ranks, or None without a step to predict from.
         """
-        sums, errors, products = None, [], []
-        for branch, now in computed.probe.items() if self.history else ():
-            old, new = (self.history[end].probe[branch] for end in (0, -1))
+        if not self.history:
+            self.history.append(computed)
+            return None
+        errors, products, (old, new) = [], [], (self.history[0], self.history[-1])
+        for branch, now in computed.probe.items():
             predicted = [self.predict(order, branch, computed.step, of="probe") for order in (0, 1)]
             errors.append(torch.stack([now, *(now - guess for guess in predicted)]).abs())
-            products += [(now - new) * (new - old), (new - old) ** 2]
-        if self.history:
-            sums = sum_over_ranks([*torch.stack(errors, 1), *products])
-            distance = self.distance(computed.step)
-            for branch, (along, squared) in zip(computed.probe, sums[3:].view(-1, 2), strict=True):
-                if distance:  # a line of length 0 has no gain
-                    gain = along / (distance * squared)
-                    self.gain[branch] = gain.nan_to_num(0.0).clamp(0, 1)
+            line = new.probe[branch] - old.probe[branch]
+            products += [(now - new.probe[branch]) * line, line**2]
+        # three sums over both branches, then two for each
+        sums = sum_over_ranks([*torch.stack(errors, 1), *products])
+        reach = self.reach(computed.step)
+        for branch, (along, squared) in zip(computed.probe, sums[3:].view(-1, 2), strict=True):
+            if reach:  # a line of length 0 has no gain
+                self.gain[branch] = (along / (reach * squared)).nan_to_num(0.0).clamp(0, 1)
         self.history.append(computed)
-        return None if sums is None else sums[:3]
+        return sums[:3]
 
 
 class TeaCache:
@@ -567,21 +575,21 @@ class TeaCache:
         self.thread = threading.get_ident()
         self.drifts: list[tuple[int, tuple[float, float]]] = []  # step, relative error by order
         self.unread: list[tuple[int, Tensor]] = []  # step, sums of ResidualCache.add
-        self.levels: list[float] = []
+        self.timesteps: list[float] = []
         self.calls = 0
-        # of the model that samples
+        # while one model samples
         self.model: nn.Module | None = None
-        self.residuals = ResidualCache(self.levels)
+        self.residuals = ResidualCache(self.timesteps)
         self.embedding: Tensor | None = None  # of the step before
-        # of the step
+        # during a step
         self.step, self.branch = -1, UNCONDITIONAL
         self.computes = True
         self.computed: ComputedStep | None = None
         self.timestep: Tensor | None = None
         self.outer_timestep: Tensor | None = None  # before a wrapper such as FSDP casts it
         self.output: Any = None  # of the conditional call
-        # of the call
-        self.block_input: Tensor | None = None
+        # during a call
+        self.block_input: Tensor | None = None  # h
 
     # Calls of the model
 
@@ -606,13 +614,16 @@ class TeaCache:
             output = forward(x, t, *args, **kwargs)
             self.end_call()
         self.output = output if self.branch == CONDITIONAL else None
-        one_a_step = self.step > 0 and self.calls == self.step + 1
+        one_a_step = self.step > 0 and self.calls == self.step + 1  # as without guidance
         if self.step == self.config.steps - 1 and (self.branch == UNCONDITIONAL or one_a_step):
             self.finish()
         return output
 
     def begin_call(self, model: nn.Module, t: Tensor) -> None:
-        """Find out which step and branch a call is."""
+        """Find out which step and branch a call is.
+
+        Wan passes one tensor object to both calls of a step: identity needs no wait for the GPU.
+        """
         same = t is self.timestep
         if self.branch == CONDITIONAL and (same or torch.equal(t, self.timestep)):
             self.branch = UNCONDITIONAL
@@ -629,7 +640,7 @@ class TeaCache:
         self.calls, self.timestep = self.calls + 1, t
         if model is not self.model:  # its first call
             self.model, self.embedding = model, None
-            self.residuals = ResidualCache(self.levels)
+            self.residuals = ResidualCache(self.timesteps)
 
     def check_two_calls(self) -> None:
         """RuntimeError: the step that ends here lacks its unconditional call."""
@@ -651,9 +662,9 @@ class TeaCache:
     def project(self, projection: Callable, /, e: Tensor) -> Tensor:
         """Replaces time_projection: e [..., dim] to e0 [..., 6 * dim].
 
-        Wan2.2 has one e a token, [1, tokens, dim]; the last one counts, since the first may belong
-        to a given image at timestep 0. On a skipped step nobody reads e0, so it is one projected
-        token, expanded.
+        Wan2.2 has one e per token, [1, tokens, dim]; the last one decides, since the first may
+        belong to a given image at timestep 0. On a skipped step nobody reads e0: one token is
+        projected and expanded.
         """
         last = e.flatten(0, -2)[-1:]
         if self.branch == CONDITIONAL:
@@ -673,7 +684,7 @@ class TeaCache:
         decision = self.schedule.decide(timestep, distance[0] if distance else None)
         self.computes = as_rank_0(decision, embedding.device)
         self.schedule.overrule(self.computes)
-        self.levels.append(timestep)
+        self.timesteps.append(timestep)
         if self.computes:
             self.residuals.free(keep=self.config.order)  # the blocks need the memory
             self.computed = ComputedStep(self.step, {}, {})
@@ -687,7 +698,7 @@ class TeaCache:
     def run_block(self, block: Callable, /, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Replaces each block's forward."""
         if self.block_input is None:
-            self.block_input = x
+            self.block_input = x.clone()  # a fork may add to x in place
         return block(x, *args, **kwargs) if self.computes else x
 
     def run_head(self, head: Callable, /, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -734,7 +745,7 @@ class TeaCache:
 
     def release(self) -> None:
         """Free models and tensors; decisions and drifts stay."""
-        self.residuals = ResidualCache(self.levels)
+        self.residuals = ResidualCache(self.timesteps)
         self.unread.clear()
         self.model = self.embedding = self.computed = self.output = self.block_input = None
         self.timestep = self.outer_timestep = None
@@ -813,19 +824,17 @@ def teacache(models: nn.Module | Sequence[nn.Module], config: TeaCacheConfig) ->
 
 def find_transformer(model: object) -> nn.Module:
     """The module with blocks, head and time_projection, inside any wrapper."""
-    parts, outside = {"blocks", "head", "time_projection"}, []
+    compiled = False
     for module in model.modules() if isinstance(model, nn.Module) else ():
-        outside.append(module)
-        if parts <= module._modules.keys():
-            break
-    else:
-        raise TypeError(
-            f"teacache() needs Wan's own transformer, such as pipeline.model, not a "
-            f"{type(model).__name__}"
-        )
-    if any(map(is_compiled, outside)):
-        raise RuntimeError("the model is compiled as a whole: compile its blocks instead")
-    return outside[-1]
+        compiled = compiled or is_compiled(module)
+        if {"blocks", "head", "time_projection"} <= module._modules.keys():
+            if compiled:
+                raise RuntimeError("the model is compiled as a whole: compile its blocks instead")
+            return module
+    raise TypeError(
+        f"teacache() needs Wan's own transformer, such as pipeline.model, not a "
+        f"{type(model).__name__}"
+    )
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -873,7 +882,8 @@ def patched_call(module: nn.Module, replacement: Callable) -> Any:
 
 def sdpa_attention(
     q: Tensor, k: Tensor, v: Tensor, *, k_lens: Tensor | None = None, dropout_p: float = 0.0,
-    causal: bool = False, window_size: tuple[int, int] = (-1, -1), version: int | None = None,
+    softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1), version: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Wan's ``flash_attention`` with scaled_dot_product_attention, computed in v's dtype.
 
@@ -890,7 +900,8 @@ def sdpa_attention(
             valid = k_lens.to(q.device).view(-1, 1, 1, 1)
             mask = torch.arange(longest, device=q.device) < valid  # [B, 1, 1, longest]
     heads_first = (heads.to(v.dtype).transpose(1, 2) for heads in (q, k, v))
-    out = nn.functional.scaled_dot_product_attention(*heads_first, mask, dropout_p, causal)
+    attend = nn.functional.scaled_dot_product_attention
+    out = attend(*heads_first, mask, dropout_p, causal, scale=softmax_scale)
     return out.transpose(1, 2).to(q.dtype)
 
 
@@ -974,7 +985,7 @@ def refusing(what: str, cure: str) -> Iterator[None]:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are refusals."""
+    """An ArgumentParser that refuses a wrong command."""
 
     def error(self, message: str) -> NoReturn:
         raise Refused(f"{message.removeprefix('argument ')} (see --help)")
@@ -992,55 +1003,44 @@ def is_rank_0() -> bool:
 
 def device_of_run() -> torch.device:
     """The device of this process's models."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", environment("LOCAL_RANK", 0))
-    return torch.device("cpu")
+    gpu = f"cuda:{environment('LOCAL_RANK', 0)}"
+    return torch.device(gpu if torch.cuda.is_available() else "cpu")
 
 
-# Tasks
-
-
-@dataclass(frozen=True)
-class Release:
+class Release(NamedTuple):
     """The names that differ between Wan2.1 and Wan2.2, told apart by their video writer."""
 
     name: str
     video_writer: str  # in generate.py
     image_writer: str | None
     vaes: dict[str, str]  # start of a config's vae_checkpoint: MODULE.CLASS in wan.modules
-    refused_tasks: Sequence[str] = ()  # they sample clip after clip, with other models
 
 
 RELEASES = (
-    Release("Wan2.1", "cache_video", "cache_image", {"Wan2.1_VAE": "vae.WanVAE"}),
+    Release("Wan2.1", "cache_video", "cache_image", {"Wan2.1": "vae.WanVAE"}),
     Release(
-        "Wan2.2",
-        "save_video",
-        None,
-        {"Wan2.1_VAE": "vae2_1.Wan2_1_VAE", "Wan2.2_VAE": "vae2_2.Wan2_2_VAE"},
-        refused_tasks=("s2v-14B", "animate-14B"),
+        "Wan2.2", "save_video", None, {"Wan2.1": "vae2_1.Wan2_1_VAE", "Wan2.2": "vae2_2.Wan2_2_VAE"}
     ),
 )
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """What the tasks of one kind need before the weights are loaded."""
 
     transformers: Sequence[str]  # model_type of the transformers that fit
     inputs: Sequence[str] = ()  # flags of the files that generate.py opens
-    only_81_frames: bool = False  # hard-coded in Wan
 
 
 KINDS = {  # by the first word of a task, such as t2v of t2v-14B
     "t2v": Kind(("t2v",)),
     "t2i": Kind(("t2v",)),
     "i2v": Kind(("i2v",), ("image",)),
-    "flf2v": Kind(("flf2v", "i2v"), ("first_frame", "last_frame"), only_81_frames=True),
+    "flf2v": Kind(("flf2v", "i2v"), ("first_frame", "last_frame")),
     "vace": Kind(("vace",), ("src_video", "src_mask", "src_ref_images")),
     "ti2v": Kind(("ti2v",), ("image",)),
 }
 INPUTS = tuple(dict.fromkeys(flag for kind in KINDS.values() for flag in kind.inputs))
+UNSUPPORTED_TASKS = ("s2v-14B", "animate-14B")  # of Wan2.2
 
 
 def kind_of(args: argparse.Namespace) -> str:
@@ -1062,22 +1062,23 @@ OPTIONAL_FLAGS = {
 }  # fmt: skip
 
 
-# A checkout
-
-
 class Wan:
-    """An imported checkout of Wan2.1 or Wan2.2. Caches what is slow to compute.
-
-    generate_py: its generate.py. release: the names that differ.
-    """
+    """An imported checkout of Wan2.1 or Wan2.2. Caches what is slow to compute."""
 
     def __init__(self, generate_py: ModuleType, release: Release):
         self.generate_py, self.release = generate_py, release
         self.package = sys.modules["wan"]
         self.image_writer = release.image_writer and getattr(generate_py, release.image_writer)
         self.folder = Path(generate_py.__file__).parent
+        self.warned = set[str]()
         self.distances: dict[tuple[Any, ...], list[float | None]] = {}
         self.checked = set[tuple[Any, ...]]()  # checkpoints, and folders of targets
+
+    def warn(self, text: str) -> None:
+        """Log a warning once, however many videos of a command it is true for."""
+        if text not in self.warned:
+            log.warning(f"TeaCache: {text}")
+        self.warned.add(text)
 
     def task_config(self, task: str) -> dict[str, Any]:
         """A task's model config: sizes, names of files."""
@@ -1093,12 +1094,8 @@ class Wan:
         return {name: value for name, value in exported if hasattr(value, "generate")}
 
     def parse(self, argv: Sequence[str], validate: bool = True) -> argparse.Namespace:
-        """generate.py's flags, parsed by its own parser; its errors are refusals.
-
-        validate: also apply its assertions and defaults, which need a whole command line.
-        """
-        our_argparse = SimpleNamespace(**{**vars(argparse), "ArgumentParser": Parser})
-        replaced = {"argparse": our_argparse}
+        """Parse with generate.py's own parser. validate: check and complete a whole command."""
+        replaced = {"argparse": SimpleNamespace(**vars(argparse) | {"ArgumentParser": Parser})}
         replaced |= {} if validate else {"_validate_args": lambda args: None}
         with patched(self.generate_py, **replaced), patched(sys, argv=[sys.argv[0], *argv]):
             try:
@@ -1107,58 +1104,49 @@ class Wan:
                 what = "--ckpt_dir, --task, --size or --frame_num"
                 raise Refused(f"{what}: {error} (see --help)") from error
         for name in NEEDED_FLAGS:
-            require(
-                hasattr(args, name),
-                f"--{name}: TeaCache reads this flag, and {self.generate_py.__file__} has none: "
-                "add it to its parser, or use Wan's own generate.py",
-            )
-        for name, default in OPTIONAL_FLAGS.items():
-            vars(args).setdefault(name, default)
-        require(
-            args.task not in self.release.refused_tasks,
-            f"--task {args.task}: TeaCache does not support it (it samples clip after clip): run "
-            "generate.py itself",
-        )
+            what = f"--{name}: TeaCache reads this flag, and {self.generate_py.__file__} has none"
+            require(hasattr(args, name), f"{what}: add it, or use Wan's own generate.py")
+        what = f"--task {args.task}: TeaCache does not support it, since it samples clip after clip"
+        require(args.task not in UNSUPPORTED_TASKS, f"{what}: run generate.py itself")
+        vars(args).update(OPTIONAL_FLAGS | vars(args))
         return args
 
     def vae(self, args: argparse.Namespace, device: torch.device) -> Any:
         """A task's VAE alone."""
         file = self.task_config(args.task)["vae_checkpoint"]
-        names = [name for start, name in self.release.vaes.items() if file.startswith(start)]
-        module, vae_class = names[0].split(".")
+        module, vae_class = self.release.vaes[file.split("_")[0]].split(".")
         make = getattr(importlib.import_module(f"wan.modules.{module}"), vae_class)
         return make(vae_pth=str(Path(args.ckpt_dir) / file), device=device)
 
     def timesteps(self, args: argparse.Namespace) -> list[int]:
         """The timesteps of a run, from Wan's own schedulers."""
-        solvers = importlib.import_module("wan.utils.fm_solvers")
+        steps, shift = args.sample_steps, args.sample_shift
         train = self.task_config(args.task)["num_train_timesteps"]
         common = {"num_train_timesteps": train, "shift": 1, "use_dynamic_shifting": False}
         if args.sample_solver != "unipc":
-            scheduler = solvers.FlowDPMSolverMultistepScheduler(**common)
-            sigmas = solvers.get_sampling_sigmas(args.sample_steps, args.sample_shift)
-            return solvers.retrieve_timesteps(scheduler, device="cpu", sigmas=sigmas)[0].tolist()
+            dpm = importlib.import_module("wan.utils.fm_solvers")
+            scheduler = dpm.FlowDPMSolverMultistepScheduler(**common)
+            sigmas = dpm.get_sampling_sigmas(steps, shift)
+            return dpm.retrieve_timesteps(scheduler, device="cpu", sigmas=sigmas)[0].tolist()
         unipc = importlib.import_module("wan.utils.fm_solvers_unipc")
         scheduler = unipc.FlowUniPCMultistepScheduler(**common)
-        scheduler.set_timesteps(args.sample_steps, device="cpu", shift=args.sample_shift)
+        scheduler.set_timesteps(steps, device="cpu", shift=shift)
         timesteps = scheduler.timesteps.tolist()
-        require(
-            timesteps[:1] != timesteps[1:2],
-            f"--sample_steps {args.sample_steps} --sample_shift {args.sample_shift}: the first two "
-            "timesteps are equal, and unipc fails at the last step: use fewer steps, or dpm++",
-        )
+        what = f"--sample_steps {steps} --sample_shift {shift}: the first two timesteps are equal"
+        cure = "unipc fails at the last step: use fewer steps, or dpm++"
+        require(timesteps[:1] != timesteps[1:2], f"{what}, and {cure}")
         return timesteps
 
 
 def models_of(pipeline: Any) -> list[nn.Module]:
-    """The transformers of a pipeline, in the order in which they sample."""
+    """A pipeline's transformers, in the order in which they sample."""
     if hasattr(pipeline, "high_noise_model"):
         return [pipeline.high_noise_model, pipeline.low_noise_model]
     return [pipeline.model]
 
 
 def transformer_folders(ckpt_dir: str, task_config: dict[str, Any]) -> list[Path]:
-    """The folders of a checkpoint's transformers, in the order in which they sample."""
+    """The folders of these transformers in a checkpoint, in the same order."""
     names = [task_config.get(f"{noise}_noise_checkpoint") for noise in ("high", "low")]
     return [Path(ckpt_dir) / name for name in names if name] or [Path(ckpt_dir)]
 
@@ -1176,8 +1164,8 @@ def count_guided_steps(
 ) -> int | None:
     """The number of first steps that need the unconditional branch; None for all.
 
-    scale: Wan's guide_scale, for A14B a pair (low noise, high noise). At 1 the branch is
-        multiplied by 0. until: the share of guided steps that is asked for.
+    scale: Wan's guide_scale, for A14B (low noise, high noise); at 1 the branch is multiplied by 0.
+    until: the share of all steps to guide.
     """
     steps = sum(steps_by_model)
     low, high = scale if isinstance(scale, (tuple, list)) else (scale, scale)
@@ -1186,7 +1174,7 @@ def count_guided_steps(
     return None if guided == steps else guided
 
 
-# Importing it
+# Importing a checkout
 
 PACKAGES = {"cv2": "opencv-python", "PIL": "pillow", "skimage": "scikit-image"}  # pip's names
 
@@ -1197,11 +1185,8 @@ def import_wan(wan_repo: str | None, generates: bool) -> Wan:
     folders = [Path(wan_repo)] if wan_repo else [script.parent, script.resolve().parent, Path.cwd()]
     found = [f for f in folders if (f / "generate.py").is_file() and (f / "wan").is_dir()]
     looked = " or ".join(dict.fromkeys(str(folder.resolve()) for folder in folders))
-    require(
-        found,
-        f"--wan_repo {wan_repo or '(not given)'}: no generate.py beside a package wan in {looked}: "
-        "git clone https://github.com/Wan-Video/Wan2.1 and copy this script into it",
-    )
+    cure = "git clone https://github.com/Wan-Video/Wan2.1 and copy this script into it"
+    require(found, f"--wan_repo: no generate.py beside a package wan in {looked}: {cure}")
     sys.path.insert(0, str(found[0].resolve()))
     if generates:
         check_gpus()
@@ -1211,17 +1196,13 @@ def import_wan(wan_repo: str | None, generates: bool) -> Wan:
         try:
             generate_py = importlib.import_module("generate")
         except Exception as error:
-            needs_cuda = generates and not torch.cuda.is_available()
-            raise Refused(why_no_import(error, needs_cuda)) from error
+            raise Refused(why_no_import(error)) from error
     releases = [r for r in RELEASES if hasattr(generate_py, r.video_writer)]
     needed = ("_parse_args", "generate", "WAN_CONFIGS")
     missing = [name for name in needed if not hasattr(generate_py, name)]
     missing += [] if releases else [" or ".join(release.video_writer for release in RELEASES)]
-    require(
-        not missing,
-        f"--wan_repo {found[0]}: its generate.py has no {', '.join(missing)}: use Wan2.1's or "
-        "Wan2.2's, or a fork nearer to them",
-    )
+    what = f"--wan_repo {found[0]}: its generate.py has no {', '.join(missing)}"
+    require(not missing, f"{what}: use Wan2.1's or Wan2.2's, or a fork nearer to them")
     if hasattr(generate_py, "_init_logging"):
         generate_py._init_logging(environment("RANK", 0))  # only rank 0 logs
     if generates:
@@ -1230,23 +1211,20 @@ def import_wan(wan_repo: str | None, generates: bool) -> Wan:
 
 
 def check_gpus() -> None:
-    """Each process of this machine has a GPU, where there is one."""
-    if not torch.cuda.is_available():
-        return
-    device, count = environment("LOCAL_RANK", 0), torch.cuda.device_count()
-    processes = environment("LOCAL_WORLD_SIZE", 1)
+    """Check that each process of this machine has a GPU, where there is one."""
+    rank, processes = environment("LOCAL_RANK", 0), environment("LOCAL_WORLD_SIZE", 1)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else math.inf
     require(processes <= count, f"--nproc_per_node {processes}: must be {count} GPUs or fewer")
-    require(
-        device < count,
-        f"LOCAL_RANK {device}: there are {count} GPUs: start with torchrun, or unset LOCAL_RANK",
-    )
+    what = f"LOCAL_RANK {rank}: there are {count} GPUs"
+    require(rank < count, f"{what}: start with torchrun, or unset LOCAL_RANK")
 
 
-def why_no_import(error: Exception, needs_cuda: bool) -> str:
+def why_no_import(error: Exception) -> str:
     """The reason and the cure of a failed import of Wan, in one line."""
     reason = " ".join(str(error).split()) or type(error).__name__
     reason = reason if len(reason) < 400 else f"{reason[:200]} ... {reason[-200:]}"
     build, package = f"torch {torch.__version__}", (getattr(error, "name", "") or "").split(".")[0]
+    needs_cuda = not isinstance(error, ImportError) and re.search("(?i)cuda|nvid", reason)
     cure = "install what its requirements.txt lists"
     if package == "wan":
         cure = "this checkout lacks it: clone it again"
@@ -1254,7 +1232,7 @@ def why_no_import(error: Exception, needs_cuda: bool) -> str:
         cure = f"pip install {PACKAGES.get(package, package)}"
     elif "torchvision" in reason:
         cure = f"install the torchvision built for {build}"
-    elif needs_cuda and not isinstance(error, ImportError) and re.search("(?i)cuda|nvid", reason):
+    elif needs_cuda and not torch.cuda.is_available():
         cure = f"Wan needs a CUDA device: see nvidia-smi, and whether {build} is a CUDA build"
     return f"Wan cannot be imported: {type(error).__name__}: {reason}: {cure}"
 
@@ -1273,8 +1251,9 @@ def tensor_files(folder: Path) -> dict[str | None, Path]:
     for name in names:  # in the order in which from_pretrained looks
         index = folder / f"{name}.index.json"
         if index.is_file():
-            files = read_json(index)["weight_map"]
-            return {tensor: folder / file for tensor, file in files.items()}
+            return {
+                tensor: folder / file for tensor, file in read_json(index)["weight_map"].items()
+            }
         if (folder / name).exists():
             return {None: folder / name}
     return {None: folder / names[0]}  # missing: check_file refuses it
@@ -1283,9 +1262,7 @@ def tensor_files(folder: Path) -> dict[str | None, Path]:
 def read_tensor(folder: Path, name: str) -> Any:
     """One tensor of a transformer, to be sliced; only an old pickle is read as a whole."""
     files = tensor_files(folder)
-    file = files.get(name) or files.get(None)
-    if file is None:
-        raise KeyError(f"its index names no file for {name}")
+    file = files.get(None) or files[name]
     if file.suffix == ".safetensors":
         return safetensors.safe_open(file, "pt").get_slice(name)
     mmap = zipfile.is_zipfile(file)  # an older pickle cannot be mapped
@@ -1299,6 +1276,8 @@ def embedding_distances(folder: Path, timesteps: Sequence[float], signal: str) -
         weight, bias = (read_tensor(folder, f"{layer}.{n}")[outputs] for n in ("weight", "bias"))
         return nn.functional.linear(x, weight.float(), bias.float())
 
+    if signal == NOISE_LEVEL:
+        return [math.nan] * (len(timesteps) - 1)  # not used
     sinusoid = sys.modules["wan.modules.model"].sinusoidal_embedding_1d
     freq_dim = read_tensor(folder, "time_embedding.0.weight")[:1].shape[1]
     hidden = linear(sinusoid(freq_dim, torch.tensor(timesteps)).float(), "time_embedding.0")
@@ -1308,10 +1287,10 @@ def embedding_distances(folder: Path, timesteps: Sequence[float], signal: str) -
         dim, modulation = e.size(1), nn.functional.silu(e)
         sixths = (slice(i * dim, (i + 1) * dim) for i in range(6))
         parts = (linear(modulation, "time_projection.1", sixth) for sixth in sixths)
-    change, size = 0.0, 0.0
+    change = size = 0.0
     for values in parts:  # [timesteps, dim]
-        change = change + values.diff(dim=0).abs().sum(1)
-        size = size + values[:-1].abs().sum(1)
+        change += values.diff(dim=0).abs().sum(1)
+        size += values[:-1].abs().sum(1)
     return (change / size).tolist()
 
 
@@ -1320,18 +1299,14 @@ def preview_of(wan: Wan, args: argparse.Namespace, signal: str) -> Preview:
     timesteps, task_config = wan.timesteps(args), wan.task_config(args.task)
     key = (args.ckpt_dir, signal, *timesteps)
     if key not in wan.distances:
-        distances, begin = [], 0
+        distances, remaining = [], iter(timesteps)
         folders = transformer_folders(args.ckpt_dir, task_config)
         steps_by_model = split_by_model(timesteps, task_config)
+        cure = "download it again, or use --teacache_rule sigma, which needs none"
         for folder, steps in zip(folders, steps_by_model, strict=False):
-            of_model, begin = timesteps[begin : begin + steps], begin + steps
-            if steps and signal == NOISE_LEVEL:
-                distances += [None, *[math.nan] * (steps - 1)]
-            elif steps:
-                with refusing(
-                    f"--ckpt_dir {folder}: its time embedding cannot be read",
-                    "download it again, or use --teacache_rule sigma, which needs none",
-                ):
+            of_model = list(itertools.islice(remaining, steps))
+            if of_model:
+                with refusing(f"--ckpt_dir {folder}: its time embedding cannot be read", cure):
                     distances += [None, *embedding_distances(folder, of_model, signal)]
         wan.distances[key] = distances
     return Preview(timesteps, wan.distances[key])
@@ -1356,9 +1331,8 @@ def write_video(frames: np.ndarray, file: str | Path, fps: float) -> None:
 
 def write_image(wan: Wan, video: Tensor, file: str | Path) -> None:
     """Write one frame [3, 1, H, W] with Wan's writer, and read it back: it hides its errors."""
-    pixels = video.squeeze(1)[None]
     options = {"nrow": 1, "normalize": True, "value_range": (-1, 1)}
-    wan.image_writer(tensor=pixels, save_file=str(file), **options)
+    wan.image_writer(tensor=video.squeeze(1)[None], save_file=str(file), **options)
     check_written(file, 1)
 
 
@@ -1368,11 +1342,11 @@ def check_written(file: str | Path, frames: int) -> None:
         image_format = Image.registered_extensions().get(Path(file).suffix.lower())
         if image_format not in (None, "MPEG"):  # Pillow knows MPEG by name only
             with Image.open(file) as picture:
-                found = sum(frame.load() is not None for frame in ImageSequence.Iterator(picture))
-            found = frames if found else 0  # equal frames are merged into one
-        else:
-            with imageio.get_reader(file) as reader:
-                found = sum(1 for _ in reader)
+                for frame in ImageSequence.Iterator(picture):
+                    frame.load()
+            return  # equal frames are merged into one
+        with imageio.get_reader(file) as reader:
+            found = sum(1 for _ in reader)
     except Exception as error:  # each decoder has its own
         raise OSError(f"{file} does not hold {frames} frames: {error!r:.200}") from error
     if found < frames:
@@ -1383,45 +1357,38 @@ def check_written(file: str | Path, frames: int) -> None:
 # Refuses a wrong command before a weight is loaded: numbers, checkpoint, inputs, target. Each
 # check raises Refused with one line and leaves no file behind.
 
+GIVE_ITS_TASK = "checkpoint: give its task, with --wan_repo a checkout of Wan2.2"
+FOREIGN_CHECKPOINTS = {  # by a file or folder that is foreign unless the task's config names it
+    "model_index.json": "-Diffusers checkpoint: download the one of this name without -Diffusers",
+    "high_noise_model": f"Wan2.2 A14B {GIVE_ITS_TASK}",
+    "Wan2.2_VAE.pth": f"Wan2.2 5B {GIVE_ITS_TASK}",
+}
+
 
 def check_numbers(wan: Wan, args: argparse.Namespace) -> None:
     """Check the numbers that the VAE, the sampler and the processes must be able to use."""
-    frames = args.frame_num
+    frames, kind = args.frame_num, kind_of(args)
     below = max((frames - 1) // 4, 0) * 4 + 1
     require(frames == below, f"--frame_num {frames}: must be 4n+1, such as {below} or {below + 4}")
-    kind, pipelines = KINDS.get(kind_of(args)), wan.pipelines()
-    first_release = wan.release.name == "Wan2.1" and "WanFLF2V" not in pipelines
-    only_81 = kind and (kind.only_81_frames or (first_release and kind_of(args) == "i2v"))
-    require(
-        frames == 81 or not only_81,
-        f"--frame_num {frames}: must be 81 for {args.task}, as Wan2.1 has it",
-    )
+    first_release = wan.release.name == "Wan2.1" and "WanFLF2V" not in wan.pipelines()
+    only_81 = kind == "flf2v" or (kind == "i2v" and first_release)  # hard-coded in Wan2.1
+    what = f"--frame_num {frames}: must be 81 for {args.task}, as Wan2.1 has it"
+    require(frames == 81 or not only_81, what)
     steps, shift, scale = args.sample_steps, args.sample_shift, args.sample_guide_scale
     require(steps >= 1, f"--sample_steps {steps}: must be 1 or more, such as 50")
     require(0 < shift < math.inf, f"--sample_shift {shift}: must be positive, such as 5")
     require(np.isfinite(scale).all(), f"--sample_guide_scale {scale}: must be a number, such as 5")
     require(args.base_seed < 2**63, f"--base_seed {args.base_seed}: must be under 2**63")
-    check_processes(args)
-
-
-def check_processes(args: argparse.Namespace) -> None:
-    processes = environment("WORLD_SIZE", 1)
-    require(
-        processes > 1 or not (args.t5_fsdp or args.dit_fsdp),
-        f"--t5_fsdp {args.t5_fsdp} --dit_fsdp {args.dit_fsdp}: must be started with "
-        "torchrun --nproc_per_node=N, N above 1",
-    )
-    ulysses, ring = args.ulysses_size, args.ring_size
-    sizes = f"--ulysses_size {ulysses} --ring_size {ring}"
-    require(
-        ulysses * ring in (1, processes) and min(ulysses, ring) > 0,
-        f"{sizes}: their product must be the number of processes, {processes} here; "
-        f"torchrun --nproc_per_node={ulysses * ring}",
-    )
-    require(
-        not uses_xfuser(args) or importlib.util.find_spec("xfuser"),
-        f"{sizes}: No module named 'xfuser': pip install 'xfuser>=0.4.1'",
-    )
+    processes, ulysses, ring = environment("WORLD_SIZE", 1), args.ulysses_size, args.ring_size
+    what = f"--t5_fsdp {args.t5_fsdp} --dit_fsdp {args.dit_fsdp}: must be started with torchrun"
+    enough = processes > 1 or not (args.t5_fsdp or args.dit_fsdp)
+    require(enough, f"{what} --nproc_per_node=N, N above 1")
+    what = f"--ulysses_size {ulysses} --ring_size {ring}"
+    must = f"their product must be the number of processes, {processes} here"
+    fits = ulysses * ring in (1, processes) and min(ulysses, ring) > 0
+    require(fits, f"{what}: {must}; torchrun --nproc_per_node={ulysses * ring}")
+    has_xfuser = not uses_xfuser(args) or importlib.util.find_spec("xfuser")
+    require(has_xfuser, f"{what}: No module named 'xfuser': pip install 'xfuser>=0.4.1'")
 
 
 def uses_xfuser(args: argparse.Namespace) -> bool:
@@ -1431,18 +1398,18 @@ def uses_xfuser(args: argparse.Namespace) -> bool:
 
 
 def check_checkpoint(wan: Wan, args: argparse.Namespace, all_files: bool) -> None:
-    """Check that every file to be loaded exists, is complete, and fits the task. Once a command.
+    """Check, once a command, that every file to load exists, is complete, and fits the task.
 
-    all_files: also those of text encoder, VAE and CLIP.
+    all_files: check text encoder, VAE and CLIP too, not the transformers alone.
     """
     if (key := (args.ckpt_dir, args.task)) in wan.checked:
         return
     folder, task_config = Path(args.ckpt_dir), wan.task_config(args.task)
-    require(
-        folder.is_dir(), f"--ckpt_dir {folder}: must be a folder with a checkpoint of {args.task}"
-    )
-    foreign = find_foreign(folder, task_config)
-    require(not foreign, f"--ckpt_dir {folder}: {foreign}")
+    what = f"--ckpt_dir {folder}"
+    require(folder.is_dir(), f"{what}: must be a folder with a checkpoint of {args.task}")
+    for name, other in FOREIGN_CHECKPOINTS.items():
+        foreign = (folder / name).exists() and name not in task_config.values()
+        require(not foreign, f"{what}: is a {other}")
     for transformer in transformer_folders(args.ckpt_dir, task_config):
         check_transformer(args, transformer, task_config)
     for name, value in task_config.items() if all_files else ():
@@ -1450,17 +1417,6 @@ def check_checkpoint(wan: Wan, args: argparse.Namespace, all_files: bool) -> Non
         if name.endswith(("_checkpoint", "_tokenizer")) and "noise" not in name:
             check_file(args, folder / value)
     wan.checked.add(key)
-
-
-def find_foreign(folder: Path, task_config: dict[str, Any]) -> str | None:
-    """Which other code a checkpoint folder belongs to, if any."""
-    if (folder / "model_index.json").is_file():
-        return "is a -Diffusers checkpoint: download the one of the same name without -Diffusers"
-    if (folder / "high_noise_model").is_dir() and "high_noise_checkpoint" not in task_config:
-        return "is a Wan2.2 A14B checkpoint: give its task, with --wan_repo a checkout of Wan2.2"
-    if (folder / "Wan2.2_VAE.pth").is_file() and task_config["vae_checkpoint"] != "Wan2.2_VAE.pth":
-        return "is a Wan2.2 5B checkpoint: give its task, with --wan_repo a checkout of Wan2.2"
-    return None
 
 
 def check_transformer(args: argparse.Namespace, folder: Path, task_config: dict[str, Any]) -> None:
@@ -1487,9 +1443,10 @@ def check_file(args: argparse.Namespace, path: Path) -> None:
         files = [f for f in path.iterdir() if not f.is_dir() and not f.name.startswith(".")]
     require(files, f"{what} is an empty folder: download it again")
     for file in files:
-        with refusing(f"--ckpt_dir {args.ckpt_dir}: {file.name}", "download this file again"):
+        what = f"--ckpt_dir {args.ckpt_dir}: {file.name}"
+        with refusing(what, "download this file again"):
             damage = find_damage(file)
-        require(not damage, f"--ckpt_dir {args.ckpt_dir}: {file.name} {damage}")
+        require(not damage, f"{what} {damage}")
 
 
 def find_damage(file: Path) -> str | None:
@@ -1511,60 +1468,47 @@ def find_damage(file: Path) -> str | None:
 
 
 def check_named(flag: str, file: Any) -> None:
-    require(
-        file != "",
-        f'--{flag} "": is empty, as from an unset shell variable: give a file or leave it out',
-    )
+    what = f'--{flag} "": is empty, as from an unset shell variable'
+    require(file != "", f"{what}: give a file or leave it out")
 
 
 def check_inputs(wan: Wan, args: argparse.Namespace) -> None:
     """Check that every image and video that generate.py will open exists and can be read."""
-    kind = kind_of(args)
-    if kind == "flf2v":
-        require(
-            bool(args.first_frame) == bool(args.last_frame),
-            "--first_frame, --last_frame: give both, or Wan2.1 uses its example for both",
-        )
-    uses_examples = kind != "vace" or args.prompt is None  # for inputs that are not given
+    kind, has_prompt = kind_of(args), args.prompt is not None
+    both = kind != "flf2v" or bool(args.first_frame) == bool(args.last_frame)
+    require(both, "--first_frame, --last_frame: give both, or Wan2.1 uses its example for both")
+    # with a prompt VACE uses no input of its example
+    examples = {} if kind == "vace" and has_prompt else wan.examples(args.task)
     for name in KINDS[kind].inputs if kind in KINDS else ():
         value = getattr(args, name)
+        ignored = kind == "vace" and not has_prompt and value is not None
         require(
-            value is None or args.prompt is not None or kind != "vace",
-            f"--{name} {value}: needs --prompt, or Wan2.1 uses its example instead",
+            not ignored, f"--{name} {value}: needs --prompt, or Wan2.1 uses its example instead"
         )
-        if value is None and uses_examples:
-            value = wan.examples(args.task).get(name)
-        for file in (value or "").split(",") if name == "src_ref_images" else [value]:
+        value = examples.get(name) if value is None else value
+        files = (value or "").split(",") if name == "src_ref_images" else [value]
+        for file in filter(None, files):
             check_input(name, file)
 
 
-def check_input(name: str, file: str | None) -> None:
-    if not file:
-        return
-    with refusing(f"--{name} {file}: cannot be read", "give a file that exists"):
-        if name in ("src_video", "src_mask"):
-            video_reader(name)(file)[0]
+def check_input(name: str, file: str) -> None:
+    """Check that Pillow, or for a video decord, can read a file, as Wan2.1 does."""
+    is_video = name in ("src_video", "src_mask")
+    cure = "give a file that exists" + ", and pip install decord" * is_video  # Wan does not list it
+    with refusing(f"--{name} {file}: cannot be read", cure):
+        if is_video:
+            importlib.import_module("decord").VideoReader(file)[0]
         else:
             Image.open(file).convert("RGB")
-
-
-def video_reader(flag: str) -> Any:
-    """decord's, which Wan2.1 reads videos with and does not list."""
-    try:
-        return importlib.import_module("decord").VideoReader
-    except ImportError as error:
-        raise Refused(f"--{flag}: {error}: pip install decord") from error
 
 
 def check_target(wan: Wan, args: argparse.Namespace) -> None:
     """Write two frames (one for an image) into the target's folder, with its ending."""
     image, target = makes_image(args), Path(args.save_file).absolute()
     ending, cure = (".png", "") if image else (".mp4", "; have ffmpeg (pip install imageio-ffmpeg)")
+    what = f"--save_file {target}: cannot be written"
     with (
-        refusing(
-            f"--save_file {target}: cannot be written",
-            f"give a {ending} in a folder that exists{cure}",
-        ),
+        refusing(what, f"give a {ending} in a folder that exists{cure}"),
         tempfile.TemporaryDirectory(dir=target.resolve().parent) as folder,
         redirect_stderr(StringIO()),
         redirect_stdout(StringIO()),
@@ -1586,31 +1530,34 @@ def check_target(wan: Wan, args: argparse.Namespace) -> None:
 
 def warn_of_scores(wan: Wan, args: argparse.Namespace) -> None:
     """Warn where PyTorch's attention stores the whole score matrix: on GPUs before Ampere."""
-    used = sys.modules["wan.modules.model"].flash_attention
-    if used is not sdpa_attention or not torch.cuda.is_available():
+    uses_ours = sys.modules["wan.modules.model"].flash_attention is sdpa_attention
+    if not (uses_ours and torch.cuda.is_available()):
         return
-    capability = torch.cuda.get_device_capability(device_of_run())
-    if capability >= (8, 0):
-        return
+    major, minor = torch.cuda.get_device_capability(device_of_run())
     config = wan.task_config(args.task)
     width, height = map(int, args.size.split("*"))
     stride, patch = config["vae_stride"], config["patch_size"]
     frames = (args.frame_num - 1) // stride[0] + 1
     tokens = frames * (width // stride[2] // patch[2]) * (height // stride[1] // patch[1])
     gib = tokens**2 * config["num_heads"] * 2 / 2**30
-    log.warning(
-        f"TeaCache: attention on this GPU (capability {capability[0]}.{capability[1]}) stores all "
-        f"scores in bfloat16: about {gib:,.0f} GiB for {tokens:,} tokens: use a smaller --size or "
-        "--frame_num, or a newer GPU"
-    )
+    if major < 8:
+        wan.warn(
+            f"attention on this GPU (capability {major}.{minor}) stores all scores in "
+            f"bfloat16: about {gib:,.0f} GiB for {tokens:,} tokens: use a smaller --size or "
+            "--frame_num, or a newer GPU"
+        )
 
 
 # --------------------------------------------------------------------------------------- session
-# Makes videos with Wan's own generate(args) on one pipeline: latents on disk before they are
-# decoded, a record beside each video, the queue of a batch. Knows jobs, not our flags.
+# Makes videos with Wan's own generate(args) on one pipeline, with a record beside each; the queue
+# of a batch. Knows jobs, not our flags.
+#
+# If decoding or writing fails, NAME.latents.pt is kept beside the video and NAME.json names it.
+# --teacache_decode makes the video from it; so does a batch or comparison that is started again.
 
 SAMPLE, DECODE, SKIP = "sample", "decode", "skip"  # what is left to do for a job
 RECORD, LATENTS = ".json", ".latents.pt"  # endings of the files beside a video
+STOCK, NOISE = "stock", "noise 1e-4"  # labels of a comparison's first two jobs
 
 
 @dataclass
@@ -1618,10 +1565,10 @@ class Job:
     """One video to make.
 
     settings: what makes two videos the same (``settings_of``).
-    label, noise, compared_in: of an entry of a comparison; the last names the common files.
-    argv: the command line of its line of a jobs file. has_seed: it gives a seed.
-    by_default: it gives neither a threshold nor a speed-up.
-    exclusive: its name is a default that must not be another run's.
+    label, noise, compared_in: an entry of a comparison has these; the comparison's own files are
+        named after compared_in.
+    argv: its command line. has_seed: argv gives a seed. by_default: argv gives neither a threshold
+        nor a speed-up. needs_free_name: its default name must not be another run's.
     """
 
     args: argparse.Namespace
@@ -1635,7 +1582,7 @@ class Job:
     argv: Sequence[str] = ()
     has_seed: bool = True
     by_default: bool = False
-    exclusive: bool = False
+    needs_free_name: bool = False
     todo: str = SAMPLE
 
     @property
@@ -1697,7 +1644,7 @@ def read_record(target: Path) -> dict[str, Any] | None:
 
 
 def write_record(target: Path, record: dict[str, Any]) -> None:
-    """Write a record as JSON, one key a line."""
+    """Write a record as JSON, one key per line."""
     lines = (f" {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in record.items())
     write_whole(beside(target, RECORD), "{\n" + ",\n".join(lines) + "\n}\n")
 
@@ -1730,7 +1677,7 @@ class Video:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a phase, and keep its failure for later: other ranks wait at a barrier."""
+        """Time a phase and catch its failure: Wan must go on to the barrier of all ranks."""
         synchronize()
         began = time.perf_counter()
         try:
@@ -1803,7 +1750,7 @@ class Video:
         beside(self.target, RECORD).unlink(missing_ok=True)
         self.target = target
         if self.latents and self.latents.exists():
-            self.latents = self.latents.rename(beside(target, LATENTS))
+            self.latents = self.latents.replace(create_new(beside(target, LATENTS)))
 
     def finish(self, frames: int) -> None:
         """The file was written and read back: delete its latents."""
@@ -1817,8 +1764,8 @@ class Video:
 # The videos of a process
 
 
-class Told(Exception):
-    """A failure that was logged, after which no further video can be made."""
+class BatchEnds(Exception):
+    """No further video can be made; the failure behind it was logged."""
 
 
 def first_call_only(make: Callable) -> Callable:
@@ -1942,7 +1889,7 @@ class Session:
             self.videos.append(Video(self.job, target))
         video = self.videos[-1]
         video.prompt = prompt
-        if self.job.exclusive and is_rank_0():
+        if self.job.needs_free_name and is_rank_0():
             record = create_new(beside(video.target, RECORD))
             video.target = record.with_suffix(video.target.suffix)
         if torch.cuda.is_available():
@@ -1956,7 +1903,8 @@ class Session:
         video = self.videos[-1]
         video.cache.finish()
         synchronize()
-        video.seconds["sampling"] = time.perf_counter() - (video.began or math.nan)
+        if video.began is not None:
+            video.seconds["sampling"] = time.perf_counter() - video.began
         decoded = [torch.zeros(3, 1, 16, 16)]  # after a failure Wan goes on to the barrier
         with video.phase("decode"):
             video.keep_latents(latents, self.fps())
@@ -1997,8 +1945,8 @@ class Session:
     def make(self, job: Job) -> Video:
         """Make a job's video, and tell a failure once.
 
-        Told: other ranks may wait elsewhere, or the model cannot be loaded. Refused: an error of
-        Wan's before it loads.
+        BatchEnds: the model cannot be loaded, or other ranks may wait elsewhere. Refused: Wan
+        objects to the flags before it loads.
         """
         self.job, self.videos = job, [Video(job, job.target)]
         self.save_file = job.args.save_file
@@ -2013,7 +1961,7 @@ class Session:
             for video in failed or self.videos[-1:]:
                 self.tell_failure(video, video.failure or error)
             if self.loading or (across_ranks() and not failed):
-                raise Told from error
+                raise BatchEnds from error
         except BaseException:
             self.videos[-1].status = "stopped"
             self.videos[-1].save_record()
@@ -2042,7 +1990,7 @@ class Session:
                 ]
                 quoted = subprocess.list2cmdline(argv) if os.name == "nt" else shlex.join(argv)
                 text += f"; this makes the video:\n{quoted}"
-        known = isinstance(error, (torch.OutOfMemoryError, OSError, FloatingPointError))
+        known = isinstance(error, (torch.cuda.OutOfMemoryError, OSError, FloatingPointError))
         log.error(text, exc_info=None if known else error)
 
     def check_made(self) -> None:
@@ -2105,8 +2053,8 @@ def decode_latents(
     else:
         write_video(pixels, args.save_file, content["fps"])
     done = {"status": "finished", "latents": None, "frames": len(pixels), "file": args.save_file}
-    for target in (Path(content["save_file"]), file.with_name(file.name.removesuffix(".pt"))):
-        record = (read_record(target) if beside(target, RECORD).exists() else None) or {}
+    for target in (Path(content["save_file"]), Path(str(file).removesuffix(LATENTS) + RECORD)):
+        record = read_record(target) or {}
         if record.get("latents") == str(file.absolute()):
             write_record(target, record | done)
     file.unlink()
@@ -2174,13 +2122,14 @@ def make_batch(session: Session, jobs: Sequence[Job], queue: Queue | None) -> in
             log.info(f"TeaCache: {job.target} is finished: skipped")
             continue
         if made:
-            minutes = (time.monotonic() - began) / made * (len(jobs) - i) / 60
+            processes = queue.processes if queue else 1
+            minutes = (time.monotonic() - began) / made * (len(jobs) - i) / processes / 60
             left = f", about {math.ceil(minutes)} min to go"
         if len(jobs) > 1:
             log.info(f"TeaCache: video {i + 1} of {len(jobs)}{left}: {job.target}")
         try:
             video = make_one(session, job)
-        except Told:
+        except BatchEnds:
             break
         made += 1
         if queue and queue.rank:
@@ -2195,7 +2144,7 @@ def make_one(session: Session, job: Job) -> Video:
     if record is None:
         return session.make(job)
     latents, prompt = Path(record["latents"]), record["prompt"]
-    video = Video(job, job.target, prompt, status="finished", latents=latents)
+    video = Video(job, job.target, prompt, latents=latents)
     session.videos = [video]
     if is_rank_0():
         try:
@@ -2206,6 +2155,8 @@ def make_one(session: Session, job: Job) -> Video:
         except Exception as error:
             session.tell_failure(video, error)
             write_record(job.target, record | {"status": video.status})  # keeps what was measured
+            return video
+    video.status = "finished"
     return video
 
 
@@ -2233,7 +2184,6 @@ def end_batch(session: Session, jobs: Sequence[Job]) -> int:
 # Writes a table and a picture after each, so that a stopped comparison continues where it was.
 
 NOISE_STD = 1e-4
-STOCK, NOISE = "stock", "noise 1e-4"  # labels of the first two
 
 
 @dataclass(frozen=True)
@@ -2327,19 +2277,19 @@ class Comparison:
     def add(self, job: Job, video: Video) -> None:
         """Measure a video, and write table and picture."""
         record, pixels = read_record(job.target) or video.record(), video.pixels
-        if job.label == STOCK:
-            self.stock = pixels
-            temporary = self.stock_file.with_suffix(".part.npy")
-            np.save(temporary, pixels)
-            temporary.replace(self.stock_file)
-        self.rows[job.label] = Row(
-            label=job.label,
-            **{name: record[name] for name in ("computed", "steps", "drift")},
-            seconds=record["seconds"]["sampling"],
-            psnr=psnr(pixels, self.stock),
-            ssim=ssim(pixels, self.stock),
-        )
         try:
+            if job.label == STOCK:
+                self.stock = pixels
+                temporary = self.stock_file.with_suffix(".part.npy")
+                np.save(temporary, pixels)
+                temporary.replace(self.stock_file)
+            self.rows[job.label] = Row(
+                label=job.label,
+                **{name: record[name] for name in ("computed", "steps", "drift")},
+                seconds=record["seconds"]["sampling"],
+                psnr=psnr(pixels, self.stock),
+                ssim=ssim(pixels, self.stock),
+            )
             self.write()
         except Exception as error:  # the videos exist, and other lines may wait
             self.session.failed = True
@@ -2374,9 +2324,10 @@ def read_frames(file: Path) -> np.ndarray:
 
 
 def shown(frame: np.ndarray) -> np.ndarray:
-    """A frame [H, W, 3] 480 pixels wide, or three times its size if smaller; even sides."""
+    """A frame [H, W, 3] 480 pixels wide, but at most three times its size; even sides."""
     height, width = frame.shape[:2]
-    size = [2 * round(side * 240 / max(width, 160)) for side in (width, height)]
+    scale = min(480 / width, 3)
+    size = [2 * round(side * scale / 2) for side in (width, height)]
     return np.asarray(Image.fromarray(frame).resize(size))
 
 
@@ -2397,7 +2348,7 @@ def caption(row: Row, width: int, height: int) -> np.ndarray:
 
 
 def picture(rows: Sequence[Row], videos: Sequence[np.ndarray]) -> Image.Image:
-    """A row a setting: its caption, its middle frame and, times 8, the difference from stock's."""
+    """One row per setting: caption, middle frame and, times 8, its difference from stock's."""
     middle, lines = len(videos[0]) // 2, []
     stock = videos[0][middle].astype(int)
     for row, video in zip(rows, videos, strict=True):
@@ -2433,8 +2384,8 @@ def run_comparisons(session: Session, jobs_by_line: Sequence[Sequence[Job]]) -> 
     log.info(f"TeaCache: {count} videos, {2 * len(jobs_by_line)} of them stock")
     rows_by_line = [rows for jobs in jobs_by_line if (rows := Comparison(session, jobs).run())]
     with suppress(BrokenPipeError):  # `... | head`: the exit status still shows a failure
-        for text in comparison_table(rows_by_line) if rows_by_line else ():
-            print(text)
+        if rows_by_line and is_rank_0():
+            print("\n".join(comparison_table(rows_by_line)))
     return int(session.failed)
 
 
@@ -2446,10 +2397,12 @@ def comparison_table(rows_by_line: Sequence[Sequence[Row]]) -> list[str]:
     head = ["", "computed", "sampling", "speed-up", "drift", "PSNR", "SSIM"]
     columns = list(zip(head, *map(table_cells, by_label.values()), strict=True))
     has_ssim = any(columns[-1][1:])
-    wide = [max(map(len, column)) for column in columns[: None if has_ssim else -1]]
+    if not has_ssim:
+        columns.pop()
+    wide = [max(map(len, column)) for column in columns]
     table = []
     for label, *others in zip(*columns, strict=True):
-        aligned = [text.rjust(width) for text, width in zip(others, wide[1:], strict=False)]
+        aligned = [text.rjust(width) for text, width in zip(others, wide[1:], strict=True)]
         table.append("  ".join([label.ljust(wide[0]), *aligned]))
     table.append(floor_line(rows_by_line))
     return table if has_ssim else [*table, "for the SSIM: pip install scikit-image"]
@@ -2485,8 +2438,9 @@ def floor_line(rows_by_line: Sequence[Sequence[Row]]) -> str:
         floor = next((row.psnr for row in rows if row.label == NOISE), None)
         if floor is not None:
             floors.append(floor)
-            for row in rows[2:]:  # both may be infinite
-                margins[row.label].append(0.0 if row.psnr == floor else row.psnr - floor)
+            for row in rows:
+                if row.label not in (STOCK, NOISE):  # both may be infinite
+                    margins[row.label].append(0.0 if row.psnr == floor else row.psnr - floor)
     if not floors:
         return "no floor: stock with noise of 1e-4 has failed"
     reached = [label for label, values in margins.items() if np.mean(values) >= 0]
@@ -2525,7 +2479,7 @@ class Amount(NamedTuple):
     is_speedup: bool = False
 
 
-def number(low: float, allowed: str, high: float = math.inf) -> Callable[[str], float]:
+def number_from(low: float, allowed: str, high: float = math.inf) -> Callable[[str], float]:
     """The type of a flag: a finite number from ``low`` to ``high``."""
 
     def convert(text: str) -> float:
@@ -2537,12 +2491,12 @@ def number(low: float, allowed: str, high: float = math.inf) -> Callable[[str], 
     return convert
 
 
-def threshold(text: str) -> Amount:
-    return Amount(number(0, "0 (stock) or more, such as 0.08")(text))
+def as_threshold(text: str) -> Amount:
+    return Amount(number_from(0, "0 (stock) or more, such as 0.08")(text))
 
 
-def speedup(text: str) -> Amount:
-    return Amount(number(1, "1 or more, such as 2")(text), is_speedup=True)
+def as_speedup(text: str) -> Amount:
+    return Amount(number_from(1, "1 or more, such as 2")(text), is_speedup=True)
 
 
 def our_parser(exclusive: bool = True) -> Parser:
@@ -2553,19 +2507,19 @@ def our_parser(exclusive: bool = True) -> Parser:
     """
     parser = Parser(allow_abbrev=False, add_help=False, description="TeaCache for generate.py")
     group = parser.add_argument_group("which steps are computed")
-    add, amount = group.add_argument, group
-    if exclusive:
-        amount = group.add_mutually_exclusive_group()
-    amount = functools.partial(amount.add_argument, dest="amount", metavar="X")
-    amount("--teacache_thresh", type=threshold, help="higher skips more; 0 is stock")
-    amount("--teacache_speedup", type=speedup, help="or: find a threshold that runs 1/X of passes")
+    amounts = group.add_mutually_exclusive_group() if exclusive else group
+    amount = {"dest": "amount", "metavar": "X"}
+    thresh, fewer = "higher skips more; 0 is stock", "or: find a threshold that runs 1/X of passes"
+    amounts.add_argument("--teacache_thresh", type=as_threshold, help=thresh, **amount)
+    amounts.add_argument("--teacache_speedup", type=as_speedup, help=fewer, **amount)
+    add = group.add_argument
     names = f"{', '.join(RULES)}, or a JSON file; default: teacache.json in --ckpt_dir, or by task"
     add("--teacache_rule", metavar="NAME|FILE", help=names)
     add("--use_ret_steps", action="store_true", help="the rule's polynomial for retention steps")
     add = parser.add_argument_group("what the other steps do").add_argument
     order = {"type": int, "choices": (0, 1), "default": 0}
     add("--teacache_order", **order, help="1: extrapolate the residual; default: 0, repeat it")
-    share = {"type": number(0, "from 0 to 1, such as 0.6", high=1), "default": 1.0}
+    share = {"type": number_from(0, "from 0 to 1, such as 0.6", high=1), "default": 1.0}
     guide = "guide the first SHARE of the steps only; default: 1"
     add("--teacache_guide_until", **share, metavar="SHARE", help=guide)
     instead = parser.add_argument_group("instead of one video")
@@ -2575,7 +2529,7 @@ def our_parser(exclusive: bool = True) -> Parser:
     add("--teacache_compare", nargs="+", metavar="ENTRY", help=entries)
     add("--teacache_decode", metavar="FILE", help="make the video from kept latents")
     add = parser.add_argument_group("files").add_argument
-    add("--teacache_jobs", metavar="FILE", help="a video a line: a prompt, or flags")
+    add("--teacache_jobs", metavar="FILE", help="one video per line: a prompt, or flags")
     add("--wan_repo", metavar="DIR", help="Wan's folder; default: this script's, else the current")
     return parser
 
@@ -2585,7 +2539,8 @@ def our_flags(argv: Sequence[str], exclusive: bool = True) -> tuple[argparse.Nam
     for flag in argv:
         name = flag.split("=")[0]
         require(name not in OLD_FLAGS, f"{name}: is gone: {OLD_FLAGS.get(name)}")
-    # argparse takes an unknown "--flag=a b" for another value of --teacache_compare
+    # argparse would take "--prompt=a b", unknown here, for another entry of --teacache_compare:
+    # because of the space it does not look like a flag
     argv = [flag.replace(" ", "\x1f") if flag.startswith("--") else flag for flag in argv]
     ours, rest = our_parser(exclusive).parse_known_args(argv)
     for name, value in vars(ours).items():
@@ -2617,8 +2572,7 @@ def choose_rule(ours: argparse.Namespace, args: argparse.Namespace) -> Rule:
         if len(fitting) == 1:
             return replace(fitting[0], why=f"checkpoint {name}")
     area = math.prod(map(int, args.size.split("*")))
-    areas = {"i2v-14B-480P": 832 * 480, "i2v-14B-720P": 1280 * 720}
-    rule = min(rules, key=lambda rule: abs(areas[rule.name] - area))
+    rule = min(rules, key=lambda rule: abs(rule.area - area))
     return replace(rule, why=f"guessed from --size {args.size}; --teacache_rule names one")
 
 
@@ -2672,8 +2626,11 @@ def config_of(
         shares, max_skipped = SIGMA_FOR_TWO_MODELS[args.task]
         forced = first_steps(steps_by_model, shares)
     thresh = amount.value if amount and not amount.is_speedup else None
+    if thresh is None and rule.is_sigma:
+        thresh = 0.0  # plan_of finds one
     # at threshold 0, as in stock, the unconditional branch runs at a scale of 1 too
-    scale = 5.0 if thresh == 0 else args.sample_guide_scale
+    above_1 = 5.0
+    scale = above_1 if amount and amount == Amount(0.0) else args.sample_guide_scale
     return TeaCacheConfig.from_rule(
         rule,
         args.sample_steps,
@@ -2703,17 +2660,19 @@ def plan_of(
         cure = "no threshold can be trusted: use --teacache_rule sigma"
         raise Refused(f"{what}: with {rule} {error}, and {cure}") from error
     fewest = preview.plan(replace(config, thresh=LARGE_THRESH))
-    require(
-        fewest.passes <= math.ceil(2 * config.steps / amount.value - 1e-9),
-        f"{what}: no threshold reaches it; the most is {fewest.speedup:.3g}, at "
-        f"--teacache_thresh {preview.plan_speedup(config, fewest.speedup).config.thresh:.4g}",
-    )
+    if fewest.passes > math.ceil(2 * config.steps / amount.value - 1e-9):
+        raise Refused(
+            f"{what}: no threshold reaches it; the most is {fewest.speedup:.3g}, at "
+            f"--teacache_thresh {planned.config.thresh:.4g}"
+        )
     return planned
 
 
-def check_plan(planned: Schedule, args: argparse.Namespace, rule: Rule, flag: str) -> None:
+def check_plan(
+    wan: Wan, planned: Schedule, args: argparse.Namespace, rule: Rule, flag: str
+) -> None:
     """Refuse a schedule that skips too many steps in a row, unless it is as published or forced.
-    Warn where a polynomial is used away from its fit. flag: that the threshold comes from."""
+    Warn where a polynomial is used away from its fit. flag: the one that gave the threshold."""
     away = []
     if not rule.is_sigma and planned.config.thresh > 0:
         now = {"steps": args.sample_steps, "shift": args.sample_shift, "solver": args.sample_solver}
@@ -2726,14 +2685,15 @@ def check_plan(planned: Schedule, args: argparse.Namespace, rule: Rule, flag: st
         notes.append(f"{planned.longest_skip} steps in a row are skipped")
         cures = [f"a lower {flag.split()[0]}", "--teacache_thresh 0"]
         cures += [] if rule.is_sigma else ["--teacache_rule sigma"]
-        cures += [f"--teacache_rule {rule.name} to run it all the same"] * (rule.name in RULES)
+        if rule.name in RULES:
+            cures.append(f"--teacache_rule {rule.name} to run it all the same")
         require(
             rule.forced or (not away and not rule.is_sigma),
             f"{flag}: {rule} would compute {planned.summary()}: {'; '.join(notes)}: use "
             f"{', '.join(cures)}",
         )
     if notes:
-        log.warning(f"TeaCache: {rule}: {'; '.join(notes)}: check the video")
+        wan.warn(f"{rule}: {'; '.join(notes)}: check the video")
 
 
 def settings_of(
@@ -2770,7 +2730,7 @@ def job_of(wan: Wan, argv: Sequence[str], label: str = "", checked: bool = True)
     config, amount = planned.config, ours.amount or Amount(planned.config.thresh)
     if checked and not ours.teacache_plan:
         name = "speedup" if amount.is_speedup else "thresh"
-        check_plan(planned, args, rule, f"--teacache_{name} {amount.value:g}")
+        check_plan(wan, planned, args, rule, f"--teacache_{name} {amount.value:g}")
     settings = settings_of(args, config, rule, noise)
     by_default = ours.amount is None
     return Job(args, config, rule, planned, settings, label, noise, by_default=by_default)
@@ -2787,7 +2747,7 @@ def parse_and_check(wan: Wan, ours: argparse.Namespace, argv: Sequence[str]) -> 
         check_inputs(wan, args)
         warn_of_scores(wan, args)
     if args.prompt and os.path.isfile(args.prompt):
-        log.warning(f"TeaCache: --prompt {args.prompt}: is a file: --teacache_jobs reads its lines")
+        wan.warn(f"--prompt {args.prompt}: is a file: --teacache_jobs reads its lines")
     return args
 
 
@@ -2799,7 +2759,8 @@ def announce(jobs: Sequence[Job]) -> None:
         does = planned.summary()
         if planned.passes == 2 * config.steps:
             does = f"all {config.steps} steps, as stock does"
-        default, order = " (default)" * job.by_default, ", order 1" * config.order
+        default = " (default)" if job.by_default else ""
+        order = ", order 1" if config.order else ""
         if job.by_default and job.rule.is_sigma and 2 * len(planned.computed_steps) > config.steps:
             default = " (default: as near to half of the steps as its limits allow)"
         text = f"{job.rule}, threshold {config.thresh:.4g}{default}{order}: computes {does}"
@@ -2823,10 +2784,10 @@ def read_jobs(file: str) -> list[tuple[int, list[str]]]:
     what = f"--teacache_jobs {file}"
     require(
         not file.lower().endswith((".csv", ".json", ".jsonl")),
-        f"{what}: must be plain text, a line a video: a prompt, or flags such as "
+        f"{what}: must be plain text, a line per video: a prompt, or flags such as "
         '--prompt "A cat." --base_seed 1',
     )
-    with refusing(f"{what}: cannot be read", "give a text file with a video a line"):
+    with refusing(f"{what}: cannot be read", "give a text file with a video per line"):
         content = Path(file).read_bytes()
     utf_16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
     try:
@@ -2866,8 +2827,11 @@ def check_line(wan: Wan, argv: Sequence[str], flags: Sequence[str]) -> None:
 
 
 def jobs_of(wan: Wan, ours: argparse.Namespace, argv: Sequence[str]) -> list[list[Job]]:
-    """The videos of each line of the jobs file, or of the one command. Each is parsed from a
-    command line of its own: argv + line + entry of the comparison. Refused: one error a line."""
+    """The videos of each line of the jobs file, or of the one command.
+
+    Command line, line and entry of a comparison are joined into one argv and parsed again, so that
+    argparse's own rule decides between them: the last one counts. Refused: one error per line.
+    """
     lines = read_jobs(ours.teacache_jobs) if ours.teacache_jobs else [(0, [])]
     jobs, errors, taken = [], [], dict[Path, str]()
     for i, flags in lines:
@@ -2910,7 +2874,7 @@ def jobs_of_line(
         taken[key] = f"line {line}" if line else f"entry {job.label}"
         if is_rank_0():
             check_target(wan, job.args)
-        if not job.exclusive:
+        if not job.needs_free_name:
             continues = bool(ours.teacache_jobs or ours.teacache_compare)
             seeds += look_beside(job, continues)
     if seeds and not has_seed:  # all of a comparison have one seed
@@ -2929,9 +2893,10 @@ def name_jobs(
     if not given and not first.has_seed:  # two equal lines without a seed are two videos
         free = (name for name in numbered(target) if name.resolve().with_suffix("") not in taken)
         target = next(free)
-    first.exclusive = not given and not several
+    first.needs_free_name = not given and not several
     for job in jobs:
         if job.label:
+            taken[target.resolve().with_suffix("")] = "a comparison"
             words = "-".join(re.findall(r"[\w.]+", job.label))
             job.compared_in = target
             job.args.save_file = str(target.with_name(f"{target.stem}.{words}{target.suffix}"))
@@ -2975,7 +2940,9 @@ def look_beside(job: Job, continues: bool) -> list[int]:
             check_written(target, record["frames"])
             job.todo = SKIP
     elif record["latents"] and Path(record["latents"]).is_file():
-        job.todo = DECODE
+        with suppress(Refused):  # they cannot be decoded: sample again
+            read_latents(Path(record["latents"]))
+            job.todo = DECODE
     return [record["seed"]]
 
 
@@ -3010,7 +2977,7 @@ def entry_flags(entry: str) -> list[str]:
     known = not rule or rule in RULES or os.path.isfile(rule)
     require(known, f"{what}: no rule {rule}: give one of {', '.join(RULES)}")
     with refusing(what, "give thresholds as 0.08, speed-ups as 2x, RULE:2x, or 2x@1"):
-        (speedup if x else threshold)(value)
+        (as_speedup if x else as_threshold)(value)
     flags = ["--teacache_speedup" if x else "--teacache_thresh", value]
     flags += ["--teacache_rule", rule] if rule else []
     return flags + (["--teacache_order", order] if order else [])
@@ -3039,7 +3006,8 @@ def print_plan(wan: Wan, ours: argparse.Namespace, argv: Sequence[str]) -> None:
         )
     print("speed-up: of the transformer, if a skipped step took no time")
     try:
-        check_plan(job.planned, job.args, job.rule, f"--teacache_thresh {config.thresh:.4g}")
+        flag = f"--teacache_thresh {config.thresh:.4g}"
+        check_plan(wan, job.planned, job.args, job.rule, flag)
     except Refused as error:
         print(f"a run would be refused: {error}")
 
@@ -3088,7 +3056,7 @@ def runs_a_queue(ours: argparse.Namespace, argv: Sequence[str]) -> bool:
     if not ours.teacache_jobs and is_rank_0():
         log.warning(
             f"TeaCache: {processes} processes make the same video {processes} times: add {share} "
-            "to share it, or give --teacache_jobs, a video a line"
+            "to share it, or give --teacache_jobs, a video per line"
         )
     return bool(ours.teacache_jobs)
 
@@ -3149,7 +3117,8 @@ def command(argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command line; ``argv`` is what follows the program's name. Exits with 2 for what was
     refused, 1 for what failed, 128 + its number for a signal; returns otherwise."""
-    status = 0
+    status, local_rank = 0, environment("LOCAL_RANK", 0)
+    alone = environment("LOCAL_WORLD_SIZE", 1) == 1  # then LOCAL_RANK is a left-over
     try:
         # a log line to a closed pipe must not print a traceback
         with stopped_by_signals(), patched(logging, raiseExceptions=False):
@@ -3159,10 +3128,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 status = leaving.code or 0
             sys.stdout.flush()
     except Refused as error:
-        alone = environment("LOCAL_WORLD_SIZE", 1) == 1  # then LOCAL_RANK is a left-over
-        speaks = environment("LOCAL_RANK", 0) == 0 or alone  # once a machine
-        for message in error.args if speaks else ():
-            print(f"teacache_generate.py: error: {message}", file=sys.stderr)
+        lines = (f"teacache_generate.py: error: {message}\n" for message in error.args)
+        sys.stderr.writelines(lines if local_rank == 0 or alone else ())  # once per machine
         status = 2
     except BrokenPipeError:  # of `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -3170,7 +3137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         number_ = error.args[0] if error.args else signal.SIGINT
         log.error(f"TeaCache: stopped by {signal.Signals(number_).name}")
         status = 128 + number_
-    except Told:
+    except BatchEnds:
         status = 1
     except Exception as error:
         log.error(f"TeaCache: {error!r}", exc_info=error)
