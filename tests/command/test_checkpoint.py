@@ -167,15 +167,6 @@ def as_bin(legacy):
     return change
 
 
-def sharded_bin(folder):
-    tensors = load_file(folder / WEIGHTS)
-    (folder / WEIGHTS).unlink()
-    names = {name: f"part-{i % 2}.bin" for i, name in enumerate(sorted(tensors))}
-    for file in set(names.values()):
-        torch.save({n: tensors[n] for n in tensors if names[n] == file}, folder / file)
-    (folder / f"{BIN}.index.json").write_text(json.dumps({"weight_map": names}))
-
-
 def old_pickle(folder):
     torch.save(torch.load(folder / VAE), folder / VAE, _use_new_zipfile_serialization=False)
 
@@ -199,8 +190,8 @@ def other_files(folder):
 
 @pytest.mark.parametrize(
     "change",
-    [as_bin(False), as_bin(True), sharded_bin, sharded, old_pickle, links, other_files],
-    ids=["bin", "old bin", "sharded bin", "sharded", "old pickle", "links", "other files"],
+    [as_bin(False), as_bin(True), sharded, old_pickle, links, other_files],
+    ids=["bin", "old bin", "sharded", "old pickle", "links", "other files"],
 )
 def test_good_checkpoint_is_accepted_and_planned(capsys, ckpt, copy, change):
     change(copy)

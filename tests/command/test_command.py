@@ -74,16 +74,6 @@ def test_threshold_0_equals_stock_generate_py_to_the_byte(ckpt, tmp_path):
     assert (record["computed"], record["drift"]) == ([0, 1, 2, 3, 4, 5], None)
 
 
-def new_pipeline(wan, ckpt, i2v_ckpt, picture, task):
-    """A pipeline and the arguments of its generate()."""
-    generate, package = wan
-    config = generate.WAN_CONFIGS[task]
-    if task == "t2v-nano":
-        return package.WanT2V(config, str(ckpt)), ("a red ball moves right",), {"size": (64, 64)}
-    image = Image.open(picture).convert("RGB")
-    return package.WanI2V(config, str(i2v_ckpt)), ("a ball", image), {"max_area": 64 * 64}
-
-
 @pytest.mark.parametrize(
     ("task", "method", "solver", "scale"),
     [
@@ -99,33 +89,25 @@ def test_video_equals_the_method_written_plainly(
 ):
     rule = RULES["t2v-1.3B"]
     polynomial = rule.retention if method == "ret" else rule.plain
-    pipeline, inputs, settings = new_pipeline(wan, ckpt, i2v_ckpt, picture, task)
+    if task == "t2v-nano":
+        pipeline = wan[1].WanT2V(wan[0].WAN_CONFIGS[task], ckpt)
+        inputs, settings = ("a red ball",), {"size": (64, 64)}
+    else:
+        pipeline = wan[1].WanI2V(wan[0].WAN_CONFIGS[task], i2v_ckpt)
+        inputs, settings = ("a red ball", Image.open(picture)), {"max_area": 64 * 64}
     settings |= {"frame_num": 5, "sampling_steps": 50, "sample_solver": solver, "seed": 1}
-    guided = 0 if scale == 1 else None
+    settings["guide_scale"], guided = scale, 0 if scale == 1 else None
     config = TeaCacheConfig.from_rule(rule, 50, ret=method == "ret", guided_steps=guided)
     with teacache(pipeline.model, config) as cache:
-        ours = pipeline.generate(*inputs, **settings, guide_scale=scale)
+        ours = pipeline.generate(*inputs, **settings)
     job = {"method": method, "thresh": polynomial.thresholds[-1]}
     job |= {"coefficients": polynomial.coefficients, "guided_steps": 0 if scale == 1 else 50}
     plainly = Reference([pipeline.model], 50, job)
-    expected = pipeline.generate(*inputs, **settings, guide_scale=scale)
+    expected = pipeline.generate(*inputs, **settings)
     assert [decision.computed for decision in cache.schedule.decisions] == plainly.computed
     assert 10 < sum(plainly.computed) < 45
     # at scale 1 stock computes u + (c - u), which is c but for the rounding
     assert (ours - expected).abs().max() <= (1e-5 if scale == 1 else 0)
-
-
-STEPS = ["--sample_steps", "8"]
-
-
-@pytest.fixture(scope="module")
-def by_one_process(ckpt, tmp_path_factory) -> Path:
-    video = tmp_path_factory.mktemp("one") / "alone.png"  # animated, lossless
-    one = python(
-        SCRIPT, "--wan_repo", NANO, "--ckpt_dir", ckpt, *RULE, *PROMPT, *STEPS, "--save_file", video
-    )
-    assert one.returncode == 0, one.stderr
-    return video
 
 
 @pytest.mark.parametrize(
@@ -133,37 +115,22 @@ def by_one_process(ckpt, tmp_path_factory) -> Path:
     [["--ulysses_size", "2"], ["--ring_size", "2", "--dit_fsdp", "--t5_fsdp"], ["--dit_fsdp"]],
     ids=" ".join,
 )
-def test_two_processes_give_the_video_of_one(ckpt, tmp_path, by_one_process, flags):
+def test_two_processes_give_the_video_of_one(run, ckpt, tmp_path, flags):
+    one, two = tmp_path / "one.png", tmp_path / "two.png"  # animated, lossless
+    argv = [*RULE, *PROMPT, "--sample_steps", "8", "--save_file"]
+    assert run(*argv, one)[0] == 0
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT]
-    argv = [
-        "--wan_repo",
-        NANO,
-        "--ckpt_dir",
-        ckpt,
-        *RULE,
-        *PROMPT,
-        *STEPS,
-        "--save_file",
-        tmp_path / "both.png",
-    ]
-    two = python(*torchrun, *argv, *flags, CUDA_VISIBLE_DEVICES="")
-    assert two.returncode == 0, two.stderr
-    videos = (by_one_process, tmp_path / "both.png")
-    steps = [json.loads(video.with_suffix(".json").read_text())["computed"] for video in videos]
+    common = ["--wan_repo", NANO, "--ckpt_dir", ckpt, *flags]
+    done = python(*torchrun, *common, *argv, two, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+    steps = [json.loads(file.with_suffix(".json").read_text())["computed"] for file in (one, two)]
     assert steps[0] == steps[1]
     assert len(steps[0]) < 8
-    assert two.stdout.count(f"computed {len(steps[0])} of 8 steps") == 1
-    assert np.abs(frames(videos[0]) - frames(videos[1])).max() <= 1  # of 255, by rounding
+    assert done.stdout.count(f"computed {len(steps[0])} of 8 steps") == 1
+    assert np.abs(frames(one) - frames(two)).max() <= 1  # of 255, by rounding
 
 
 # ---------------------------------------------------------------------------------------- refusals
-
-
-def test_help_shows_our_flags_and_those_of_wan(capsys):
-    code, said = attempt(capsys, "--help")
-    assert code == 0
-    assert "--teacache_thresh X" in said
-    assert "--sample_guide_scale" in said
 
 
 REFUSED = {
@@ -209,10 +176,11 @@ def test_bad_flags_are_refused_in_one_line(capsys, ckpt, tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_checkpoint_flag_is_refused(capsys):
+def test_help_has_all_flags_and_a_missing_checkpoint_is_refused(capsys):
+    code, said = attempt(capsys, "--help")
+    assert (code, "--teacache_thresh X" in said, "--sample_guide_scale" in said) == (0, True, True)
     code, said = attempt(capsys, *RULE, *PROMPT)
-    assert code == 2
-    assert "--ckpt_dir" in said
+    assert (code, "--ckpt_dir" in said) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -300,15 +268,6 @@ def no_module(name):
     return f"raise ModuleNotFoundError(\"No module named '{name}'\", name={name!r})"
 
 
-WRAPPED = """
-try:
-    raise RuntimeError("operator torchvision::nms does not exist")
-except RuntimeError as error:
-    raise RuntimeError("Failed to import diffusers.loaders because of the following error "
-                       "(look up to see its traceback):\\n" + str(error)) from error
-"""
-
-
 TORCHVISION = f"install the torchvision built for torch {torch.__version__}"
 NO_GPU_HERE = f"see nvidia-smi, and whether torch {torch.__version__} is a CUDA build"
 
@@ -321,7 +280,7 @@ NO_GPU_HERE = f"see nvidia-smi, and whether torch {torch.__version__} is a CUDA 
         (no_module("cv2"), "pip install opencv-python"),
         ("import a_package_that_is_missing", "pip install a_package_that_is_missing"),
         (no_module("wan.modules.vae"), "this checkout lacks it: clone it again"),
-        (WRAPPED, TORCHVISION),
+        ("raise ImportError('x' * 500 + 'torchvision::nms does not exist')", TORCHVISION),
         ("raise RuntimeError('operator torchvision::nms on CUDA')", TORCHVISION),
         ("import torch\ntorch.zeros(1, device='cuda')", NO_GPU_HERE),
         ("import torch\ntorch.cuda.current_device()", NO_GPU_HERE),  # as wan/modules/t5.py
@@ -341,33 +300,24 @@ def test_failed_import_is_one_line_with_the_cure(capsys, fork, monkeypatch, gene
     assert expected in refused_import(capsys, fork(generate_py))
 
 
-@pytest.fixture
-def parser_without(wan, monkeypatch):
-    """A function that takes flags out of generate.py's parser, as in a fork."""
-    generate, parse = wan[0], wan[0]._parse_args
+@pytest.mark.parametrize(
+    ("removed", "refused"),
+    [
+        (["t5_fsdp", "dit_fsdp", "ulysses_size", "ring_size", "src_video", "last_frame"], False),
+        *(([flag], True) for flag in ("ckpt_dir", "sample_steps", "save_file", "base_seed")),
+    ],
+)
+def test_parser_of_a_fork_needs_the_essential_flags_only(run, wan, monkeypatch, removed, refused):
+    parse = wan[0]._parse_args
 
-    def remove(*names: str) -> None:
-        def parse_fewer() -> Namespace:
-            args = parse()
-            return Namespace(**{k: v for k, v in vars(args).items() if k not in names})
+    def parse_fewer() -> Namespace:
+        return Namespace(**{k: v for k, v in vars(parse()).items() if k not in removed})
 
-        monkeypatch.setattr(generate, "_parse_args", parse_fewer)
-
-    return remove
-
-
-def test_parser_without_flags_of_several_gpus_works(run, tmp_path, parser_without):
-    parser_without("t5_fsdp", "dit_fsdp", "ulysses_size", "ring_size", "src_video", "last_frame")
-    assert run("--sample_steps", "2")[0] == 0
-    assert len(frames(tmp_path / "x.mp4")) == 17
-
-
-@pytest.mark.parametrize("flag", ["ckpt_dir", "sample_steps", "save_file", "base_seed"])
-def test_parser_without_an_essential_flag_is_refused(run, parser_without, flag):
-    parser_without(flag)
-    code, said, _ = run()
-    assert code == 2
-    assert f"--{flag}: TeaCache reads this flag, and {NANO / 'generate.py'} has none" in said
+    monkeypatch.setattr(wan[0], "_parse_args", parse_fewer)
+    code, said, _ = run("--sample_steps", "2")
+    assert code == (2 if refused else 0), said
+    text = f"--{removed[0]}: TeaCache reads this flag, and {NANO / 'generate.py'} has none"
+    assert (text in said) == refused
 
 
 def test_script_that_is_a_link_finds_wan(ckpt, tmp_path):
@@ -417,7 +367,6 @@ def wans_attention(wan, monkeypatch):
         (["clip"], "attention: PyTorch's (Wan's cannot run here: flash-attn is not installed)"),
         ([], "attention: PyTorch's (Wan's cannot run here: flash-attn is not installed)"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_attention_is_replaced_only_where_it_cannot_run(caplog, wans_attention, runs, line):
     from wan.modules import clip, model
@@ -630,14 +579,12 @@ def test_write_error_is_told_as_itself(run, tmp_path, monkeypatch):
     assert record["latents"] == str(tmp_path / "x.latents.pt")
 
 
-@pytest.mark.parametrize("flag", ["--help", "--teacache_plan"])
-def test_reader_that_closes_the_pipe_leaves_no_traceback(ckpt, flag):
+def test_reader_that_closes_the_pipe_leaves_no_traceback(ckpt):
     """As ``| head -1`` does."""
-    command = [sys.executable, SCRIPT, "--wan_repo", NANO, "--ckpt_dir", ckpt, flag]
+    command = [sys.executable, SCRIPT, "--wan_repo", NANO, "--ckpt_dir", ckpt, "--teacache_plan"]
     pipe = subprocess.PIPE
     with subprocess.Popen(list(map(str, command)), stdout=pipe, stderr=pipe, text=True) as process:
         process.stdout.readline()
         process.stdout.close()
-        said = process.stderr.read()
-    assert said == ""
+        assert process.stderr.read() == ""
     assert process.returncode == 0

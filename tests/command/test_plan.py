@@ -185,7 +185,6 @@ def test_damaged_rule_file_is_refused(plan, tmp_path, change):
         ([*RULE, "--teacache_thresh", "0"], 10, "0"),
         (["--teacache_rule", "sigma"], 7, "0.06094"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_plan_prints_each_threshold_once(plan, ckpt, flags, count, current):
     code, said = plan("--ckpt_dir", ckpt, *flags)
@@ -268,6 +267,7 @@ def test_distances_are_of_the_model_that_samples(
         assert schedule_of(said) == schedule
     else:
         assert f"--ckpt_dir {tmp_path / damaged_one}: its time embedding cannot be read" in said
+        assert "--teacache_rule sigma" in said
 
 
 def test_printed_threshold_keeps_its_schedule_in_bfloat16(plan, ckpt, tmp_path):
@@ -349,7 +349,6 @@ OFF = ["--teacache_thresh", "0", "--sample_guide_scale", "1"]
         (["--sample_steps", "10", "--teacache_thresh", "0.001"], "computes all 10 steps, as stock"),
         ([*OFF, "--sample_steps", "4"], "threshold 0: computes all 4 steps, as stock does"),
     ],
-    ids=["default", "asked", "guided", "order 1", "few", "low", "off at scale 1"],
 )
 def test_one_line_before_loading_tells_what_is_computed(run, no_loading, flags, line):
     """At threshold 0 the unconditional branch runs at scale 1 too, as in stock."""
@@ -371,7 +370,6 @@ def test_one_line_before_loading_tells_what_is_computed(run, no_loading, flags, 
         (["--teacache_speedup", "2.0"], 2),
         (["--teacache_speedup", "2.5", "--teacache_guide_until", "0.6"], 2.5),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_speedup_counts_passes(plan, ckpt, flags, speedup):
     code, said = plan("--ckpt_dir", ckpt, *flags)
@@ -486,12 +484,3 @@ def test_negative_increments_are_named_by_step(run, no_loading, tmp_path):
     assert code == 1
     (warning,) = [line for line in log.splitlines() if "WARNING" in line]
     assert "increments are negative at steps 3-4: check the video" in warning
-
-
-def test_checkpoint_without_time_embedding_is_refused(plan, ckpt, tmp_path):
-    folder = without_time_embedding(copied(ckpt, tmp_path / "ckpt"))
-    code, said = plan("--ckpt_dir", folder, *RULE)
-    assert code == 2
-    assert f"--ckpt_dir {folder}: its time embedding cannot be read" in said
-    assert "--teacache_rule sigma" in said
-    assert plan("--ckpt_dir", folder, "--teacache_rule", "sigma")[0] == 0
