@@ -607,7 +607,8 @@ class TeaCache:
         """
         if threading.get_ident() != self.thread:
             raise RuntimeError("teacache() serves the thread that entered it: use one per thread")
-        self.begin_call(model, t if self.outer_timestep is None else self.outer_timestep)
+        outer, self.outer_timestep = self.outer_timestep, None
+        self.begin_call(model, t if outer is None else outer)
         if self.branch == UNCONDITIONAL and not self.config.is_guided(self.step):
             output = self.output
         else:
