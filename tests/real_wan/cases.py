@@ -252,7 +252,7 @@ TWO21 = two(
 TWO22 = two(
     CASES22,
     ulysses="t2v i2v-order-1 ti2v-image t2v-guide-until",
-    fsdp="i2v ti2v",
+    fsdp="i2v ti2v-image-order-1",  # casts the timesteps of ti2v, which are floats
     all="t2v ti2v-image-rule",
 )
 
@@ -324,10 +324,9 @@ def jobs_of_cases(cases: dict[str, Case], out: Path) -> list[dict[str, Any]]:
 
 
 def threshold_0(name: str, cases: dict[str, Case], out: Path) -> dict[str, Any]:
-    argv = Case(cases[name].flags, ["--teacache_thresh", "0"], {}).job("teacache", name, out)[
-        "argv"
-    ]
-    return teacache(f"{name}.off", [flag.replace(".teacache.", ".off.") for flag in argv])
+    job = replace(cases[name], ours=["--teacache_thresh", "0"]).job("teacache", name, out)
+    argv = [flag.replace(".teacache.", ".off.") for flag in job["argv"]]
+    return job | {"name": f"{name}.off", "argv": argv}
 
 
 LINES = (  # of a jobs file: a prompt of its own, another one with a seed, stock of the first

@@ -21,11 +21,13 @@ EDITS = [  # file, what is replaced, by what
         "                continue\n"
         "            x = block.to(x.device)(x, **kwargs)\n",
     ),
-    # an attention of the user's own; at half the temperature, so that no other gives the same
+    # an attention of the user's own, for small heads only; at half the temperature, so that no
+    # other gives the same
     (
         "wan/modules/attention.py",
         "def attention(\n",
         "def sage_attention(q, k, v, k_lens=None, **kwargs):\n"
+        "    assert q.size(-1) < 128\n"
         "    k, v = (u[:, :int(k_lens.max()) if k_lens is not None else None] for u in (k, v))\n"
         "    heads = (u.to(v.dtype).transpose(1, 2) for u in (2 * q, k, v))\n"
         "    out = torch.nn.functional.scaled_dot_product_attention(*heads)\n"
