@@ -87,10 +87,10 @@ def schedule(found: dict[str, Any]) -> Figure:
     axes.annotate(
         "reaches the threshold: compute, reset",
         (first, heights[first]),
-        (first + 3, 1.45 * thresh),
+        (first + 3, 1.8 * thresh),
         arrowprops={"arrowstyle": "->"},
     )
-    axes.set(xlabel="step", ylabel="accumulated distance", ylim=(0, 1.7 * thresh))
+    axes.set(xlabel="step", ylabel="accumulated distance", ylim=(0, 2 * thresh))
     axes.set_title(f"threshold {thresh:.3g}; grey: skipped", loc="right")
     return figure
 
