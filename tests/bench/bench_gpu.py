@@ -1,388 +1,280 @@
-"""Times and memory of TeaCache at Wan2.1's full sizes, with no checkpoint: random weights.
+"""Tries and measures the script on one GPU, with random weights: see gpu.sh, which starts it.
 
-    python tests/bench/bench_gpu.py [--model 14B-720P] [--order 1] [--steps 10] [--rounds 1]
-        [--json FILE]
-
-Stock and TeaCache take turns in one process, in the stock ``WanT2V.generate`` on the real WanModel
-with stand-ins for T5 and VAE. Random weights have no distances that a threshold could be held to,
-so a script says which steps are computed; all that TeaCache does to decide is done nevertheless.
-Without CUDA model and video are small ones, which show that this file works and nothing else.
-
-A step lasts from its conditional call of the model to that of the next step, the last one to the
-VAE: by CUDA events, which wait for nothing, and of which medians are shown. Host synchronisations
-are those that torch warns of, counted in the same runs; a warning takes some microseconds, which is
-in the times. Reserved memory is what the allocator holds, which is more than what is allocated in
-it; before each run it gives back what the run before has left.
+Each part is a process with a limit of its own. Its rows so far are in the JSON when it ends; if it
+fails or takes too long the next part runs. Host synchronisations are those that torch warns of. A
+step lasts from its conditional call to the next step's, by CUDA events; the table has medians over
+the steps. "above stock" is the peak of the allocator during sampling minus stock's.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import itertools
 import json
-import math
 import os
+import platform
 import subprocess
 import sys
+import tempfile
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend
-from tqdm import tqdm
+import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "real_wan"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+TESTS = Path(__file__).resolve().parents[1]
+SCRIPT, STAND_IN = TESTS.parent / "teacache_generate.py", TESTS / "wan_nano"
+sys.path[:0] = [str(TESTS.parent), str(TESTS / "real_wan")]
 
-from harness import make_model, prepare, seeded
-from scripted import scripted, spaced
+from gpu_full_size import CUDA, DEVICE, WAN, measure_full_size, prepare_imports  # noqa: E402
 
-from teacache_generate import import_wan, teacache
+from teacache_generate import prepare_flash_attention, sdpa_attention  # noqa: E402
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda:0" if CUDA else "cpu")
-WAN = Path(os.getenv("WAN_REPO", "~/.cache/teacache4wan/Wan2.1")).expanduser()
-NOTE = "random weights: times, not pictures"
-OF_50, FRAMES, WARM_UP = (25, 20, 17), 81, 2
+TOTAL_SECONDS = 460
+Rows = Iterator[tuple[str, Any]]
 
 
-@dataclass(frozen=True)
-class Model:
-    """A model of Wan2.1 at one of its sizes."""
+def python(*argv: object) -> str:
+    """Run Python; its output. RuntimeError: it failed."""
+    done = subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{argv}: {done.stderr[-2000:] or done.stdout[-2000:]}")
+    return done.stdout
 
-    task: str
-    size: tuple[int, int]  # width, height
-    skipped_share: float | None = None  # goal: a skipped step's time by a computed one's, at most
+
+# ------------------------------------------------------------------------------ 1: the stand-in
+
+FAILING_VAE = """
+import sys
+repo, script, *argv = sys.argv[1:]
+sys.path[:0] = [repo, script]
+from wan.modules.vae import WanVAE
+def decode(*_):
+    raise OSError("not decoded, for the test")
+WanVAE.decode = decode
+import teacache_generate
+teacache_generate.main(argv)
+"""
 
 
-MODELS = {
-    "1.3B": Model("t2v-1.3B", (832, 480), 0.01),
-    "14B-480P": Model("t2v-14B", (832, 480)),
-    "14B-720P": Model("t2v-14B", (1280, 720), 0.005),
+def try_stand_in(folder: Path) -> Rows:
+    """The README's commands: stock, threshold 0, skipping, order 1, decode, compare."""
+    flags = ["--ckpt_dir", TESTS.parent / "assets" / "wan_nano", "--base_seed", 42]
+    flags += ["--prompt", "a red ball moves right", "--sample_steps", 50 if CUDA else 10]
+    ours = [SCRIPT, "--wan_repo", STAND_IN]
+
+    def make(name: str, command: list[Any], *more: object) -> bytes:
+        python(*command, *flags, "--save_file", folder / f"{name}.mp4", *more)
+        return (folder / f"{name}.mp4").read_bytes()
+
+    stock = make("stock", [STAND_IN / "generate.py"])
+    yield "threshold 0 is stock", make("off", ours, "--teacache_thresh", 0) == stock
+    skipping = make("skipping", ours, "--teacache_thresh", 0.08)
+    yield "skipping changes the video", skipping != stock
+    record = json.loads((folder / "skipping.json").read_text())
+    yield "computed at 0.08", f"{len(record['computed'])} of {record['steps']}"
+    yield "drift at 0.08", record["drift"]
+    order_1 = make("order1", ours, "--teacache_thresh", 0.08, "--teacache_order", 1)
+    yield "order 1 changes it again", order_1 != skipping
+    video = ["--save_file", folder / "kept.mp4", "--teacache_thresh", 0.08]
+    failing = ["-c", FAILING_VAE, STAND_IN, TESTS.parent, "--wan_repo", STAND_IN, *flags, *video]
+    subprocess.run([sys.executable, *map(str, failing)], capture_output=True)
+    python(*ours, "--teacache_decode", folder / "kept.latents.pt")
+    yield "decoded latents give the same video", (folder / "kept.mp4").read_bytes() == skipping
+    compared = ["--teacache_compare", 0.08, "sigma:1.5x@1"]
+    python(*ours, *flags, "--save_file", folder / "x.mp4", *compared)
+    for row in json.loads((folder / "x.compare.json").read_text()):
+        yield f"compare: PSNR of {row['label']}, dB", row["psnr"] or "infinite"
+
+
+# --------------------------------------------------------- 2: the real Wan code with tiny models
+
+CASES = {
+    "WAN_REPO": ("20-steps", "t2v-1.3B-ret", "sigma-i2v", "order-1-ret", "vace-1.3B"),
+    "WAN22_REPO": ("t2v", "ti2v-image-rule", "ti2v-image-order-1"),
 }
 
 
-def counts(steps: int) -> list[int]:
-    """How many steps are computed: 25, 20 and 17 of 50, or their like; never fewer than 2."""
-    return list(dict.fromkeys(max(2, steps * count // 50) for count in OF_50))
+def try_real_wan(folder: Path) -> Rows:
+    """Frames of generate.py with TeaCache against those of the independent reference."""
+    import cases
+
+    releases = [(cases.WAN21, cases.CASES21), (cases.WAN22, cases.CASES22)]
+    for (repo, of_release), names in zip(releases, CASES.values(), strict=True):
+        out = folder / repo.name
+        out.mkdir()
+        chosen = {name: of_release[name] for name in (names if CUDA else names[:1])}
+        (out / "jobs.json").write_text(json.dumps(cases.jobs_of_cases(chosen, out)))
+        command = [Path(__file__), "--harness", "--repo", repo, out / "jobs.json", out]
+        done = cases.Done(out, python(*command))
+        for name in chosen:
+            try:
+                cases.check(done, name, chosen)
+                yield f"{repo.name} {name}", True
+            except AssertionError as error:
+                ours, reference = (
+                    done.frames(f"{name}.{mode}") for mode in ("teacache", "reference")
+                )
+                yield f"{repo.name} {name}", f"off by {abs(ours - reference).max():.2g}"
+                print(f"{name}: {error}", file=sys.stderr)
 
 
-# -------------------------------------------------------------------------------------- one run
+def run_harness() -> None:
+    """real_wan/harness.py; on CUDA with its models, stand-ins and inputs on the GPU."""
+    import harness
+
+    if CUDA:
+        put_on_gpu(harness)
+    harness.main()
 
 
-@dataclass(frozen=True)
-class Run:
-    """What was seen of one ``generate``; all but the first two on CUDA only."""
+def put_on_gpu(harness: Any) -> None:
+    seeded, small_model = harness.seeded, harness.make_model
 
-    computed: list[int]
-    step_seconds: list[float]
-    peak_bytes: int | None = None  # allocated, at most, during sampling
-    reserved_bytes: int | None = None  # held by the allocator, at most, during sampling
-    vae_bytes: int | None = None  # when the VAE begins
-    syncs: list[int] | None = None  # of the host, by step
+    class Run(harness.Run):
+        def decode(self, decode: Callable) -> list[torch.Tensor]:
+            return super().decode(lambda: [video.cpu() for video in decode()])
 
+    class Reference(harness.Reference):
+        def decide_by_signal(self, module: Any, args: Any, output: torch.Tensor) -> None:
+            super().decide_by_signal(module, args, output.cpu())
 
-class Probe:
-    """Looks at one ``generate`` from outside: as a hook of the model, and in the VAE's place."""
+    class Autocast(torch.autocast):
+        """Wan's own, unless the job is in float32."""
 
-    def __init__(self, syncs: list[warnings.WarningMessage], bar: tqdm):
-        self.syncs, self.bar = syncs, bar
-        self.calls = 0
-        self.marks: list[Any] = []  # begin of each step and end of the last: seconds or CUDA events
-        self.syncs_at: list[int] = []  # synchronisations before each mark
-        self.memory: dict[str, int] = {}
+        def __init__(self, device_type: str = "cuda", *, dtype: Any = None, enabled: bool = True):
+            float32 = harness.Autocast.float32
+            super().__init__("cuda", dtype=dtype, enabled=enabled and not float32)
 
-    def mark(self) -> None:
-        if CUDA:
-            self.marks.append(torch.cuda.Event(enable_timing=True))
-            self.marks[-1].record()
-        else:
-            self.marks.append(time.perf_counter())
-        self.syncs_at.append(len(self.syncs))
-        self.bar.update(len(self.marks) > 1)
-
-    def called(self, *_: Any) -> None:
-        """Forward pre-hook of the model: every other call begins a step."""
-        if self.calls == 0 and CUDA:
-            torch.cuda.reset_peak_memory_stats()
-        if self.calls % 2 == 0:
-            self.mark()
-        self.calls += 1
-
-    def decode(self, latents: list[Tensor]) -> list[Tensor]:
-        """In place of the VAE's: the sampling is over, once the GPU has come to the last mark."""
-        self.mark()
-        if CUDA:
-            torch.cuda.synchronize()
-            self.memory["peak_bytes"] = torch.cuda.max_memory_allocated()
-            self.memory["reserved_bytes"] = torch.cuda.max_memory_reserved()
-            self.memory["vae_bytes"] = torch.cuda.memory_allocated()
-        return latents
-
-    def result(self, computed: list[int]) -> Run:
-        if not CUDA:
-            return Run(computed, np.diff(self.marks).tolist())
-        pairs = itertools.pairwise(self.marks)
-        seconds = [begin.elapsed_time(end) / 1000 for begin, end in pairs]
-        return Run(computed, seconds, **self.memory, syncs=np.diff(self.syncs_at).tolist())
+    torch.amp.autocast = torch.cuda.amp.autocast = Autocast
+    harness.prepare, harness.CPU = prepare_imports, DEVICE
+    harness.seeded = lambda *shape: seeded(*shape).to(DEVICE)
+    harness.make_model = lambda *args, **kwargs: small_model(*args, **kwargs).to(DEVICE)
+    harness.Run, harness.Reference = Run, Reference
 
 
-@contextmanager
-def host_syncs() -> Iterator[list[warnings.WarningMessage]]:
-    """A list that grows with each synchronisation of the host with the GPU."""
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("always", "called a synchronizing CUDA operation")
-        if CUDA:
-            torch.cuda.set_sync_debug_mode("warn")
+# ----------------------------------------------------------------------------------- 4: attention
+
+
+def measure_attention(folder: Path) -> Rows:
+    """PyTorch's attention beside flash-attn's, for t2v-1.3B at 480P (bfloat16)."""
+    tokens = 32760 if CUDA else 128
+    q, k, v = torch.randn(3, 1, tokens, 12, 128, device=DEVICE).bfloat16()
+    lens = torch.tensor([tokens], device=DEVICE)
+    kernel = torch._fused_sdp_choice(*(u.transpose(1, 2) for u in (q, k, v)))
+    yield "PyTorch's kernel", torch.nn.attention.SDPBackend(kernel).name
+    yield "PyTorch's, ms", milliseconds(lambda: sdpa_attention(q, k, v, k_lens=lens))
+    one_head = (u[:, :, :1].transpose(1, 2).float() for u in (q, k, v))
+    exact = F.scaled_dot_product_attention(*one_head).transpose(1, 2)
+    ours = sdpa_attention(q, k, v, k_lens=lens)
+    yield "PyTorch's off float32 by", float((ours[:, :, :1] - exact).abs().max())
+    prepare_imports(WAN)
+    prepare_flash_attention()
+    try:
+        from wan.modules.attention import flash_attention
+
+        theirs = flash_attention(q, k, v, k_lens=lens)
+    except Exception as error:  # each build has its own
+        yield "flash-attn", f"cannot run: {str(error).splitlines()[0]:.60}"
+        return
+    yield "flash-attn's, ms", milliseconds(lambda: flash_attention(q, k, v, k_lens=lens))
+    yield "PyTorch's off flash-attn's by", float((ours - theirs).abs().max())
+
+
+def milliseconds(call: Callable[[], Any]) -> float:
+    """Median of 5 calls, after one."""
+    times = []
+    for _ in range(6):
+        synchronize()
+        began = time.perf_counter()
+        call()
+        synchronize()
+        times.append(1000 * (time.perf_counter() - began))
+    return sorted(times[1:])[2]
+
+
+def synchronize() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+# ----------------------------------------------------------------------------------------- parts
+
+PARTS: dict[int, tuple[str, Callable[[Path], Rows], int]] = {  # name, function, limit in seconds
+    1: ("the stand-in", try_stand_in, 150),
+    2: ("the real Wan code, tiny models", try_real_wan, 150),
+    3: ("t2v-1.3B at 480P", lambda folder: measure_full_size("t2v-1.3B", 10), 100),
+    4: ("attention", measure_attention, 40),
+    5: ("t2v-14B at 480P", lambda folder: measure_full_size("t2v-14B", 4), 200),
+}
+
+
+def machine() -> dict[str, Any]:
+    """What the results depend on."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.check_output(query, text=True).split()[0] if CUDA else None
+    gpu = torch.cuda.get_device_name() if CUDA else "none: small sizes, nothing is measured"
+    machine = {"gpu": gpu, "driver": driver, "torch": torch.__version__}
+    return machine | {"platform": platform.machine(), "date": time.strftime("%Y-%m-%d")}
+
+
+def run_part(number: int, limit: float) -> dict[str, Any]:
+    """A part in a process of its own: status, seconds and rows."""
+    began, result = time.perf_counter(), {"part": PARTS[number][0], "rows": []}
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.json"
+        command = [sys.executable, __file__, "--part", str(number), "--rows", str(rows)]
         try:
-            yield found
-        finally:
-            if CUDA:
-                torch.cuda.set_sync_debug_mode("default")
+            done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+            status = "ended" if done.returncode == 0 else f"failed: {done.stderr[-2000:]}"
+        except subprocess.TimeoutExpired:
+            status = f"stopped after {limit:.0f} s"
+        if rows.is_file():
+            result["rows"] = json.loads(rows.read_text())
+    return result | {"status": status, "seconds": round(time.perf_counter() - began, 1)}
 
 
-def forget() -> None:
-    """Give back what the run before has left, so that its peak is not this one's."""
-    gc.collect()
-    if CUDA:
-        torch.cuda.empty_cache()
+def write_rows(number: int, file: Path) -> None:
+    """Run a part here; write its rows as they come."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for row in PARTS[number][1](Path(folder)):
+            rows.append(row)
+            file.write_text(json.dumps(rows))
 
 
-def run(
-    pipeline: Any, size: tuple[int, int], steps: int, script: list[int], order: int, bar: tqdm
-) -> Run:
-    """One ``generate``: with TeaCache where the script leaves steps out, else stock."""
-    config, stock = scripted(steps, script, order), len(script) == steps
-    forget()
-    with host_syncs() as syncs:
-        probe = Probe(syncs, bar)
-        pipeline.vae.decode = probe.decode
-        hook = pipeline.model.register_forward_pre_hook(probe.called)
-        with nullcontext() if stock else teacache(pipeline.model, config) as cache:
-            pipeline.generate(
-                *("a prompt", size, FRAMES), sampling_steps=steps, seed=0, offload_model=False
-            )
-        hook.remove()
-    return probe.result(script if cache is None else cache.schedule.computed_steps)
-
-
-def in_turns(
-    pipeline: Any, size: tuple[int, int], steps: int, order: int, rounds: int
-) -> Iterator[dict[str, list[Run]]]:
-    """After each round the runs so far, stock first; a few steps of stock go before, unmeasured."""
-    scripts = {"stock": list(range(steps))}
-    scripts |= {f"{count} of {steps}": spaced(count, steps) for count in counts(steps)}
-    runs: dict[str, list[Run]] = {name: [] for name in scripts}
-    with tqdm(total=WARM_UP + rounds * len(scripts) * steps, desc="warm-up", unit="step") as bar:
-        run(pipeline, size, WARM_UP, list(range(WARM_UP)), order, bar)
-        for _ in range(rounds):
-            for name, script in scripts.items():
-                bar.set_description(name)
-                runs[name].append(run(pipeline, size, steps, script, order, bar))
-            yield runs
-
-
-# ----------------------------------------------------------------------------- Wan2.1 and torch
-
-
-def build_model(config: Any) -> nn.Module:
-    """Wan2.1's WanModel, held as WanT2V holds it: float32, which autocast makes bfloat16 of."""
-    if not CUDA:
-        return make_model({**config, "model_type": "t2v", "in_dim": 16, "out_dim": 16}, seed=0)
-    names = ("patch_size", "dim", "ffn_dim", "freq_dim", "num_heads", "num_layers", "window_size")
-    sizes = {name: config[name] for name in (*names, "qk_norm", "cross_attn_norm", "eps")}
-    torch.manual_seed(0)
-    with DEVICE:
-        model = sys.modules["wan"].modules.WanModel(model_type="t2v", **sizes)
-        nn.init.normal_(model.head.head.weight, std=config.dim**-0.5)  # zero in a new model
-    return model.eval().requires_grad_(False)
-
-
-def build_pipeline(config: Any) -> Any:
-    """A WanT2V that has loaded nothing: stand-ins, and a model with random weights."""
-    wan = sys.modules["wan"]
-    wan.text2video.tqdm = iter  # there is one progress bar, and it is ours
-    pipeline, model = object.__new__(wan.WanT2V), build_model(config)
-    names = ("num_train_timesteps", "param_dtype", "vae_stride", "patch_size", "sample_neg_prompt")
-    vars(pipeline).update({name: config[name] for name in names}, config=config, rank=0, sp_size=1)
-    vars(pipeline).update(t5_cpu=True, device=DEVICE, model=model)
-    pipeline.vae = SimpleNamespace(model=SimpleNamespace(z_dim=16))
-    context = seeded(min(100, model.text_len), model.text_dim).to(config.t5_dtype)
-    pipeline.text_encoder = lambda texts, device: [context.to(device)]
-    return pipeline
-
-
-def attention_of(model: nn.Module, tokens: int) -> str:
-    """What computes the attention of Wan2.1 here."""
-    here = sys.modules["wan.modules.attention"]
-    if here.FLASH_ATTN_3_AVAILABLE or here.FLASH_ATTN_2_AVAILABLE:
-        return f"flash-attn {3 if here.FLASH_ATTN_3_AVAILABLE else 2}"
-    shape = (1, tokens, model.num_heads, model.dim // model.num_heads)
-    q = torch.empty(shape, dtype=torch.bfloat16, device=DEVICE).transpose(1, 2)
-    return f"scaled_dot_product_attention ({SDPBackend(torch._fused_sdp_choice(q, q, q)).name})"
-
-
-def machine() -> dict[str, str | None]:
-    """What the times depend on, but for the attention."""
-    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.check_output(asked, text=True).split()[0] if CUDA else None
-    return {
-        "gpu": torch.cuda.get_device_name(DEVICE) if CUDA else None,
-        "driver": driver,
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-# ----------------------------------------------------------------------------- figures and goals
-
-FIGURES = (  # line of the table, key of a row, format
-    ("computed", "name", "{}"),
-    ("computed step, ms", "computed_ms", "{:.1f}"),
-    ("skipped step, ms", "skipped_ms", "{:.2f}"),
-    ("skipped step/computed step", "skipped_share", "{:.2%}"),
-    ("sampling, s", "sampling_seconds", "{:.1f}"),
-    ("speed-up", "speedup", "{:.2f}"),
-    ("speed-up/(steps/computed)", "of_ideal", "{:.3f}"),
-    ("allocated above stock, GiB", "peak_gib", "{:.2f}"),
-    ("reserved above stock, GiB", "reserved_gib", "{:.2f}"),
-    ("allocated above stock at the VAE, GiB", "vae_gib", "{:.2f}"),
-    ("host syncs a step above stock", "syncs", "{}"),
-    ("... at the last step", "last_syncs", "{}"),
-)
-MEMORY = (
-    ("peak_gib", "peak_bytes"),
-    ("reserved_gib", "reserved_bytes"),
-    ("vae_gib", "vae_bytes"),
-)
-
-
-def figures(name: str, runs: list[Run], stock: list[Run]) -> dict[str, Any]:
-    """A row of the report: medians over steps and rounds, and the runs that they are made of."""
-    seconds = np.array([run.step_seconds for run in runs])  # [rounds, steps]
-    is_computed = np.isin(np.arange(seconds.shape[1]), runs[0].computed)
-    sampling = float(np.median(seconds.sum(axis=1)))
-    row: dict[str, Any] = dict.fromkeys(key for _, key, _ in FIGURES)
-    row |= {
-        "name": name,
-        "computed_ms": 1000 * float(np.median(seconds[:, is_computed])),
-        "sampling_seconds": sampling,
-        "runs": [vars(run) for run in runs],
-    }
-    if runs is stock:
-        return row
-    stock_sampling = np.median([sum(run.step_seconds) for run in stock])
-    row["skipped_ms"] = 1000 * float(np.median(seconds[:, ~is_computed]))
-    row["skipped_share"] = row["skipped_ms"] / row["computed_ms"]
-    row["speedup"] = float(stock_sampling) / sampling
-    row["of_ideal"] = row["speedup"] * float(is_computed.mean())
-    if CUDA:
-        for key, field in MEMORY:
-            above = [vars(u)[field] - vars(v)[field] for u, v in zip(runs, stock, strict=True)]
-            row[key] = max(above) / 2**30
-        syncs = np.subtract([u.syncs for u in runs], [u.syncs for u in stock])
-        row["syncs"], row["last_syncs"] = int(syncs[:, :-1].max()), int(syncs[:, -1].max())
-    return row
-
-
-def goals(row: dict[str, Any], model: Model, residual_gib: float, order: int) -> dict[str, float]:
-    """What a row of the report is held against on CUDA: of_ideal at least, all others at most.
-
-    Two residuals are kept, four at order 1; the allocator may hold one more, whose place was too
-    small for what came next. At the last step the drifts are read, too.
-    """
-    if not CUDA or row["name"] == "stock":
-        return {}
-    kept = 2 * (1 + order)
-    found = {"peak_gib": kept * residual_gib, "reserved_gib": (kept + 1) * residual_gib}
-    found |= {"vae_gib": 0.0, "syncs": 1, "last_syncs": 2}
-    if model.skipped_share:
-        found["skipped_share"] = model.skipped_share
-    run = row["runs"][0]
-    if 2 * len(run["computed"]) == len(run["step_seconds"]):
-        found["of_ideal"] = 0.98
-    return found
-
-
-def cell(row: dict[str, Any], key: str, form: str) -> str:
-    """A figure with its goal, or nothing."""
-    if row[key] is None:
-        return ""
-    sign, goal = ">=" if key == "of_ideal" else "<=", row["goals"].get(key)
-    return form.format(row[key]) + ("" if goal is None else f" ({sign} {form.format(goal)})")
-
-
-def table(report: dict[str, Any]) -> str:
-    """What was measured, on what, and how it compares with the goals."""
-    cells = [
-        [line, *(cell(row, key, form) for row in report["rows"])] for line, key, form in FIGURES
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
-    on = [report["gpu"] or "no GPU: small sizes", report["driver"] and f"driver {report['driver']}"]
-    on += [f"torch {report['torch']}", report["attention"], report["date"]]
-    of = "{model}: dim {dim}, {layers} layers, {weights}, {size[0]}x{size[1]}x{frames}, {tokens} "
-    of += "tokens, order {order}, {steps} steps, rounds: {rounds}"
-    return "\n".join([NOTE, ", ".join(filter(None, on)), of.format(**report), *lines])
-
-
-# ----------------------------------------------------------------------------------------- main
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=MODELS, default="1.3B")
-    parser.add_argument("--order", type=int, choices=(0, 1), default=0)
-    parser.add_argument("--steps", type=int, default=50, help="4 or more; 10 do for a step's time")
-    parser.add_argument("--rounds", type=int, default=2, help="of stock and each schedule")
-    parser.add_argument("--json", type=Path, default=Path("bench_gpu.json"), metavar="FILE")
-    parser.add_argument("--wan_repo", type=Path, default=WAN, help="Wan2.1's folder")
-    args = parser.parse_args()
-    if args.steps < 4 or args.rounds < 1:
-        parser.error("--steps must be 4 or more, --rounds 1 or more")
-    if not args.json.parent.is_dir():
-        parser.error(f"--json {args.json}: there is no such folder")
-    return args
-
-
-def import_everywhere(repo: Path) -> ModuleType:
-    """Wan2.1's generate.py, also without CUDA, with an attention that works here."""
-    if not CUDA:
-        prepare(repo)
-    return import_wan(str(repo), generates=True).generate_py
+def lines(report: dict[str, Any]) -> Iterator[str]:
+    """The table."""
+    yield ", ".join(str(value) for value in report["machine"].values() if value)
+    for number, part in report["parts"].items():
+        yield f"{number}. {part['part']}: {part['status']} ({part['seconds']} s)"
+        for name, value in part["rows"]:
+            text = {True: "yes", False: "NO"}[value] if isinstance(value, bool) else value
+            yield f"   {name:52} {text if not isinstance(text, float) else f'{text:.4g}'}"
 
 
 def main() -> None:
-    args = parse()
-    warnings.simplefilter("ignore")
-    model = MODELS[args.model]
-    pipeline = build_pipeline(import_everywhere(args.wan_repo).WAN_CONFIGS[model.task])
-    made, size = pipeline.model, model.size
-    if not CUDA:
-        size = (round(size[0] / 128) * 16, round(size[1] / 128) * 16)
-    tokens = ((FRAMES - 1) // 4 + 1) * math.prod(size) // 16**2
-    report: dict[str, Any] = {"note": NOTE, **machine(), "attention": attention_of(made, tokens)}
-    report |= {"model": args.model, "dim": made.dim, "layers": made.num_layers}
-    report |= {"weights": str(made.dtype).removeprefix("torch."), "size": size, "frames": FRAMES}
-    report |= {"tokens": tokens, "order": args.order, "steps": args.steps}
-    residual_gib = tokens * made.dim * 4 / 2**30
-    for runs in in_turns(pipeline, size, args.steps, args.order, args.rounds):
-        report["rounds"] = len(runs["stock"])
-        report["rows"] = [figures(name, runs[name], runs["stock"]) for name in runs]
-        for row in report["rows"]:
-            row["goals"] = goals(row, model, residual_gib, args.order)
-        args.json.write_text(json.dumps(report, indent=1))  # a run that is cut short leaves rounds
-    print(table(report))
+    if "--harness" in sys.argv:
+        sys.argv.remove("--harness")
+        run_harness()
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", type=int, choices=PARTS, help="a part's number")
+    parser.add_argument("--out", type=Path, default=Path(os.getenv("OUT", ".")))
+    parser.add_argument("--part", type=int, choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part:
+        write_rows(args.part, args.rows)
+        return
+    began, report = time.perf_counter(), {"machine": machine(), "parts": {}}
+    args.out.mkdir(parents=True, exist_ok=True)
+    for number in [args.only] if args.only else PARTS:
+        left = TOTAL_SECONDS - (time.perf_counter() - began)
+        report["parts"][number] = run_part(number, min(PARTS[number][2], max(left, 1)))
+        (args.out / "gpu.json").write_text(json.dumps(report, indent=1))
+    print("\n".join(lines(report)))
 
 
 if __name__ == "__main__":

@@ -119,10 +119,11 @@ def config_of(
     mode: str, steps: int, thresh: float | None = None, ckpt: Path = NANO
 ) -> TeaCacheConfig:
     """Settings for a mode: the polynomials of the checkpoint's teacache.json, or "sigma"."""
+    if mode == "sigma":
+        return TeaCacheConfig.from_rule(RULES["sigma"], steps, thresh or 0.0)
     content = json.loads((ckpt / "teacache.json").read_text())
     polynomials = [Polynomial(**content[name]) for name in ("plain", "retention")]
-    rule = RULES["sigma"] if mode == "sigma" else Rule("nano", *polynomials)
-    return TeaCacheConfig.from_rule(rule, steps, thresh, mode == "retention")
+    return TeaCacheConfig.from_rule(Rule("nano", *polynomials), steps, thresh, mode == "retention")
 
 
 def scripted(steps: int, script: Sequence[int], order: int = 0) -> TeaCacheConfig:

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# What has to be seen on a GPU, in 8 minutes on one, without network and without checkpoints:
+#   bash tests/bench/gpu.sh [--only N] [--out FOLDER]
+# Parts, see bench_gpu.py: 1 the stand-in, 2 the real Wan code with tiny models, 3 t2v-1.3B of full
+# size, 4 attention, 5 t2v-14B of full size. Writes FOLDER/gpu.json after each part, then a table.
+# Without a GPU all sizes are small: that tries this command and measures nothing.
+#
+# Needs, beside the repository (not its .git; under 64 MiB in all):
+#   $WAN_REPO, $WAN22_REPO   checkouts of Wan2.1 and Wan2.2: *.py, and Wan2.1's examples/
+#   $WHEELS                  a folder for PYTHONPATH with what the machine lacks of: diffusers,
+#                            easydict, imageio, imageio-ffmpeg, einops, transformers, tqdm,
+#                            safetensors, opencv-python-headless, torchvision
+# flash-attn is used where it is installed.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+export PYTHONPATH="${WHEELS:-}:${PYTHONPATH:-}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+exec "${PYTHON:-python3}" tests/bench/bench_gpu.py "$@"
