@@ -24,7 +24,7 @@ def probe(seconds: list[float], peak: float, vae: float, syncs: list[int]) -> Si
 def test_figures_are_beside_stock():
     stock = probe([1.0, 1.0, 1.0, 1.0], 10, 1, [0, 3, 6, 9, 12])
     half = probe([1.0, 0.02, 0.02, 0.96], 10.25, 1, [0, 4, 8, 11, 15])
-    rows = compare("order 0", half, stock, [0, 3], 0.3)
+    rows = compare("order 0", half, stock, [0, 3], (0.3, 0.1))
     assert [value for _, value in rows] == pytest.approx([2.0, 100 * 0.02 / 0.98, 0.25, 0, 1])
     assert rows[0][0] == "order 0: 2 of 4 steps, speed-up"
     assert "simulated 0.3" in rows[2][0]
