@@ -5,11 +5,12 @@
 # size, 4 attention, 5 t2v-14B of full size. Writes FOLDER/gpu.json after each part, then a table.
 # Without a GPU all sizes are small: that tries this command and measures nothing.
 #
-# Needs, beside the repository (not its .git; under 64 MiB in all):
-#   $WAN_REPO, $WAN22_REPO   checkouts of Wan2.1 and Wan2.2: *.py, and Wan2.1's examples/
-#   $WHEELS                  a folder for PYTHONPATH with what the machine lacks of: diffusers,
-#                            easydict, imageio, imageio-ffmpeg, einops, transformers, tqdm,
-#                            safetensors, opencv-python-headless, torchvision
+# Needs, beside the repository without its .git (13 MiB):
+#   $WAN_REPO, $WAN22_REPO   checkouts of Wan2.1 and Wan2.2: *.py and examples/ (6 MiB)
+#   $WHEELS                  a folder for PYTHONPATH with those of these that the machine lacks:
+#                            diffusers, easydict, einops, imageio, imageio-ffmpeg, safetensors,
+#                            scikit-image, tqdm, transformers, opencv-python-headless, torchvision;
+#                            as wheels the first two and imageio-ffmpeg==0.6.0 are about 36 MiB
 # flash-attn is used where it is installed.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
