@@ -114,20 +114,35 @@ def test_the_model_in_a_wrapper_is_patched(wrapper):
     assert not wrapped._forward_pre_hooks
 
 
+def test_only_one_of_two_models_may_be_wrapped():
+    high, low = Toy(), Toy()
+    wrapped = Wrapper(high)
+    with teacache([wrapped, low], config_of(6)) as cache:
+        sample(high, 3, called=wrapped)
+        sample(low, 3, begin=3)
+    assert cache.computed_steps == [0, 2, 3, 5]
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 def test_compiled_blocks_are_patched_and_restored(in_place):
-    model = Toy()
+    """Without compiling them again."""
+    model, graphs = Toy(), []
+
+    def eager(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
     for i, block in enumerate(model.blocks):
         if in_place:
-            block.compile(backend="eager")
+            block.compile(backend=eager)
         else:
-            model.blocks[i] = torch.compile(block, backend="eager")
+            model.blocks[i] = torch.compile(block, backend=eager)
     calls = [block._compiled_call_impl for block in model.blocks]
     expected = expected_of(model, [0, 2, 4, 5])
-    model.blocks[0].runs = 0
+    runs, count = model.runs, len(graphs)
     with teacache(model, config_of(6)):
         assert numbers(sample(model, 6)) == expected
-    assert model.runs == 8
+    assert (model.runs - runs, len(graphs)) == (8, count)
     assert [block._compiled_call_impl for block in model.blocks] == calls
 
 
