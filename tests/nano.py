@@ -13,7 +13,6 @@ from teacache_generate import main
 HERE = Path(__file__).resolve().parent
 SCRIPT, NANO = HERE.parent / "teacache_generate.py", HERE / "wan_nano"
 RULE = ["--teacache_rule", "t2v-1.3B"]
-ROW = RULE
 PROMPT = ["--prompt", "a red ball moves right", "--base_seed", "42"]
 
 

@@ -91,7 +91,7 @@ def test_vace_runs_its_blocks_on_computed_steps_only():
 # Order 1
 
 
-TENTHS = [1000.0, 900.0, 800.0, 700.0, 600.0, 500.0, 400.0, 300.0, 200.0, 100.0]
+TENTHS = [1000.0 - 100 * step for step in range(10)]
 TRUE = {0: {0: 2, 1: 4, 4: 5.5, 6: 7, 9: 9}, 1: {0: 1, 1: 2, 4: 1, 6: 0.5, 9: 0}}
 COMPUTED = [0, 1, 4, 6, 9]
 
@@ -115,15 +115,13 @@ def test_order_1_continues_each_branch_by_its_measured_gain():
 
 def test_drift_is_measured_for_both_orders_whatever_runs():
     by_order = ([2.5 / 6.5, 2 / 7.5, 2.5 / 9], [2 / 6.5, 1.75 / 7.5, 0.625 / 9])
+    means = [f"{100 * np.mean(drifts):.1f} %" for drifts in by_order]
     for order in (0, 1):
         cache, *_ = by_hand(order)
-        for of in (0, 1):
-            assert cache.drift(of) == pytest.approx(np.mean(by_order[of]))
-        shares = (*(np.mean(by_order[of]) for of in (order, 1 - order)), max(by_order[order]))
-        mean, other, largest = (f"{100 * share:.1f} %" for share in shares)
-        expected = f"mean drift {mean} (max {largest} at step 4; order {1 - order}: {other})"
-        assert expected in cache.summary()
-    assert max(by_order[1]) == 2 / 6.5
+        assert [cache.drift(0), cache.drift(1)] == pytest.approx(np.mean(by_order, axis=1))
+        largest = f"max {100 * by_order[order][0]:.1f} % at step 4"
+        shown = f"mean drift {means[order]} ({largest}; order {1 - order}: {means[1 - order]})"
+        assert cache.summary().endswith(shown)
 
 
 def reference_order_1(true, levels, computed, guided, every) -> list[list[np.ndarray]]:
@@ -279,10 +277,10 @@ def test_no_tensor_and_no_model_outlives_the_sampling(order, ending):
     assert cache.computed_steps[:2] == [0, 2]
 
 
-@pytest.mark.parametrize("ending", [{"guided_steps": 0, "calls": 1}, {"guided_steps": 3}])
-def test_tensors_are_freed_before_decoding_with_less_guidance(ending):
-    calls, model = ending.pop("calls", 2), Toy()
-    with teacache(model, config_of(6, **ending)):
+@pytest.mark.parametrize(("guided", "calls"), [(0, 1), (3, 2)])
+def test_tensors_are_freed_before_decoding_with_less_guidance(guided, calls):
+    model = Toy()
+    with teacache(model, config_of(6, guided_steps=guided)):
         sample(model, 6, SHAPE, calls=calls)
         assert alive() == 0
 

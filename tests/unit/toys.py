@@ -94,11 +94,6 @@ def scripted(computed, steps: int, **others) -> TeaCacheConfig:
     return TeaCacheConfig(steps, 1.0, (0.0,), forced_steps=tuple(computed), **others)
 
 
-def halves(steps: int, begin: int = 0) -> list[float]:
-    """Timesteps, each half of the one before."""
-    return [2.0**-step for step in range(begin, begin + steps)]
-
-
 def sample(model, timesteps, shape=(1, 1, 1), begin=0, calls=2, called=None) -> list[Tensor]:
     """Call a model as a pipeline does, and return its outputs. Latents are 0, in the unconditional
     call 100.
@@ -106,7 +101,8 @@ def sample(model, timesteps, shape=(1, 1, 1), begin=0, calls=2, called=None) -> 
     timesteps: or the number of steps. begin: the first step. called: a wrapper of the model.
     """
     called = model if called is None else called
-    timesteps = halves(timesteps, begin) if isinstance(timesteps, int) else timesteps
+    if isinstance(timesteps, int):  # each is half of the one before
+        timesteps = [2.0**-step for step in range(begin, begin + timesteps)]
     outputs = []
     for step, timestep in enumerate(timesteps, begin):
         t = torch.tensor([timestep], dtype=torch.float64)
