@@ -63,7 +63,7 @@ def test_a_block_that_adds_in_place_keeps_working():
     assert outputs == expected_of(model, [0, 2, 4, 5])
 
 
-def test_a_forward_that_bypasses_blocks_or_projection_is_an_error():
+def test_a_forward_that_bypasses_the_patches_is_an_error():
     model = Toy()
     with pytest.raises(RuntimeError, match=r"step 2.*blocks"), teacache(model, config_of(4)):
         sample(model, 2)

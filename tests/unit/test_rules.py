@@ -321,7 +321,7 @@ def test_a_threshold_is_the_middle_of_those_with_its_plan():
     assert found.config.thresh == middle_threshold(found) == pytest.approx(0.95)
 
 
-def test_a_speedup_where_nothing_changes_is_met_only_by_skipping_all():
+def test_a_speedup_where_nothing_changes_skips_all_or_none():
     assert for_speedup([None, *[0.0] * 9], 2.0).as_text() == "##########"
     found = for_speedup([None, *[0.0] * 9], 5.0)
     assert found.as_text() == "#........#"
