@@ -71,7 +71,7 @@ log = logging.getLogger("teacache")
 # here: the straight line of residual_norm, order 1, and choosing a threshold for a speed-up.
 
 EMBEDDING, PROJECTION, NOISE_LEVEL = "embedding", "projection", "noise level"  # signals
-RETENTION_STEPS = 5
+RETENTION_STEPS = 5  # of --use_ret_steps: always computed; e0 is compared in place of e
 TRAIN_TIMESTEPS = 1000  # a timestep is 1000 times the noise level
 LARGE_THRESH = 1e9  # above every sum of increments: only forced steps are computed
 
@@ -95,8 +95,8 @@ class Rule:
     steps, shift, solver: the sampling settings of the fit.
     tasks: Wan's tasks that use this rule by default.
     area: pixels of a frame in the fit, where several rules have one task.
-    why: the reason for choosing it for a run. forced: the user named it with --teacache_rule; it
-        then only warns where it would be refused.
+    why: the reason for choosing it for a run. forced: the user named this one of RULES, so that
+        check_plan warns where it would refuse.
     """
 
     name: str
@@ -122,7 +122,7 @@ class Rule:
 
 
 # TeaCache's authors fitted these polynomials to Wan2.1 at generate.py's defaults. Tasks that no
-# rule lists use "sigma".
+# rule lists use "sigma", which has none: its increments come from the noise level.
 # fmt: off
 RULES: dict[str, Rule] = {rule.name: rule for rule in (
     Rule("sigma"),
@@ -293,6 +293,7 @@ class Schedule:
         distance: None at the first step of a model, which is computed.
         """
         config, step, done = self.config, len(self.decisions), self.computed_steps
+        # a first step has no distance: done is not empty in the last test
         if config.is_forced(step) or distance is None or step - done[-1] > config.max_skipped:
             self.decisions.append(Decision(timestep, distance, None, 0.0, computed=True))
             return True
@@ -371,11 +372,11 @@ class Preview:
         return schedule
 
     def plan_speedup(self, config: TeaCacheConfig, speedup: float) -> Schedule:
-        """The plan with the fewest passes, at least 2 * steps / speedup.
+        """The shortest plan that still has 2 * steps / speedup passes.
 
-        Passes never grow with the threshold, so bisection finds the largest that leaves enough.
-        Many thresholds give that plan; the middle one is taken, so that rounding on another machine
-        or in bfloat16 changes no decision. Forced steps may leave more passes than asked for.
+        Raising the threshold never adds passes, so bisection finds it. A range of thresholds gives
+        the same plan; its middle is taken, so that rounding on another machine or in bfloat16
+        changes no decision. Forced steps may leave more passes than asked for.
         ValueError: an increment is negative; no threshold can be trusted.
         """
         wanted = 2 * config.steps / speedup - 1e-9
@@ -491,10 +492,10 @@ class ResidualCache:
         prediction = new + gain * reach * (new - old)
         reach      = (timestep[step] - timestep[new]) / (timestep[new] - timestep[old])
 
-    but for no more steps than the two are apart. The gain of a branch is measured at each computed
-    step, as the least-squares factor of (actual - new) on reach * (new - old), clipped to 0..1; it
-    starts at 1/2. D2Cache published a linear prediction for Wan2.1 before this one; the measured
-    gain is this project's.
+    It follows the line for as many steps as lie between old and new; then it stays constant. The
+    gain of a branch is measured at each computed step, as the least-squares factor of
+    (actual - new) on reach * (new - old), clipped to 0..1; it starts at 1/2. D2Cache published a
+    linear prediction for Wan2.1 before this one; the measured gain is this project's.
 
     timesteps: of each step so far.
     """
@@ -534,13 +535,14 @@ class ResidualCache:
         if not self.history:
             self.history.append(computed)
             return None
-        errors, products, (old, new) = [], [], (self.history[0], self.history[-1])
+        errors, products = [], []
+        old, new = self.history[0], self.history[-1]  # with one step so far the line is 0
         for branch, now in computed.probe.items():
             predicted = [self.predict(order, branch, computed.step, of="probe") for order in (0, 1)]
             errors.append(torch.stack([now, *(now - guess for guess in predicted)]).abs())
             line = new.probe[branch] - old.probe[branch]
             products += [(now - new.probe[branch]) * line, line**2]
-        # three sums over both branches, then two for each
+        # one reduction: three sums over both branches, then two for each branch
         sums = sum_over_ranks([*torch.stack(errors, 1), *products])
         reach = self.reach(computed.step)
         for branch, (along, squared) in zip(computed.probe, sums[3:].view(-1, 2), strict=True):
@@ -565,9 +567,9 @@ class TeaCache:
         head's forward    gets B(h) on a computed step and stores B(h) - h, gets
                           h + prediction on a skipped one
 
-    Nothing is patched at threshold 0, but ``forward`` if guidance ends early. After the last call,
-    before the VAE, all tensors are freed. Wan2.2's A14B samples with one model, then with another:
-    the first step of each is computed, and no residual is used across them.
+    At threshold 0 nothing is patched, or ``forward`` alone if guidance ends early. After the last
+    call, before the VAE, all tensors are freed. Wan2.2's A14B samples with one model, then with
+    another: the first step of each is computed, and no residual is used across them.
     """
 
     def __init__(self, config: TeaCacheConfig):
@@ -584,7 +586,7 @@ class TeaCache:
         # during a step
         self.step, self.branch = -1, UNCONDITIONAL
         self.computes = True
-        self.computed: ComputedStep | None = None
+        self.storing: ComputedStep | None = None
         self.timestep: Tensor | None = None
         self.outer_timestep: Tensor | None = None  # before a wrapper such as FSDP casts it
         self.output: Any = None  # of the conditional call
@@ -615,7 +617,7 @@ class TeaCache:
             output = forward(x, t, *args, **kwargs)
             self.end_call()
         self.output = output if self.branch == CONDITIONAL else None
-        one_a_step = self.step > 0 and self.calls == self.step + 1  # as without guidance
+        one_a_step = self.step > 0 and self.calls == self.step + 1  # a pipeline without guidance
         if self.step == self.config.steps - 1 and (self.branch == UNCONDITIONAL or one_a_step):
             self.finish()
         return output
@@ -664,8 +666,8 @@ class TeaCache:
         """Replaces time_projection: e [..., dim] to e0 [..., 6 * dim].
 
         Wan2.2 has one e per token, [1, tokens, dim]; the last one decides, since the first may
-        belong to a given image at timestep 0. On a skipped step nobody reads e0: one token is
-        projected and expanded.
+        belong to a given image at timestep 0. On a skipped step no block reads e0, but the model
+        still reshapes it: one token is projected and expanded.
         """
         last = e.flatten(0, -2)[-1:]
         if self.branch == CONDITIONAL:
@@ -688,7 +690,7 @@ class TeaCache:
         self.timesteps.append(timestep)
         if self.computes:
             self.residuals.free(keep=self.config.order)  # the blocks need the memory
-            self.computed = ComputedStep(self.step, {}, {})
+            self.storing = ComputedStep(self.step, {}, {})
 
     # Blocks and head
 
@@ -720,10 +722,10 @@ class TeaCache:
     def remember(self, h: Tensor, out: Tensor) -> None:
         """Store a branch's residual; after the step's last branch, measure the predictions."""
         every = math.ceil(h.size(1) / PROBE_TOKENS)
-        self.computed.probe[self.branch] = (out[:, ::every] - h[:, ::every]).float()
-        self.computed.residual[self.branch] = out - h
+        self.storing.probe[self.branch] = (out[:, ::every] - h[:, ::every]).float()
+        self.storing.residual[self.branch] = out - h
         if self.branch == UNCONDITIONAL or not self.config.is_guided(self.step):
-            sums = self.residuals.add(self.computed)
+            sums = self.residuals.add(self.storing)
             if sums is not None and not self.schedule.decisions[self.step - 1].computed:
                 self.unread.append((self.step, sums))
 
@@ -748,7 +750,7 @@ class TeaCache:
         """Free models and tensors; decisions and drifts stay."""
         self.residuals = ResidualCache(self.timesteps)
         self.unread.clear()
-        self.model = self.embedding = self.computed = self.output = self.block_input = None
+        self.model = self.embedding = self.storing = self.output = self.block_input = None
         self.timestep = self.outer_timestep = None
 
     @property
@@ -794,8 +796,7 @@ def teacache(models: nn.Module | Sequence[nn.Module], config: TeaCacheConfig) ->
         print(cache.summary())
 
     models: the pipeline's WanModel or VaceWanModel, or a wrapper of it (FSDP, PEFT); for Wan2.2's
-        A14B both models. Only these instances are patched, and restored also after an error. At
-        threshold 0 nothing is patched.
+        A14B both models. Only these instances are patched, and restored also after an error.
     With several processes all must take the same steps, as Wan's do.
     TypeError: not a Wan transformer. RuntimeError: a model is compiled as a whole, is patched by
         another ``teacache``, takes more steps than configured, or is not called twice a step.
@@ -883,17 +884,18 @@ def patched_call(module: nn.Module, replacement: Callable) -> Any:
 
 def sdpa_attention(
     q: Tensor, k: Tensor, v: Tensor, *, k_lens: Tensor | None = None, dropout_p: float = 0.0,
-    softmax_scale: float | None = None, causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1), version: int | None = None,
+    softmax_scale: float | None = None, q_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1), **ignored: Any,
 ) -> Tensor:  # fmt: skip
     """Wan's ``flash_attention`` with scaled_dot_product_attention, computed in v's dtype.
 
     q [B, Lq, N, C], k and v [B, Lk, N, C]; k_lens [B]: valid keys. Returns [B, Lq, N, C] in q's
-    dtype. ``version``, of flash-attn, is ignored. NotImplementedError: a window; Wan uses none.
+    dtype. ignored: version, deterministic, dtype, q_lens. NotImplementedError: a window, which
+    Wan does not use.
     """
     if tuple(window_size) != (-1, -1):
         raise NotImplementedError(f"window_size {window_size} needs flash-attn")
-    mask = None
+    mask, q = None, q if q_scale is None else q * q_scale
     if k_lens is not None:
         longest = int(k_lens.max())  # slicing keeps the fast kernels, which take no mask
         k, v = k[:, :longest], v[:, :longest]
@@ -945,7 +947,7 @@ def install_attention(device: torch.device) -> None:
             attend(q, q, q, **version)
         except Exception as error:
             module.flash_attention = sdpa_attention
-            reasons[name] = str(error).strip().split("\n")[0] or "flash-attn is not installed"
+            reasons[name] = str(error).strip().split("\n")[0] or "it needs flash-attn and a GPU"
     used = sys.modules["wan.modules.model"].flash_attention
     text = f": {used.__module__}.{used.__name__}"
     if reasons:
@@ -1161,7 +1163,7 @@ def split_by_model(timesteps: Sequence[float], task_config: dict[str, Any]) -> t
 
 
 def count_guided_steps(
-    scale: float | Sequence[float], steps_by_model: Sequence[int], until: float
+    scale: float | Sequence[float] | None, steps_by_model: Sequence[int], until: float
 ) -> int | None:
     """The number of first steps that need the unconditional branch; None for all.
 
@@ -1495,7 +1497,8 @@ def check_inputs(wan: Wan, args: argparse.Namespace) -> None:
 def check_input(name: str, file: str) -> None:
     """Check that Pillow, or for a video decord, can read a file, as Wan2.1 does."""
     is_video = name in ("src_video", "src_mask")
-    cure = "give a file that exists" + ", and pip install decord" * is_video  # Wan does not list it
+    # Wan2.1 does not list decord
+    cure = "give a file that exists" + "; have decord (pip install decord)" * is_video
     with refusing(f"--{name} {file}: cannot be read", cure):
         if is_video:
             importlib.import_module("decord").VideoReader(file)[0]
@@ -1720,6 +1723,12 @@ class Video:
         except OSError as error:
             log.error(f"TeaCache: the record of {self.target} cannot be written: {error}")
 
+    def save_end(self, status: str) -> None:
+        """Record a failure or a stop, but not over the record of another run."""
+        self.status = status
+        if self.cache is not None or not beside(self.target, RECORD).exists():
+            self.save_record()
+
     def keep_latents(self, latents: Sequence[Tensor], fps: float) -> None:
         """Write latents, and what it takes to decode them, beside the target; if that fails, into
         the folder for temporary files. Plain types only, for ``torch.load(weights_only=True)``."""
@@ -1906,7 +1915,8 @@ class Session:
         synchronize()
         if video.began is not None:
             video.seconds["sampling"] = time.perf_counter() - video.began
-        decoded = [torch.zeros(3, 1, 16, 16)]  # after a failure Wan goes on to the barrier
+        # after a failure Wan must still reach the barrier of all ranks: write ignores this
+        decoded = [torch.zeros(3, 1, 16, 16)]
         with video.phase("decode"):
             video.keep_latents(latents, self.fps())
             video.save_record()
@@ -1964,8 +1974,7 @@ class Session:
             if self.loading or (across_ranks() and not failed):
                 raise BatchEnds from error
         except BaseException:
-            self.videos[-1].status = "stopped"
-            self.videos[-1].save_record()
+            self.videos[-1].save_end("stopped")
             raise
         finally:
             logging.disable(logging.NOTSET)
@@ -1975,9 +1984,9 @@ class Session:
 
     def tell_failure(self, video: Video, error: Exception) -> None:
         """Log what failed, where the latents are, and the command that finishes the video."""
-        video.status, self.failed = f"failed: {error!r:.500}", True
+        self.failed = True
         video.failure = None  # holds the tensors of where it was raised
-        video.save_record()
+        video.save_end(f"failed: {error!r:.500}")
         text = f"TeaCache: {video.target} failed: {str(error) or type(error).__name__:.500}"
         if video.latents and video.latents.is_file():
             text += f"\nTeaCache: its latents are in {video.latents}"
@@ -2011,9 +2020,9 @@ class Session:
             if hasattr(getattr(pipeline.vae, "model", None), "clear_cache"):
                 pipeline.vae.model.clear_cache()  # Wan's VAE keeps its feature maps until then
             if job.args.offload_model is not False and not across_ranks():
-                for model in models_of(pipeline):
+                encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "clip")]
+                for model in [*models_of(pipeline), *(e.model for e in encoders if e)]:
                     model.cpu()
-                pipeline.text_encoder.model.cpu()
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -2026,7 +2035,9 @@ def read_latents(file: Path) -> dict[str, Any]:
     what = f"--teacache_decode {file}: cannot be used"
     with refusing(what, "give a NAME.latents.pt that was kept"):
         content = torch.load(file, map_location="cpu", weights_only=True)
-        args_of_latents(content)
+        missing = {"latents", "task", "ckpt_dir", "save_file", "fps"} - content.keys()
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         if not all(latent.isfinite().all() for latent in content["latents"]):
             raise ValueError("its latents are not finite: the video would be black")
     return content
@@ -2155,7 +2166,8 @@ def make_one(session: Session, job: Job) -> Video:
             video.pixels = decode_latents(session.wan, video.latents, content, args)
         except Exception as error:
             session.tell_failure(video, error)
-            write_record(job.target, record | {"status": video.status})  # keeps what was measured
+            with suppress(OSError):
+                write_record(job.target, record | {"status": video.status})
             return video
     video.status = "finished"
     return video
@@ -2279,11 +2291,7 @@ class Comparison:
         """Measure a video, and write table and picture."""
         record, pixels = read_record(job.target) or video.record(), video.pixels
         try:
-            if job.label == STOCK:
-                self.stock = pixels
-                temporary = self.stock_file.with_suffix(".part.npy")
-                np.save(temporary, pixels)
-                temporary.replace(self.stock_file)
+            self.stock = pixels if job.label == STOCK else self.stock
             self.rows[job.label] = Row(
                 label=job.label,
                 **{name: record[name] for name in ("computed", "steps", "drift")},
@@ -2291,6 +2299,10 @@ class Comparison:
                 psnr=psnr(pixels, self.stock),
                 ssim=ssim(pixels, self.stock),
             )
+            if job.label == STOCK:
+                temporary = self.stock_file.with_suffix(".part.npy")
+                np.save(temporary, pixels)
+                temporary.replace(self.stock_file)
             self.write()
         except Exception as error:  # the videos exist, and other lines may wait
             self.session.failed = True
@@ -2541,7 +2553,7 @@ def our_flags(argv: Sequence[str], exclusive: bool = True) -> tuple[argparse.Nam
         name = flag.split("=")[0]
         require(name not in OLD_FLAGS, f"{name}: is gone: {OLD_FLAGS.get(name)}")
     # argparse would take "--prompt=a b", unknown here, for another entry of --teacache_compare:
-    # because of the space it does not look like a flag
+    # because of the space it does not look like a flag. So spaces are hidden while it parses.
     argv = [flag.replace(" ", "\x1f") if flag.startswith("--") else flag for flag in argv]
     ours, rest = our_parser(exclusive).parse_known_args(argv)
     for name, value in vars(ours).items():
@@ -2630,8 +2642,7 @@ def config_of(
     if thresh is None and rule.is_sigma:
         thresh = 0.0  # plan_of finds one
     # at threshold 0, as in stock, the unconditional branch runs at a scale of 1 too
-    above_1 = 5.0
-    scale = above_1 if amount and amount == Amount(0.0) else args.sample_guide_scale
+    scale = None if amount == Amount(0.0) else args.sample_guide_scale
     return TeaCacheConfig.from_rule(
         rule,
         args.sample_steps,
@@ -2647,8 +2658,8 @@ def config_of(
 def plan_of(
     amount: Amount | None, config: TeaCacheConfig, rule: Rule, preview: Preview
 ) -> Schedule:
-    """The plan of a run: at its threshold, for its speed-up, or "sigma"'s default, half of the
-    steps (before guidance ends) or as near as it gets."""
+    """The plan of a run: at its threshold, or for its speed-up. By default "sigma" computes half of
+    the steps, or as few as its forced steps allow; --teacache_guide_until saves passes on top."""
     if amount is None and rule.is_sigma:
         half = preview.plan_speedup(replace(config, guided_steps=None), 2.0)
         return preview.plan(replace(config, thresh=half.config.thresh))
@@ -2685,11 +2696,11 @@ def check_plan(
     if planned.longest_skip > max(6, len(planned.decisions) / 4):
         notes.append(f"{planned.longest_skip} steps in a row are skipped")
         cures = [f"a lower {flag.split()[0]}", "--teacache_thresh 0"]
-        cures += [] if rule.is_sigma else ["--teacache_rule sigma"]
+        cures.append("--teacache_rule sigma")
         if rule.name in RULES:
             cures.append(f"--teacache_rule {rule.name} to run it all the same")
         require(
-            rule.forced or (not away and not rule.is_sigma),
+            rule.forced or not away,
             f"{flag}: {rule} would compute {planned.summary()}: {'; '.join(notes)}: use "
             f"{', '.join(cures)}",
         )
@@ -2877,7 +2888,7 @@ def jobs_of_line(
             check_target(wan, job.args)
         if not job.needs_free_name:
             continues = bool(ours.teacache_jobs or ours.teacache_compare)
-            seeds += look_beside(job, continues)
+            seeds += decide_todo(job, continues)
     if seeds and not has_seed:  # all of a comparison have one seed
         for job in jobs:
             job.args.base_seed = job.settings["base_seed"] = seeds[0]
@@ -2918,8 +2929,8 @@ def default_name(wan: Wan, job: Job, with_digest: bool) -> str:
     return f"{args.task}_{args.size.replace('*', 'x')}_{words}_{mark}{ending}"
 
 
-def look_beside(job: Job, continues: bool) -> list[int]:
-    """Decide from the record beside a target what is left to do; return its seed, if any.
+def decide_todo(job: Job, continues: bool) -> list[int]:
+    """Set job.todo from the record beside its target; return the recorded seed, if any.
 
     continues: a batch or a comparison, which resumes; a single video is made again, as by
     generate.py.
