@@ -1926,7 +1926,13 @@ class Session:
         return decoded
 
     def write(
-        self, writer: str, tensor: Tensor, save_file: Any = None, fps: Any = None, **_: Any
+        self,
+        writer: str,
+        tensor: Tensor,
+        save_file: Any = None,
+        fps: Any = None,
+        *_: Any,
+        **__: Any,
     ) -> str | None:
         """Replaces Wan's writers, on rank 0; tensor [1, 3, F, H, W], of an image [1, 3, H, W]."""
         video = self.videos[-1]
@@ -2175,11 +2181,14 @@ def make_one(session: Session, job: Job) -> Video:
 
 def end_batch(session: Session, jobs: Sequence[Job]) -> int:
     """Print the table of a batch from its records, whoever made them; return the exit status."""
-    if not is_rank_0():
+    if not is_rank_0() or (len(jobs) == 1 and session.videos):
         return int(session.failed)
-    records = [read_record(job.target) or {"status": "not made"} for job in jobs]
-    lines = ["computed  sampling   drift  file"] if len(jobs) > 1 else []
-    for job, record in zip(jobs, records, strict=True) if len(jobs) > 1 else ():
+    records, lines = [], ["computed  sampling   drift  file"]
+    for job in jobs:
+        record = {"status": "not made, or no record"}
+        with suppress(Refused):
+            record = read_record(job.target) or record
+        records.append(record)
         if record["status"] != "finished":
             lines.append(f"{record['status'][:26]:>26}  {job.target}")
             continue
