@@ -1485,9 +1485,7 @@ def check_inputs(wan: Wan, args: argparse.Namespace) -> None:
     for name in KINDS[kind].inputs if kind in KINDS else ():
         value = getattr(args, name)
         ignored = kind == "vace" and not has_prompt and value is not None
-        require(
-            not ignored, f"--{name} {value}: needs --prompt, or Wan2.1 uses its example instead"
-        )
+        require(not ignored, f"--{name} {value}: needs --prompt, or Wan2.1 uses its own example")
         value = examples.get(name) if value is None else value
         files = (value or "").split(",") if name == "src_ref_images" else [value]
         for file in filter(None, files):
@@ -2376,7 +2374,9 @@ def picture(rows: Sequence[Row], videos: Sequence[np.ndarray]) -> Image.Image:
     for row, video in zip(rows, videos, strict=True):
         difference = np.minimum(8 * np.abs(video[middle] - stock), 255).astype(np.uint8)
         frames = np.hstack([shown(video[middle]), shown(difference)])
-        lines.append(np.hstack([caption(row, 360, max(frames.shape[0], 110)), frames]))
+        below = max(110 - frames.shape[0], 0)  # room for the caption
+        frames = np.pad(frames, ((0, below), (0, 0), (0, 0)), constant_values=255)
+        lines.append(np.hstack([caption(row, 360, frames.shape[0]), frames]))
     return Image.fromarray(np.vstack(lines))
 
 
