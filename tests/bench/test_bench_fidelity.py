@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import imageio
 import numpy as np
 import pytest
 from bench_fidelity import (
@@ -125,11 +124,7 @@ def test_the_rank_correlation_leaves_out_less_guidance():
 
 
 def test_the_pictures_are_drawn_from_the_shipped_data(tmp_path):
-    video = tmp_path / "x.compare.mp4"
-    with imageio.get_writer(video, fps=8) as writer:
-        for level in (0, 100, 200):
-            writer.append_data(np.full((64, 96, 3), level, dtype=np.uint8))
-    drawn = python(ASSETS / "draw.py", "--compare", video, "--out", tmp_path)
+    drawn = python(ASSETS / "draw.py", "--out", tmp_path)
     assert drawn.returncode == 0, drawn.stderr
     pictures = sorted(tmp_path.glob("*.png"))
     assert [u.stem for u in pictures] == ["drift", "schedule"]
@@ -137,9 +132,6 @@ def test_the_pictures_are_drawn_from_the_shipped_data(tmp_path):
         with Image.open(file) as picture:
             pixels = np.asarray(picture.convert("RGBA"))
         height, width = pixels.shape[:2]
-        assert 1200 < width <= 1800 and 600 < height < 2000, file
+        assert 1200 < width <= 1800 and 300 < height < 2000, file
         assert (pixels[0, 0] == 255).all(), file  # white, also on a dark page
         assert pixels[..., :3].std() > 10, file
-    with Image.open(tmp_path / "compare.gif") as moving:
-        assert (moving.n_frames, moving.size, moving.info["loop"]) == (3, (96, 64), 0)
-        assert moving.info["duration"] == 120  # a GIF counts in 10 ms
