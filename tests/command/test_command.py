@@ -135,7 +135,6 @@ def test_two_processes_give_the_video_of_one(run, ckpt, tmp_path, flags):
 
 REFUSED = {
     "negative": ("--teacache_thresh -0.1", "--teacache_thresh: -0.1 must be 0 (stock) or more"),
-    "nan": ("--teacache_thresh nan", "--teacache_thresh: nan must be 0 (stock) or more"),
     "slower": ("--teacache_speedup 0.5", "--teacache_speedup: 0.5 must be 1 or more"),
     "two amounts": ("--teacache_speedup 2 --teacache_thresh 0.1", "not allowed with argument"),
     "share": ("--teacache_guide_until 1.1", "--teacache_guide_until: 1.1 must be from 0 to 1"),
@@ -146,9 +145,7 @@ REFUSED = {
     "old model": ("--teacache_model x", "--teacache_model: is gone: use --teacache_rule NAME"),
     "old file": ("--teacache_coefficients=x", "--teacache_coefficients: is gone: use"),
     "old report": ("--teacache_report x", "--teacache_report: is gone: leave it out: every video"),
-    "mistyped": ("--teacache_tresh 0.1", "unrecognized arguments: --teacache_tresh 0.1"),
     "frames": ("--frame_num 16", "--frame_num 16: must be 4n+1, such as 13 or 17"),
-    "steps": ("--sample_steps 0", "--sample_steps 0: must be 1 or more"),
     "shift": ("--sample_shift 0", "--sample_shift 0.0: must be positive"),
     "guidance": ("--sample_guide_scale nan", "--sample_guide_scale nan: must be a number"),
     "seed": (f"--base_seed {2**70}", f"--base_seed {2**70}: must be under 2**63"),
@@ -364,8 +361,8 @@ def wans_attention(wan, monkeypatch):
     [
         (["model", "clip"], "attention: test_command.flash_attention"),
         (["model"], "attention in wan.modules.clip: PyTorch's"),  # with flash-attn 3 alone
-        (["clip"], "attention: PyTorch's (Wan's cannot run here: flash-attn is not installed)"),
-        ([], "attention: PyTorch's (Wan's cannot run here: flash-attn is not installed)"),
+        (["clip"], "attention: PyTorch's (Wan's cannot run here: it needs flash-attn"),
+        ([], "attention: PyTorch's (Wan's cannot run here: it needs flash-attn"),
     ],
 )
 def test_attention_is_replaced_only_where_it_cannot_run(caplog, wans_attention, runs, line):
@@ -445,7 +442,6 @@ raise ValueError(f"found {found}")
     [
         "raise ImportError('undefined symbol: _ZN3c105')",
         "raise RuntimeError('built for another CUDA')",
-        "raise OSError('libcudart.so.11.0: cannot open shared object file')",
         "import a_package_that_is_missing",
         "def (",
         "flash_attn_func = print",
@@ -499,7 +495,8 @@ def test_old_gpu_is_warned_of_the_memory_of_scores(run, wan, monkeypatch, gpus, 
     monkeypatch.setitem(generate.SUPPORTED_SIZES, "t2v-nano", ("832*480",))
     code, log, _ = run("--size", "832*480", "--frame_num", "81", "--save_file", "/none/x.mp4")
     assert code == 2
-    assert ("capability 7.5" in log and "24 GiB for 32,760 tokens" in log) == warned
+    text = "capability {}.{}) stores all scores in bfloat16: about 24 GiB for 32,760 tokens"
+    assert (text.format(*capability) in log) == warned
 
 
 @pytest.mark.parametrize(

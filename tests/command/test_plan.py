@@ -91,7 +91,6 @@ BY_NAME, HUB = f"480P (checkpoint {I2V})", f"720P/hub/models--Wan-AI--{I2V}/snap
         (I2V, {}, I2V, "1280*720", BY_NAME),
         (I2V, {}, ".", "1280*720", BY_NAME),
         ("480P/Wan2___1-I2V-14B-720p", {}, None, "832*480", "720P (checkpoint Wan2___1-I2V"),
-        ("wan_i2v_480p_fp16", {}, None, "1280*720", "480P (checkpoint wan_i2v_480p_fp16)"),
         (f"720P/{I2V}", {"x-720P": f"720P/{I2V}", "y": "x-720P"}, "y", "1280*720", BY_NAME),
         ("blobs/4d7a", {I2V: "blobs/4d7a", "current": I2V}, "current", "1280*720", BY_NAME),
         (f"disk/{I2V}", {"720P": "disk"}, f"720P/{I2V}", "1280*720", BY_NAME),
@@ -365,7 +364,6 @@ def test_one_line_before_loading_tells_what_is_computed(run, no_loading, flags, 
 @pytest.mark.parametrize(
     ("flags", "speedup"),
     [
-        (["--teacache_speedup", "1"], 1),
         (["--teacache_speedup", "1.5"], 100 / 68),  # 34 of 50 steps: 33 1/3 are asked for
         (["--teacache_speedup", "2.0"], 2),
         (["--teacache_speedup", "2.5", "--teacache_guide_until", "0.6"], 2.5),
