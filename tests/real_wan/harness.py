@@ -1,9 +1,9 @@
 """Runs many jobs on the real Wan2.1 or Wan2.2, small and on a CPU, with one import of it.
 
-    python tests/real_wan/harness.py --repo WAN_REPO jobs.json OUT_DIR
-    torchrun --nproc_per_node=2 tests/real_wan/harness.py --repo WAN_REPO jobs.json OUT_DIR
+    python tests/real_wan/harness.py WAN_REPO OUT_DIR
+    torchrun --nproc_per_node=2 tests/real_wan/harness.py WAN_REPO OUT_DIR
 
-jobs.json is a list of
+OUT_DIR/jobs.json is a list of
     {"name": ..., "mode": "stock" | "teacache" | "reference", "argv": [flags],
      "fails": "decode" if the VAE is to fail, "float32": whether autocast is to that dtype,
      and for reference the settings of ``Reference``}
@@ -21,7 +21,6 @@ bfloat16 and return float32.
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import datetime
 import functools
@@ -159,9 +158,8 @@ def prepare_distributed() -> None:
         return new_group(*args, backend="gloo", **kwargs)
 
     dist.init_process_group, dist.new_group = init_process_group, gloo_group
-    torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(
-        name="", major=8, minor=0
-    )
+    gpu = SimpleNamespace(name="", major=8, minor=0)
+    torch.cuda.get_device_properties = lambda device=None: gpu
     torch.cuda.get_device_capability = lambda device=None: (8, 0)
     torch.cuda.get_device_name = lambda device=None: ""
     torch.version.cuda = "12.4"
@@ -171,10 +169,9 @@ def prepare_xfuser() -> None:
     """The attention of xfuser's own dependency, on the CPU; groups of earlier jobs are gone."""
     if int(os.getenv("WORLD_SIZE", "1")) == 1 or importlib.util.find_spec("xfuser") is None:
         return
+    kernels = importlib.import_module("yunchang.kernels.attention")
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    importlib.import_module(
-        "yunchang.kernels.attention"
-    )._scaled_dot_product_flash_attention = kernel
+    kernels._scaled_dot_product_flash_attention = kernel
     state = importlib.import_module("xfuser.core.distributed.parallel_state")
     vars(state).update(dict.fromkeys(("_WORLD", "_DP", "_CFG", "_SP", "_TP", "_PP")))
 
@@ -286,19 +283,13 @@ def make_model(config: dict[str, Any], seed: int) -> nn.Module:
             model = models.WanModel(**size)
         if hasattr(model, "img_emb"):  # of CLIP's 1280, narrow in between
             model.img_emb.proj[1], model.img_emb.proj[3] = nn.Linear(1280, 32), nn.Linear(32, DIM)
-        nn.init.normal_(model.time_embedding[2].weight, std=e_std)
-        nn.init.normal_(model.time_embedding[2].bias)
-        nn.init.normal_(model.time_projection[1].bias, std=e0_bias_std)
-        nn.init.normal_(model.head.head.weight, std=DIM**-0.5)
+        stds = {"time_embedding.2.weight": e_std, "time_embedding.2.bias": 1.0}
+        stds |= {"time_projection.1.bias": e0_bias_std, "head.head.weight": DIM**-0.5}
         for name, parameter in model.named_parameters():
-            if ".before_proj." in name or ".after_proj." in name:
-                nn.init.normal_(parameter, std=DIM**-0.5)
+            std = DIM**-0.5 if "er_proj." in name else stds.get(name)  # before_proj, after_proj
+            if std:
+                nn.init.normal_(parameter, std=std)
     return model.eval().requires_grad_(False)
-
-
-def moved(model: nn.Module, *args: Any, stock: Callable = nn.Module.to) -> nn.Module:
-    """A model's ``to``: it is on the CPU already, where Wan asks every step to have it."""
-    return model if args == (CPU,) else stock(model, *args)
 
 
 def from_pretrained(folder: str | Path, subfolder: str = "") -> nn.Module:
@@ -491,7 +482,7 @@ class Run:
         self.ran: list[bool] = []  # by call of a model: did the first block compute?
         self.vace_ran: list[bool] = []
         self.which: list[int] = []  # by call of a model: which of the pipeline's?
-        self.decoded: list[int] = []  # by video: calls of models until it was decoded
+        self.decoded = 0  # videos
         self.patched: list[bool] = []  # by video: was a model patched when it was decoded?
         self.models: list[nn.Module] = []
         self.before: list[Any] = []
@@ -525,8 +516,8 @@ class Run:
         if self.job.get("fails") == "decode":
             raise torch.OutOfMemoryError("CUDA out of memory, says the test")
         videos = decode()
-        np.save(self.out / f"{self.job['name']}.rank{RANK}.{len(self.decoded)}.npy", videos[0])
-        self.decoded.append(len(self.ran))
+        np.save(self.out / f"{self.job['name']}.rank{RANK}.{self.decoded}.npy", videos[0])
+        self.decoded += 1
         self.patched.append([state(model) for model in self.models] != self.before)
         return videos
 
@@ -560,9 +551,7 @@ class Harness:
             for name, module in sys.modules.items()
             if name.startswith("wan.") and hasattr(module, "flash_attention")
         }
-        self.pipelines = {
-            name: vars(self.wan)[name] for name in PIPELINES if name in vars(self.wan)
-        }
+        self.pipelines = {n: vars(self.wan)[n] for n in PIPELINES if n in vars(self.wan)}
         self.stand_in()
         for kind in self.pipelines.values():
             kind.device = property(lambda pipeline: CPU, lambda pipeline, device: None)
@@ -588,8 +577,7 @@ class Harness:
             for name in {*small, "shard_model"} & set(vars(module)):
                 setattr(module, name, small.get(name, shard))
             for name in {"WanModel", "VaceWanModel"} & set(vars(module)):
-                model = getattr(module, name)
-                model.from_pretrained, model.to = staticmethod(from_pretrained), moved
+                getattr(module, name).from_pretrained = staticmethod(from_pretrained)
 
     def shrink(self) -> None:
         """About 1/16 of every side, in multiples of 16, under the names of the full sizes. Of
@@ -680,43 +668,33 @@ def prepare_small_sources(vace: Any) -> None:
 # ------------------------------------------------------------------------------------ main
 
 
-def attempt(harness: Harness, run: Run) -> tuple[int, str | None]:
-    """Exit code and error that the job would have had as a process of its own."""
+def attempt(harness: Harness, run: Run) -> dict[str, Any]:
+    """Exit status and error that the job would have had as a process of its own."""
+    status, error = 0, None
     try:
         harness.do(run)
     except SystemExit as leaving:
-        if leaving.code is None or isinstance(leaving.code, int):
-            return leaving.code or 0, None
-        return 1, str(leaving.code)
-    except Exception as error:
+        status = leaving.code or 0
+    except Exception as raised:
         traceback.print_exc()
-        return 1, f"{type(error).__name__}: {error}"
-    return 0, None
+        status, error = 1, repr(raised)
+    return {"exit": status, "error": error}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repo", type=Path, required=True, help="Wan2.1's or Wan2.2's folder")
-    parser.add_argument("jobs", type=Path)
-    parser.add_argument("out", type=Path)
-    given = parser.parse_args()
-    jobs = json.loads(given.jobs.read_text())
-    given.out.mkdir(parents=True, exist_ok=True)
+    repo, out = map(Path, sys.argv[1:])
     warnings.simplefilter("ignore")
-    prepare(given.repo.resolve())
+    prepare(repo.resolve())
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     harness = Harness()
     gc.collect()
     gc.freeze()  # Wan and the script collect after each run: half a second through all imports
-    for job in jobs:
+    for job in json.loads((out / "jobs.json").read_text()):
         for stream in (sys.stdout, sys.stderr):
             print(f"=== {job['name']}", file=stream, flush=True)
-        run, began = Run(job, given.out), time.perf_counter()
-        exit_code, error = attempt(harness, run)
-        result = {"exit": exit_code, "error": error, **run.result()}
-        result["seconds"] = round(time.perf_counter() - began, 2)
-        target = given.out / f"{job['name']}.rank{RANK}.json"
-        target.write_text(json.dumps(result))
+        run = Run(job, out)
+        result = attempt(harness, run) | run.result()
+        (out / f"{job['name']}.rank{RANK}.json").write_text(json.dumps(result))
     if dist.is_initialized():
         dist.destroy_process_group()
 

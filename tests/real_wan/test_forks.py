@@ -1,7 +1,6 @@
 """The script on forks of Wan2.1: a copy of its checkout, edited here as people have edited it."""
 
 import shutil
-from pathlib import Path
 
 import cases
 import numpy as np
@@ -11,76 +10,70 @@ from cases import RET, T2V, Case, Done
 if not (cases.WAN21 / "generate.py").is_file():
     pytest.skip(f"no real Wan2.1 at {cases.WAN21} (or $WAN_REPO)", allow_module_level=True)
 
-EDITS = [  # file, what is replaced, by what
-    # skip-layer guidance, and blocks that are moved to the device one by one
-    (
-        "wan/modules/model.py",
-        "        for block in self.blocks:\n            x = block(x, **kwargs)\n",
-        "        for i, block in enumerate(self.blocks):\n"
-        "            if i == 1:\n"
-        "                continue\n"
-        "            x = block.to(x.device)(x, **kwargs)\n",
-    ),
-    # an attention of the user's own, for small heads only; at half the temperature, so that no
-    # other gives the same
-    (
-        "wan/modules/attention.py",
-        "def attention(\n",
-        "def sage_attention(q, k, v, k_lens=None, **kwargs):\n"
-        "    assert q.size(-1) < 128\n"
-        "    k, v = (u[:, :int(k_lens.max()) if k_lens is not None else None] for u in (k, v))\n"
-        "    heads = (u.to(v.dtype).transpose(1, 2) for u in (2 * q, k, v))\n"
-        "    out = torch.nn.functional.scaled_dot_product_attention(*heads)\n"
-        "    return out.transpose(1, 2).to(q.dtype)\n\n\n"
-        "flash_attention = sage_attention\n\n\n"
-        "def attention(\n",
-    ),
-    # a wrapper of the transformer, as PEFT's
-    (
-        "wan/text2video.py",
-        "class WanT2V:\n",
-        "class Adapted(torch.nn.Module):\n"
-        "    def __init__(self, model):\n"
-        "        super().__init__()\n"
-        "        self.base_model = torch.nn.Sequential(model)\n"
-        "    def forward(self, *args, **kwargs):\n"
-        "        return self.base_model[0](*args, **kwargs)\n\n\n"
-        "class WanT2V:\n",
-    ),
-    (
-        "wan/text2video.py",
-        "        self.model.eval().requires_grad_(False)\n",
-        "        self.model = Adapted(self.model).eval().requires_grad_(False)\n",
-    ),
-    # one call a step where the second would be multiplied by 0, or at the end of the steps
-    (
-        "wan/text2video.py",
-        "                noise_pred_uncond = self.model(\n"
-        "                    latent_model_input, t=timestep, **arg_null)[0]\n",
-        "                noise_pred_uncond = noise_pred_cond\n"
-        "                if guide_scale != 1 and (guide_scale != 1.5 or t > 500):\n"
-        "                    noise_pred_uncond = self.model(\n"
-        "                        latent_model_input, t=timestep, **arg_null)[0]\n",
-    ),
-    # a parser without --t5_fsdp, and with a file of prompts for one generate(args)
-    (
-        "generate.py",
-        '        "--t5_fsdp",\n        action="store_true",\n        default=False,\n',
-        '        "--prompt_file",\n',
-    ),
-    ("generate.py", "            args.t5_fsdp or args.dit_fsdp\n", "            args.dit_fsdp\n"),
-    ("generate.py", "t5_fsdp=args.t5_fsdp,", "t5_fsdp=False,"),
-    ("generate.py", "def generate(args):\n", "def generate_one(args):\n"),
-    (
-        "generate.py",
-        'if __name__ == "__main__":\n',
-        "def generate(args):\n"
-        "    lines = open(args.prompt_file) if args.prompt_file else [args.prompt]\n"
-        "    for line in lines:\n"
-        '        generate_one(argparse.Namespace(**{**vars(args), "prompt": line.strip()}))\n\n\n'
-        'if __name__ == "__main__":\n',
-    ),
-]
+EDITS = {  # by file; - is replaced by +
+    "wan/modules/model.py": """
+# skip-layer guidance, and blocks that are moved to the device one by one
+-        for block in self.blocks:
+-            x = block(x, **kwargs)
++        for i, block in enumerate(self.blocks):
++            if i == 1:
++                continue
++            x = block.to(x.device)(x, **kwargs)
+""",
+    "wan/modules/attention.py": """
+# an own attention, for small heads only; at half the temperature: no other gives the same
+-def attention(
++def sage_attention(q, k, v, k_lens=None, **kwargs):
++    assert q.size(-1) < 128
++    keys = k.size(1) if k_lens is None else int(k_lens)
++    heads = (u.to(v.dtype).transpose(1, 2) for u in (2 * q, k[:, :keys], v[:, :keys]))
++    out = torch.nn.functional.scaled_dot_product_attention(*heads)
++    return out.transpose(1, 2).to(q.dtype)
++flash_attention = sage_attention
++def attention(
+""",
+    "wan/text2video.py": """
+# a wrapper of the transformer, as PEFT's
+-class WanT2V:
++class Adapted(torch.nn.Module):
++    def __init__(self, model):
++        super().__init__()
++        self.base_model = torch.nn.Sequential(model)
++    def forward(self, *args, **kwargs):
++        return self.base_model[0](*args, **kwargs)
++class WanT2V:
+
+-        self.model.eval().requires_grad_(False)
++        self.model = Adapted(self.model).eval().requires_grad_(False)
+
+# one call a step, where the second would be multiplied by 0 or near the end
+-                noise_pred_uncond = self.model(
+-                    latent_model_input, t=timestep, **arg_null)[0]
++                noise_pred_uncond = noise_pred_cond
++                if guide_scale != 1 and (guide_scale != 1.5 or t > 500):
++                    noise_pred_uncond = self.model(
++                        latent_model_input, t=timestep, **arg_null)[0]
+""",
+    "generate.py": """
+# no --t5_fsdp, and a file of prompts for one generate(args)
+-        "--t5_fsdp",
+-        action="store_true",
+-        default=False,
++        "--prompt_file",
+
+-            args.t5_fsdp or args.dit_fsdp
++            args.dit_fsdp
+
+-            t5_fsdp=args.t5_fsdp,
++            t5_fsdp=False,
+
+-def generate(args):
++def generate(args):
++    for prompt in open(args.prompt_file) if args.prompt_file else [args.prompt]:
++        generate_one(argparse.Namespace(**{**vars(args), "prompt": prompt.strip()}))
++def generate_one(args):
+""",
+}
 BALL = "A red ball moves right."
 FORK = {
     "plain": cases.by_rule("t2v-1.3B", T2V),
@@ -89,33 +82,32 @@ FORK = {
 }
 
 
-def fork_of(checkout: Path, fork: Path) -> Path:
-    ignored = shutil.ignore_patterns(".git", "assets", "examples")
-    shutil.copytree(checkout, fork, ignore=ignored)
-    for name, old, new in EDITS:
-        text = (fork / name).read_text()
+def edited(text: str, edits: str) -> str:
+    for edit in edits.split("\n\n"):
+        lines = edit.splitlines()
+        old, new = ("".join(f"{u[1:]}\n" for u in lines if u[:1] == mark) for mark in "-+")
         assert old in text
-        (fork / name).write_text(text.replace(old, new))
-    return fork
+        text = text.replace(old, new)
+    return text
 
 
 @pytest.fixture(scope="module")
 def fork(tmp_path_factory) -> Done:
     out = tmp_path_factory.mktemp("fork")
     (out / "prompts.txt").write_text(f"{cases.CATS}\n{BALL}\n")
-
-    def of_scale(scale: str) -> Case:
-        return cases.by_rule("t2v-1.3B", [*T2V, "--sample_guide_scale", scale])
-
-    jobs = [
-        *cases.jobs_of_cases(FORK, out),
-        cases.threshold_0("plain", FORK, out),
-        of_scale("1").job("teacache", "scale-1", out),
-        of_scale("1.5").job("teacache", "scale-1.5", out),
-        Case([*T2V, "--prompt", BALL], [], {}).job("teacache", "ball", out),
-        Case([*T2V, "--prompt_file", str(out / "prompts.txt")], [], {}).job("teacache", "two", out),
-    ]
-    return cases.run(fork_of(cases.WAN21, out / "Wan2.1"), jobs, out)
+    repo, ignored = out / "Wan2.1", shutil.ignore_patterns(".git", "assets", "examples")
+    shutil.copytree(cases.WAN21, repo, ignore=ignored)
+    for name, edits in EDITS.items():
+        (repo / name).write_text(edited((repo / name).read_text(), edits))
+    more = {
+        "scale-1": ["--sample_guide_scale", "1"],
+        "scale-1.5": ["--sample_guide_scale", "1.5"],
+        "ball": ["--prompt", BALL],
+        "two": ["--prompt_file", str(out / "prompts.txt")],
+    }
+    jobs = [*cases.jobs_of_cases(FORK, out), cases.threshold_0("plain", FORK, out)]
+    jobs += [Case([*T2V, *flags], [], {}).job("teacache", n, out) for n, flags in more.items()]
+    return cases.run(repo, jobs, out)
 
 
 @pytest.mark.parametrize("name", FORK)
