@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from nano import NANO, PROMPT, SCRIPT, attempt, frames, python
-from stand_in import out_of_memory, record, wrap
+from stand_in import after, first, out_of_memory, record, wrap
 
 SHORT = [*PROMPT, "--teacache_rule", "sigma", "--sample_steps", "4", "--frame_num", "5"]
 DECODER, NOISE = "wan.modules.vae.WanVAE.decode", "wan.pipeline.WanPipeline.noise"
@@ -72,22 +72,6 @@ def decoded_equals(run, latents: Path, target: Path, expected: np.ndarray) -> bo
     """Whether --teacache_decode makes the video, and deletes the latents."""
     code, _ = run("--teacache_decode", latents)
     return code == 0 and not latents.exists() and np.array_equal(frames(target), expected)
-
-
-def first(act):
-    """A wrapper that acts before the stock function, but not for the probe of a check."""
-
-    def wrapper(stock, *args, **kwargs):
-        if not any("probe" in str(value) for value in args):
-            act()
-        return stock(*args, **kwargs)
-
-    return wrapper
-
-
-def after(act):
-    """A wrapper that passes the stock function's result on."""
-    return lambda stock, *args, **kwargs: act(stock(*args, **kwargs))
 
 
 # ------------------------------------------------------------------------------ errors
@@ -398,19 +382,15 @@ def test_what_cannot_be_decoded_is_refused(run, failed, change, argv, expected):
     assert expected in said
 
 
-def test_decode_by_several_processes_is_refused(run, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    code, said = run("--teacache_decode", "x.latents.pt")
-    assert (code, "one process" in said) == (2, True)
-
-
 class RunsCode:
     def __reduce__(self):
         return (os.mkdir, ("ran",))
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no latents", RunsCode()], ids=repr)
-def test_file_without_latents_is_refused_and_not_run(run, content):
+@pytest.mark.parametrize(
+    "content", [None, b"", b"no latents", RunsCode()], ids=["missing", "empty", "text", "code"]
+)
+def test_file_without_latents_is_refused_and_not_run(run, monkeypatch, content):
     if isinstance(content, bytes):
         Path("x.latents.pt").write_bytes(content)
     elif content:
@@ -418,6 +398,9 @@ def test_file_without_latents_is_refused_and_not_run(run, content):
     code, said = run("--teacache_decode", "x.latents.pt")
     assert (code, said.count("error:"), Path("ran").exists()) == (2, 1, False)
     assert "--teacache_decode x.latents.pt: cannot be used" in said
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, said = run("--teacache_decode", "x.latents.pt")
+    assert (code, "start one process" in said) == (2, True)
 
 
 @pytest.mark.parametrize("what", ["writer", "memory in the decoder"])

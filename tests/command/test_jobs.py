@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from nano import NANO, attempt, frames
-from stand_in import Made, out_of_memory, record, run_two, wrap
+from stand_in import Made, first, out_of_memory, record, run_two, wrap
 
 from teacache_generate import main
 
@@ -58,15 +58,6 @@ def asked(wan, monkeypatch):
 
 def videos() -> list[str]:
     return sorted(path.name for path in Path().glob("*.mp4"))
-
-
-def add_flag(patch, generate, line: str) -> None:
-    """Give generate.py's parser one more flag, as a fork has it."""
-    text = (NANO / "generate.py").read_text().replace('add("--image"', f'{line}\n    add("--image"')
-    fork = dict(vars(generate))
-    exec(compile(text.split("def _validate_args")[0], "fork", "exec"), fork)
-    parse = type(fork["_parse_args"])(fork["_parse_args"].__code__, vars(generate))
-    patch.setattr(generate, "_parse_args", parse)
 
 
 # ------------------------------------------------------------------------------ the jobs file
@@ -153,53 +144,31 @@ def test_fault_of_the_command_line_is_told_once(batch, asked):
     assert "line" not in said.split("error: ")[1].replace("--sample_steps", "")
 
 
-@pytest.mark.parametrize(
-    ("flag", "of_all"),
-    [
-        ("--task t2v-nano-2", []),
-        ("--ckpt_dir copy", []),
-        ("--ring_size 2", []),
-        ("--t5_fsdp", []),
-        ("--dit_fsdp", []),
-        ("--t5_cpu", []),
-        ("--convert_model_dtype", []),
-        ("--prompt_extend_model other", []),
-        ("--prompt_extend_method local_qwen", ["--prompt_extend_method", "dashscope"]),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_flags_of_the_loaded_model_cannot_differ(
-    batch, asked, ckpt, wan, monkeypatch, flag, of_all
-):
+def with_convert_model_dtype(stock, parser):
+    """generate.py's parser as Wan2.2 has it."""
+    parser.add_argument("--convert_model_dtype", action="store_true")
+    return stock(parser)
+
+
+DEFAULT = "--prompt_extend_method local_qwen"
+# fmt: off
+MODEL_FLAGS = ["--task t2v-nano-2", "--ckpt_dir copy", "--ring_size 2", "--t5_fsdp", "--dit_fsdp",
+               "--t5_cpu", "--convert_model_dtype", "--prompt_extend_model other", DEFAULT]
+# fmt: on
+
+
+@pytest.mark.parametrize("flag", MODEL_FLAGS)
+def test_flags_of_the_loaded_model_cannot_differ(batch, asked, ckpt, wan, monkeypatch, flag):
     generate, _ = wan
-    add_flag(monkeypatch, generate, 'add("--convert_model_dtype", action="store_true")')
+    wrap(monkeypatch, "argparse.ArgumentParser.parse_args", with_convert_model_dtype)
     for table in (generate.WAN_CONFIGS, generate.SUPPORTED_SIZES, generate.EXAMPLE_PROMPT):
         monkeypatch.setitem(table, "t2v-nano-2", table["t2v-nano"])
     Path("copy").symlink_to(ckpt)
+    of_all = ["--prompt_extend_method", "dashscope"] if flag == DEFAULT else []
     code, said = batch([THREE[0], "", flag], *of_all)
     assert (code, asked) == (2, [])
     assert f"jobs.txt: line 3: {flag.split()[0]} " in said
     assert "must be that of the command line" in said
-
-
-def test_flags_of_a_line_override_the_command_line(batch):
-    code, said = batch(
-        [
-            f"{THREE[0]} --teacache_thresh 0",
-            f"{THREE[1]} --sample_steps 12 --teacache_speedup 1.2 --frame_num 9",
-            f"{THREE[2]} --teacache_order 1 --sample_solver dpm++ --size 64*96",
-            '--prompt "a cube" --teacache_guide_until 0 --save_file four.mp4',
-        ],
-        *("--teacache_speedup", "1.5", "--sample_steps", "10"),
-    )
-    assert code == 0, said
-    records = [record(name) for name in ("one", "two", "three", "four")]
-    assert [len(video["computed"]) for video in records] == [10, 10, 7, 10]
-    assert [video["steps"] for video in records] == [10, 12, 10, 10]
-    assert [video["order"] for video in records] == [0, 0, 1, 0]
-    assert [video["frames"] for video in records] == [5, 9, 5, 5]
-    assert [video["settings"]["sample_solver"] for video in records][1:3] == ["unipc", "dpm++"]
-    assert frames(Path("three.mp4")).shape == (5, 96, 64, 3)
 
 
 def test_threshold_of_a_line_replaces_a_speedup(batch, asked):
@@ -248,36 +217,22 @@ def test_two_equal_lines_with_a_seed_are_refused(batch, asked):
     assert "line 1 has this name too" in said
 
 
-def test_single_runs_in_one_second_have_two_names(batch, made, monkeypatch):
-    monkeypatch.setattr("time.strftime", lambda *args: "20260101_120000")
-    argv = ["--prompt", "a ball", "--base_seed", "5", "--teacache_thresh"]
-    assert [batch(None, *argv, thresh)[0] for thresh in ("0.3", "0.3", "0.2")] == [0, 0, 0]
-    start = "t2v-nano_64x64_a_ball_"
-    assert videos() == [
-        f"{start}0.2_5_20260101_120000.mp4",
-        f"{start}0.3_5_20260101_120000.2.mp4",
-        f"{start}0.3_5_20260101_120000.mp4",
-    ]
-    assert [record(name[:-4])["file"] for name in videos()] == videos()
-
-
 def test_default_name_is_taken_when_sampling_begins(batch, made, monkeypatch):
-    from wan.pipeline import WanPipeline
-
     monkeypatch.setattr("time.strftime", lambda *args: "now")
-    name, seen, stock = "t2v-nano_64x64_a_ball_0.3_5_now", [], WanPipeline.__init__
-    other = '{"status": "started", "settings": {}}'
-
-    def load(self, *args, **kwargs):
-        stock(self, *args, **kwargs)
-        Path(f"{name}.json").write_text(other)  # another run begins meanwhile
-
-    monkeypatch.setattr(WanPipeline, "__init__", load)
+    name, seen, other = (
+        "t2v-nano_64x64_a_ball_0.3_5_now",
+        [],
+        '{"status": "started", "settings": {}}',
+    )
+    begin = first(lambda: Path(f"{name}.json").write_text(other))  # another run, meanwhile
+    wrap(monkeypatch, "wan.pipeline.WanPipeline.__init__", begin)
     made.then = {0: lambda: seen.extend(path.name for path in Path().iterdir())}
     argv = ["--prompt", "a ball", "--base_seed", "5", "--teacache_thresh", "0.3"]
     assert batch(None, *argv)[0] == 0
     assert {f"{name}.2.json", f"{name}.2.latents.pt"} < set(seen)
     assert (Path(f"{name}.json").read_text(), videos()) == (other, [f"{name}.2.mp4"])
+    assert batch(None, *argv[:-1], "0.2")[0] == 0
+    assert videos()[0] == "t2v-nano_64x64_a_ball_0.2_5_now.mp4"
 
 
 # ------------------------------------------------------------------------------ one load
@@ -287,59 +242,48 @@ def test_batch_loads_once_and_equals_single_runs(batch, made):
     lines = [
         f"{THREE[0]} --sample_steps 10",
         f"{THREE[1]} --frame_num 9 --teacache_order 1 --sample_steps 12 --sample_solver dpm++",
-        f"{THREE[2]} --teacache_guide_until 0.5",
+        f"{THREE[2]} --teacache_guide_until 0 --size 64*96",
     ]
-    code, said = batch(lines)
+    code, said = batch(lines, "--teacache_speedup", "1.5")
     assert (code, said.count("Creating WanModel")) == (0, 1), said
-    assert videos() == ["one.mp4", "three.mp4", "two.mp4"]
+    made_so = [(record(name), record(name)["settings"]) for name in ("one", "two", "three")]
+    assert [(r["steps"], len(r["computed"]), r["frames"], r["order"]) for r, _ in made_so] == [
+        *((10, 7, 5, 0), (12, 8, 9, 1), (5, 5, 5, 0))
+    ]
+    assert [settings["sample_solver"] for _, settings in made_so] == ["unipc", "dpm++", "unipc"]
     for line in lines:
         _, prompt, rest = line.split('"')
-        assert batch(None, "--prompt", prompt, *rest.split())[0] == 0
+        argv = ["--prompt", prompt, "--teacache_speedup", "1.5", *rest.split()]
+        assert batch(None, *argv)[0] == 0
     together, alone = made.decoded[:3], made.decoded[3:]
-    assert [video.shape[1] for video in alone] == [5, 9, 5]
+    assert [video.shape for video in alone] == [(3, 5, 64, 64), (3, 9, 64, 64), (3, 5, 96, 64)]
     assert all(torch.equal(*pair) for pair in zip(together, alone, strict=True))
-
-
-def test_progress_and_table_of_a_batch(batch):
-    code, said = batch([THREE[0], f"{THREE[1]} --teacache_thresh 0", THREE[2]])
-    assert code == 0, said
-    assert re.findall(r"TeaCache: video (\d of 3)(.*): (\w+\.mp4)", said) == [
-        ("1 of 3", "", "one.mp4"),
-        ("2 of 3", ", about 1 min to go", "two.mp4"),
-        ("3 of 3", ", about 1 min to go", "three.mp4"),
-    ]
-    table = said[said.index("computed  sampling   drift  file") :]
-    rows = re.findall(r"TeaCache: +(\d+)/(\d+) +([\d.]+) s +(?:([\d.]+) %)? +(\S+)", table)
-    assert [row[:2] + row[-1:] for row in rows] == [
-        ("3", "5", "one.mp4"),
-        ("5", "5", "two.mp4"),
-        ("3", "5", "three.mp4"),
-    ]
-    first, second = record("one"), record("two")
-    assert rows[0][2] == f"{first['seconds']['sampling']:.1f}"
-    assert [rows[0][3], rows[1][3]] == [f"{100 * first['drift']:.1f}", ""]
-    assert second["drift"] is None
 
 
 # ------------------------------------------------------------------------------ failing lines
 
 
-def test_failing_decoder_keeps_latents_and_the_batch_goes_on(batch, made):
+def test_failing_line_is_told_and_the_batch_goes_on(batch, made):
     made.then = {1: out_of_memory}
-    code, said = batch(THREE)
-    assert (code, said.count("Creating WanModel")) == (1, 1)
-    assert videos() == ["one.mp4", "three.mp4"]
-    assert [record(name)["status"][:7] for name in ("one", "two", "three")] == [
-        *("finished"[:7], "failed:", "finished"[:7])
+    code, said = batch([THREE[0], THREE[1], f"{THREE[2]} --teacache_thresh 0"])
+    assert (code, said.count("Creating WanModel"), said.count("Finished.")) == (1, 1, 2)
+    assert (said.count("two.mp4 failed: CUDA out of memory"), "Traceback" in said) == (1, False)
+    shown, left = re.findall(r"TeaCache: video (\d of 3)(.*): (\w+)", said), ", about 1 min to go"
+    assert shown == [("1 of 3", "", "one"), ("2 of 3", left, "two"), ("3 of 3", left, "three")]
+    one, two, three = map(record, ("one", "two", "three"))
+    assert [one["status"], two["status"][:8], three["status"]] == [
+        "finished",
+        "failed: ",
+        "finished",
     ]
-    assert record("two")["latents"] == str(Path("two.latents.pt").absolute())
-    assert Path("two.latents.pt").is_file()
-    assert said.count("two.mp4 failed: CUDA out of memory") == 1
-    assert "Traceback" not in said
-    table = said[said.index("computed  sampling   drift  file") :].splitlines()
-    assert "failed: OutOfMemoryError(" in table[2]
-    assert len({line.rindex("  ") for line in table[1:4]}) == 1  # a table, whatever failed
-    assert said.count("Finished.") == 2  # Wan's own word
+    assert two["latents"] == str(Path("two.latents.pt").absolute())
+    assert (videos(), Path(two["latents"]).is_file()) == (["one.mp4", "three.mp4"], True)
+    table = said[said.index("computed  sampling   drift  file") :].splitlines()[1:4]
+    cells = [f"3/5 {one['seconds']['sampling']:.1f} s {100 * one['drift']:.1f} % one.mp4"]
+    cells += ["failed: OutOfMemoryError(' two.mp4"]
+    cells += [f"5/5 {three['seconds']['sampling']:.1f} s three.mp4"]
+    assert [" ".join(row.split("TeaCache:")[1].split()) for row in table] == cells
+    assert len({row.rindex("  ") for row in table}) == 1  # the names are aligned
 
 
 def test_failure_before_sampling_is_told_and_the_batch_goes_on(batch, monkeypatch):
