@@ -8,15 +8,13 @@ OUT_DIR/jobs.json is a list of
      "fails": "decode" if the VAE is to fail, "float32": whether autocast is to that dtype,
      and for reference the settings of ``Reference``}
 stock runs generate.py, teacache the script at the top of the project, reference the stock run with
-``Reference`` on its models. In argv, ``--ckpt_dir AUTO`` makes a checkpoint folder in OUT_DIR.
-Every job leaves in OUT_DIR the frames of each video that the VAE decoded, NAME.rank0.0.npy,
-NAME.rank0.1.npy and so on, and NAME.rank0.json (``Run.result``).
+``Reference`` on its models. ``--ckpt_dir AUTO`` makes a checkpoint folder. Every job leaves in
+OUT_DIR the frames that the VAE decoded, NAME.rank0.0.npy, NAME.rank0.1.npy and so on, by video,
+and NAME.rank0.json (``Run.result``).
 
-Wan's own: generate.py, the pipelines with their constructors, the schedulers, the models and their
-forwards (those for Ulysses and ring too), FSDP's wrapping in bfloat16, the writers, xfuser.
-Replaced: the weights (small and random), text encoder, VAE, CLIP, flash-attn, NCCL, and the sizes
-(``shrink``). CUDA's autocast is done on the CPU, so that dtypes are those of a GPU: blocks take
-bfloat16 and return float32.
+Replaced are the weights (small and random), text encoder, VAE, CLIP, flash-attn, NCCL, and the
+sizes (``shrink``); all else is Wan's own. CUDA's autocast is done on the CPU, so that dtypes are
+those of a GPU: blocks take bfloat16 and return float32.
 """
 
 from __future__ import annotations
@@ -39,8 +37,9 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import torch
@@ -53,7 +52,6 @@ DIM, TEXT = 48, 64  # of the small models; of the prompts, in bytes
 PIPELINES = ("WanT2V", "WanI2V", "WanFLF2V", "WanVace", "WanTI2V")  # a release has some of them
 WRITERS = ("cache_video", "cache_image", "save_video")
 RANK = int(os.getenv("RANK", "0"))  # the script's queue changes the environment
-KEPT: list[Any] = []  # what must live as long as the process
 
 
 def seeded(*shape: int) -> Tensor:
@@ -69,18 +67,15 @@ def prepare(repo: str | Path) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a machine with a GPU does the same as one without
     torch.set_num_threads(1)  # faster at these sizes, and the same under torchrun
     torch.cuda.current_device = lambda: 0
-    torch.cuda.set_device = lambda device: None  # three functions: torch wants no two names of one
-    torch.cuda.synchronize = lambda: None
-    torch.cuda.empty_cache = lambda: None
+    for name in ("set_device", "synchronize", "empty_cache"):
+        setattr(torch.cuda, name, lambda device=None: None)  # torch wants no two names of one
     torch.amp.autocast, torch.layer_norm, F.linear = Autocast, layer_norm, linear
     torch.cuda.amp.autocast = functools.partial(Autocast, "cuda")
     prepare_torchvision()
     sys.modules |= {"flash_attn": None, "flash_attn_interface": None}  # "not installed"
-    for name in ("librosa", "peft"):  # Wan2.2 imports them for tasks that are not run here
-        if importlib.util.find_spec(name) is None:
-            sys.modules[name] = Absent(name)
-    for name in ("dashscope", "scipy.stats"):  # never used here, and seconds to import
-        sys.modules[name] = Absent(name)
+    # imported for tasks that are not run here, or slowly
+    for name in ("librosa", "peft", "dashscope", "scipy.stats"):
+        sys.modules[name] = MagicMock(__spec__=importlib.machinery.ModuleSpec(name, None))
     prepare_distributed()
     sys.path.insert(0, str(repo))
 
@@ -116,30 +111,15 @@ def linear(
         return stock(*(u.double() for u in inputs)).bfloat16()
 
 
-class Absent(ModuleType):
-    """A module in place of one that is imported from and never used."""
-
-    def __init__(self, name: str):
-        super().__init__(name)
-        self.__spec__ = importlib.machinery.ModuleSpec(name, None)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return object
-
-
 def prepare_torchvision() -> None:
     """A CUDA build of torchvision beside a CPU torch lacks two operators that its import names."""
     try:
         import torchvision  # noqa: F401
     except RuntimeError:
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        KEPT.append(library)
+        prepare_torchvision.library = library  # must live as long as the process
 
 
 def prepare_distributed() -> None:
@@ -221,27 +201,24 @@ class VAE:
 
     def __init__(self, *, vae_pth: str, device: Any = CPU, **_: Any) -> None:
         torch.load(vae_pth)
-        self.device, self.dtype, self.model = device, torch.float32, TextModel()
-        self.model.z_dim = self.z_dim
+        self.device, self.dtype = device, torch.float32
+        self.model = SimpleNamespace(z_dim=self.z_dim)
 
     def encode(self, videos: list[Tensor]) -> list[Tensor]:
-        def one(video: Tensor) -> Tensor:
-            video = torch.cat([video[:, :1].expand(-1, 3, -1, -1), video], dim=1)
-            small = F.avg_pool3d(video, (4, self.side, self.side))
-            return torch.einsum("zc,cthw->zthw", seeded(self.z_dim, 3), small)
-
         with torch.autocast("cpu", enabled=False):
-            return [one(video) for video in videos]
+            longer = (torch.cat([v[:, :1].expand(-1, 3, -1, -1), v], dim=1) for v in videos)
+            small = (F.avg_pool3d(video, (4, self.side, self.side)) for video in longer)
+            return [torch.einsum("zc,cthw->zthw", seeded(self.z_dim, 3), video) for video in small]
 
     def decode(self, latents: list[Tensor]) -> list[Tensor]:
-        def one(z: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            (z,) = latents
             video = torch.einsum("cz,zthw->cthw", seeded(3, self.z_dim) / 16, z.float())
             for dim, times in ((1, 4), (2, self.side), (3, self.side)):
                 video = video.repeat_interleave(times, dim)
-            return video[:, 3:].clamp(-1, 1)
-
-        with torch.autocast("cpu", enabled=False):
-            return type(self).run().decode(lambda: [one(z) for z in latents])
+            video = video[:, 3:].clamp(-1, 1)
+        type(self).run().decoding(video)
+        return [video]
 
 
 class VAE48(VAE):
@@ -263,11 +240,9 @@ class CLIP:
 
 
 def make_model(config: dict[str, Any], seed: int) -> nn.Module:
-    """A small WanModel or VaceWanModel in place of that of a checkpoint's config.json.
-
-    Nothing in it is zero that would let a block's work come to nothing. Its time embedding moves
-    by distances of which the published polynomials, one for 1.3B and one for 14B, skip about half.
-    """
+    """A small WanModel or VaceWanModel in place of that of a checkpoint's config.json: without
+    zeros that would undo a block's work, and with a time embedding that moves by distances of which
+    the published polynomials, one for 1.3B and one for 14B, skip about half."""
     models = importlib.import_module("wan.modules.model")
     e_std, e0_bias_std = (0.05, 1.0) if config["dim"] < 2000 else (0.25, 4.0)
     size = dict(dim=DIM, ffn_dim=2 * DIM, num_heads=4, num_layers=2, text_dim=64)
@@ -332,15 +307,15 @@ class Reference:
     a skipped step their output is replaced by h + r before the head gets it.
 
     Of a job: ``thresh``, or the file of a record that has it; ``method``, plain, ret or sigma, the
-    first two with ``coefficients``; ``guided_steps`` n: from step n on the unconditional call
-    returns the conditional output; for sigma ``forced``, steps, and ``in_a_row``, the most steps
-    skipped in a row. ``order`` 0: r is the last residual r1. 1: r = r1 + g k (r1 - r2) for the last
-    two, r2 older, where k is how far the noise level has moved, in gaps between the two, but no
-    further than as many steps as that gap has. g is a branch's own: 1/2, then at each computed step
-    the k and residual of that step give the g that would have been best, between 0 and 1.
+    first two with ``coefficients``; for sigma ``forced``, steps, and ``in_a_row``, the most skipped
+    in a row; ``guided_steps`` n: from step n on the unconditional call returns the conditional
+    output. ``order`` 0: r is the last residual r1. 1: r = r1 + g k (r1 - r2), with r2 the one
+    before; k is how far the noise level has moved, in gaps between the two, but no further than as
+    many steps as that gap has. g is a branch's own: 1/2, then at each computed step the best one
+    for its k and residual, between 0 and 1.
 
-    A pipeline may have two models. The schedule is one over both, but nothing of one is of use to
-    the other: the first step of each is computed, and its residuals start anew.
+    A pipeline may have two models, with one schedule over both. The first step of each is computed,
+    and its residuals start anew.
     """
 
     def __init__(self, models: list[nn.Module], steps: int, job: dict[str, Any]):
@@ -440,7 +415,10 @@ class Reference:
             (step, x[:, :: math.ceil(x.size(1) / 1024)]) for step, x in last_three
         )
         k, line = self.gaps(now, last, before), r1 - r2
-        along, length = (all_ranks((a * line).double().sum()) for a in (r - r1, line))
+        sums = torch.stack([(a * line).double().sum() for a in (r - r1, line)])
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        along, length = sums.tolist()
         if k:
             self.gain[self.branch] = min(max(along / (k * length), 0.0), 1.0) if length else 0.0
 
@@ -448,13 +426,6 @@ class Reference:
         if self.branch == 0:
             self.conditional = output
         return self.conditional if self.step >= self.guided_steps else None
-
-
-def all_ranks(number: Tensor) -> float:
-    """The sum over the processes that share the tokens of a video."""
-    if dist.is_initialized():
-        dist.all_reduce(number)
-    return float(number)
 
 
 def inner(model: nn.Module) -> nn.Module:
@@ -478,60 +449,51 @@ class Run:
 
     def __init__(self, job: dict[str, Any], out: Path):
         self.job, self.out = job, out
-        self.steps_asked = self.constructed = 0
-        self.ran: list[bool] = []  # by call of a model: did the first block compute?
-        self.vace_ran: list[bool] = []
-        self.which: list[int] = []  # by call of a model: which of the pipeline's?
-        self.decoded = 0  # videos
+        self.steps_asked = self.constructed = self.decoded = 0
+        # by call of a model: did its first block compute, and VACE's, and which of the pipeline's?
+        self.ran, self.vace_ran, self.which = [], [], []
         self.patched: list[bool] = []  # by video: was a model patched when it was decoded?
-        self.models: list[nn.Module] = []
-        self.before: list[Any] = []
+        self.models, self.before = [], []
         self.reference: Reference | None = None
 
-    def watch(self, models: list[nn.Module]) -> None:
-        """Called at the end of a pipeline's constructor. A skipped block is called, and returns
-        its input: its attention is not called."""
+    def watch(self, pipeline: Any) -> None:
+        """Called at the end of a pipeline's constructor. On a skipped step a block is called all
+        the same, but not its attention."""
+        names = ("model", "high_noise_model", "low_noise_model")
+        models = [vars(pipeline)[name] for name in names if name in vars(pipeline)]
+        self.constructed, self.models = self.constructed + 1, models
 
         def called(which: int, *_: Any) -> None:
-            self.ran.append(False)
-            self.vace_ran.append(False)
-            self.which.append(which)
+            for calls, value in ((self.ran, False), (self.vace_ran, False), (self.which, which)):
+                calls.append(value)
 
-        self.constructed += 1
-        self.models = models
+        def computed(ran: list[bool], *_: Any) -> None:
+            ran[-1] = True
+
         for i, model in enumerate(models):
             model.register_forward_pre_hook(functools.partial(called, i))
             for name, ran in (("blocks", self.ran), ("vace_blocks", self.vace_ran)):
-                if hasattr(inner(model), name):
-                    attention = getattr(inner(model), name)[0].self_attn
-                    attention.register_forward_pre_hook(
-                        lambda *_, ran=ran: ran.__setitem__(-1, True)
-                    )
+                for block in getattr(inner(model), name, [])[:1]:
+                    block.self_attn.register_forward_pre_hook(functools.partial(computed, ran))
         if self.job["mode"] == "reference":
             self.reference = Reference(models, self.steps_asked, self.job)
         self.before = [state(model) for model in models]
 
-    def decode(self, decode: Callable) -> list[Tensor]:
-        """Called in place of the VAE's decoding: keeps the frames."""
+    def decoding(self, video: Tensor) -> None:
+        """Called by the VAE with what it decoded."""
         if self.job.get("fails") == "decode":
             raise torch.OutOfMemoryError("CUDA out of memory, says the test")
-        videos = decode()
-        np.save(self.out / f"{self.job['name']}.rank{RANK}.{self.decoded}.npy", videos[0])
+        np.save(self.out / f"{self.job['name']}.rank{RANK}.{self.decoded}.npy", video)
         self.decoded += 1
         self.patched.append([state(model) for model in self.models] != self.before)
-        return videos
 
     def result(self) -> dict[str, Any]:
         has_vace = any(hasattr(inner(model), "vace_blocks") for model in self.models)
-        return {
-            "ran": self.ran,
+        own = ("ran", "which", "constructed", "decoded", "patched")
+        return {name: vars(self)[name] for name in own} | {
             "vace_ran": self.vace_ran if has_vace else self.ran,
-            "models": self.which,
             "restored": [state(model) for model in self.models] == self.before,
             "computed": self.reference and self.reference.computed,  # by the reference's decision
-            "constructed": self.constructed,  # pipelines
-            "decoded": self.decoded,
-            "patched": self.patched,
         }
 
 
@@ -544,20 +506,19 @@ class Harness:
     run: Run
 
     def __init__(self) -> None:
-        self.generate, self.wan = map(importlib.import_module, ("generate", "wan"))
+        self.generate, wan = map(importlib.import_module, ("generate", "wan"))
         self.writers = {n: getattr(self.generate, n) for n in WRITERS if hasattr(self.generate, n)}
         self.flash = {
             module: module.flash_attention
             for name, module in sys.modules.items()
             if name.startswith("wan.") and hasattr(module, "flash_attention")
         }
-        self.pipelines = {n: vars(self.wan)[n] for n in PIPELINES if n in vars(self.wan)}
         self.stand_in()
-        for kind in self.pipelines.values():
+        for kind in [vars(wan)[name] for name in PIPELINES if name in vars(wan)]:
             kind.device = property(lambda pipeline: CPU, lambda pipeline, device: None)
             kind.__init__ = self.watched(kind.__init__)
-        if "WanVace" in self.pipelines:
-            prepare_small_sources(self.pipelines["WanVace"])
+            if hasattr(kind, "prepare_source"):
+                prepare_small_sources(kind)
         self.shrink()
 
     def stand_in(self) -> None:
@@ -569,19 +530,18 @@ class Harness:
         shard_model = importlib.import_module("wan.distributed.fsdp").shard_model
 
         def shard(model: nn.Module, device_id: Any, **kwargs: Any) -> nn.Module:
-            """Wan's own, but that nothing is synced, which FSDP has on GPUs only: the ranks'
-            weights are the same ones."""
+            """Wan's own, but without syncing, which FSDP has on GPUs only: all ranks' are equal."""
             return shard_model(model, CPU, **{**kwargs, "sync_module_states": False})
 
+        small |= {"shard_model": shard}
         for module in modules:
-            for name in {*small, "shard_model"} & set(vars(module)):
-                setattr(module, name, small.get(name, shard))
-            for name in {"WanModel", "VaceWanModel"} & set(vars(module)):
+            for name in small.keys() & vars(module).keys():
+                setattr(module, name, small[name])
+            for name in {"WanModel", "VaceWanModel"} & vars(module).keys():
                 getattr(module, name).from_pretrained = staticmethod(from_pretrained)
 
     def shrink(self) -> None:
-        """About 1/16 of every side, in multiples of 16, under the names of the full sizes. Of
-        ti2v's sizes 1/8: they are multiples of 32."""
+        """Makes sides 1/16 as long, in multiples of 16, and ti2v's 1/8, under their old names."""
         sizes, areas = self.generate.SIZE_CONFIGS, self.generate.MAX_AREA_CONFIGS
         for name, size in sizes.items():
             part = 8 if 704 in size else 16
@@ -592,11 +552,9 @@ class Harness:
     def watched(self, stock: Callable) -> Callable:
         """A pipeline's constructor."""
 
-        @functools.wraps(stock)
         def __init__(pipeline: Any, *args: Any, **kwargs: Any) -> None:
             stock(pipeline, *args, **kwargs)
-            names = ("model", "high_noise_model", "low_noise_model")
-            self.run.watch([vars(pipeline)[name] for name in names if name in vars(pipeline)])
+            self.run.watch(pipeline)
 
         return __init__
 
@@ -607,8 +565,6 @@ class Harness:
         if dist.is_initialized():
             dist.destroy_process_group()
         prepare_xfuser()
-        for name, kind in self.pipelines.items():
-            setattr(self.wan, name, kind)
         for name, write in self.writers.items():
             writes = job["mode"] != "reference"  # of that the frames are enough
             setattr(self.generate, name, write if writes else lambda **_: None)
@@ -628,11 +584,10 @@ class Harness:
     def with_checkpoint(self, argv: list[str], out: Path) -> list[str]:
         if "AUTO" not in argv:
             return argv
-        configs = self.generate.WAN_CONFIGS
-        task = argv[argv.index("--task") + 1] if "--task" in argv else next(iter(configs))
+        task = argv[argv.index("--task") + 1]
         folder = out / f"checkpoint-{task}"
         if RANK == 0 and not folder.exists():
-            config = configs.get(task, next(iter(configs.values())))
+            config = self.generate.WAN_CONFIGS[task]
             make_checkpoint(folder.with_suffix(".new"), task, config).rename(folder)
         while not folder.exists():
             time.sleep(0.01)
@@ -640,8 +595,7 @@ class Harness:
 
 
 class Side(int):
-    """A side of a small video. Two of them multiply to the full area: the only one that VACE's
-    prepare_source takes."""
+    """A side of a small video. Two of them multiply to an area that VACE's prepare_source takes."""
 
     def __mul__(self, other: int) -> int:
         return 720 * 1280 if int(self) * int(other) > 2_000 else 480 * 832
@@ -650,35 +604,17 @@ class Side(int):
 def prepare_small_sources(vace: Any) -> None:
     """Let VACE read its sources at the small sizes, onto the CPU."""
     stock = vace.prepare_source
-    processor = importlib.import_module("wan.utils.vace_processor").VaceVideoProcessor
-
-    class SmallVideoProcessor(processor):  # type: ignore[misc,valid-type]
-        def set_area(self, area: int) -> None:
-            super().set_area(area // 256)
 
     def prepare_source(self: Any, *sources: Any) -> Any:
         *others, size, _ = sources
-        fps = self.config.sample_fps
-        self.vid_proc = SmallVideoProcessor((4, 16, 16), 0, 0, fps, fps, True, 75600, True)
+        reader = self.vid_proc
+        reader.set_area = lambda area: type(reader).set_area(reader, area // 256)
         return stock(self, *others, tuple(map(Side, size)), CPU)
 
     vace.prepare_source = prepare_source
 
 
 # ------------------------------------------------------------------------------------ main
-
-
-def attempt(harness: Harness, run: Run) -> dict[str, Any]:
-    """Exit status and error that the job would have had as a process of its own."""
-    status, error = 0, None
-    try:
-        harness.do(run)
-    except SystemExit as leaving:
-        status = leaving.code or 0
-    except Exception as raised:
-        traceback.print_exc()
-        status, error = 1, repr(raised)
-    return {"exit": status, "error": error}
 
 
 def main() -> None:
@@ -690,10 +626,17 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # Wan and the script collect after each run: half a second through all imports
     for job in json.loads((out / "jobs.json").read_text()):
-        for stream in (sys.stdout, sys.stderr):
+        for stream in (sys.stdout, sys.stderr) if RANK == 0 else ():
             print(f"=== {job['name']}", file=stream, flush=True)
-        run = Run(job, out)
-        result = attempt(harness, run) | run.result()
+        run, status, error = Run(job, out), 0, None  # as of a process of its own
+        try:
+            harness.do(run)
+        except SystemExit as leaving:
+            status = leaving.code or 0
+        except Exception as raised:
+            traceback.print_exc()
+            status, error = 1, repr(raised)
+        result = {"exit": status, "error": error, **run.result()}
         (out / f"{job['name']}.rank{RANK}.json").write_text(json.dumps(result))
     if dist.is_initialized():
         dist.destroy_process_group()

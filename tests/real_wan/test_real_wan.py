@@ -14,28 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import cases
-import imageio
 import numpy as np
 import pytest
 from cases import TABLES, WAN21, WAN22, Done
 
-OFF = [
-    *(("2.1", name) for name in ("20-steps", "guidance-1", "vace-1.3B", "flf2v", "t2i-14B")),
-    *(("2.2", name) for name in ("t2v", "i2v", "ti2v", "ti2v-image")),
-]
-PLANNED = [
-    *(("2.1", name) for name in ("t2v-1.3B", "t2v-14B-ret", "sigma-dpm-speedup", "guide-until")),
-    *(("2.2", name) for name in ("t2v", "i2v-40", "ti2v-image-order-1", "t2v-rule")),
-]
-BATCHES = [
-    *(("2.1", "20-steps"), ("first", "20-steps"), ("2.1 by two", "20-steps.all")),
-    *(("2.2", "t2v"), ("2.2 by two", "t2v.all")),
-]
-COMPARED = [
-    *(("2.1", "20-steps"), ("2.1", "t2i-14B"), ("2.1 by two", "20-steps.all")),
-    ("2.2", "ti2v-image"),
-]
-DECODED = [("2.1", "20-steps"), ("2.1", "t2i-14B"), ("2.2", "t2v"), ("2.2", "ti2v")]
+
+def pairs(**names: str) -> list[tuple[str, str]]:
+    """(run, case) from names by run."""
+    return [(run, name) for run, of_run in names.items() for name in of_run.split()]
+
+
+OFF = pairs(w21="20-steps guidance-1 vace-1.3B flf2v t2i-14B", w22="t2v i2v ti2v ti2v-image")
+PLANNED = pairs(
+    w21="t2v-1.3B t2v-14B-ret sigma-dpm-speedup guide-until",
+    w22="t2v i2v-40 ti2v-image-order-1 t2v-rule",
+)
+BATCHES = pairs(w21="20-steps", first="20-steps", two21="20-steps.all", w22="t2v", two22="t2v.all")
+COMPARED = pairs(w21="20-steps t2i-14B", two21="20-steps.all", w22="ti2v-image")
+DECODED = pairs(w21="20-steps t2i-14B", w22="t2v ti2v")
+ULYSSES = pairs(w21="20-steps vace-1.3B", w22="t2v ti2v-image")
 LINES = (  # of a jobs file: as in the case, another video, stock of the first
     ["--prompt", cases.CATS],
     ["--prompt", "A red ball moves right.", "--base_seed", "7"],
@@ -47,33 +44,20 @@ def other_task(task: str) -> list[str]:
     return ["--task", task, "--size", "832*480", "--ckpt_dir", ".", "--prompt", cases.CATS]
 
 
-def vace(*flags: str) -> list[str]:
-    return ["--task", "vace-1.3B", "--size", "832*480", "--ckpt_dir", "AUTO", *flags]
-
-
+VACE = [*other_task("vace-1.3B")[:4], "--ckpt_dir", "AUTO"]
 REFUSED = [  # run, name, flags, parts of the line
-    ("2.1", "flf2v-61", [*cases.FLF2V_FULL, "--frame_num", "61"], ["--frame_num 61", "81"]),
-    ("2.1", "unipc", cases.UNIPC_FAILS, ["--sample_steps 80 --sample_shift 16.0"]),
-    ("2.1", "size", cases.command("t2v-1.3B", "1280*720"), ["Unsupport size 1280*720"]),
-    ("2.1", "task", other_task("t2v-5B"), ["--task", "'t2v-5B'"]),
-    (
-        *("2.1", "half-of-flf2v"),
-        cases.command("flf2v-14B", "832*480", "--first_frame", cases.example("i2v_input.JPG")),
-        ["--first_frame", "--last_frame"],
-    ),
-    ("2.1", "mask-alone", vace("--src_mask", "VIDEO"), ["--src_mask", "needs --prompt"]),
-    (
-        *("2.1", "no-such-reference", vace("--prompt", "x", "--src_ref_images", "none.png")),
-        ["--src_ref_images none.png"],
-    ),
-    ("2.1", "text-as-video", vace("--prompt", "x", "--src_video", __file__), ["--src_video"]),
-    ("2.1", "no-example", cases.command("i2v-14B", "832*480"), ["--image examples/i2v_input.JPG"]),
-    ("2.1 by two", "product", [*cases.T2V, "--ulysses_size", "3"], ["--ulysses_size 3", "2 here"]),
+    ("w21", "flf2v-61", [*cases.FLF2V, "--frame_num", "61"], ["--frame_num 61", "81"]),
+    ("w21", "unipc", cases.UNIPC_FAILS, ["--sample_steps 80 --sample_shift 16.0"]),
+    ("w21", "size", cases.command("t2v-1.3B", "1280*720"), ["Unsupport size 1280*720"]),
+    ("w21", "mask-alone", [*VACE, "--src_mask", "VIDEO"], ["--src_mask", "needs --prompt"]),
+    ("w21", "no-reference", [*VACE, "--prompt", "x", "--src_ref_images", "a.png"], ["a.png"]),
+    ("w21", "no-example", cases.command("i2v-14B", "832*480"), ["--image examples/i2v_input.JPG"]),
+    ("two21", "product", [*cases.T2V, "--ulysses_size", "3"], ["--ulysses_size 3", "2 here"]),
     ("first", "61", [*cases.I2V_720P, "--frame_num", "61"], ["--frame_num 61", "81 for i2v-14B"]),
-    ("2.2", "s2v", other_task("s2v-14B"), ["--task s2v-14B"]),
-    ("2.2", "animate", other_task("animate-14B"), ["--task animate-14B"]),
-    ("2.2", "ring", [*cases.T2V_A14B, "--ring_size", "2"], ["--ring_size"]),
-    ("2.2", "too-fast", [*cases.T2V_A14B, "--teacache_speedup", "2"], ["--teacache_speedup 2"]),
+    ("w22", "s2v", other_task("s2v-14B"), ["--task s2v-14B"]),
+    ("w22", "animate", other_task("animate-14B"), ["--task animate-14B"]),
+    ("w22", "ring", [*cases.T2V_A14B, "--ring_size", "2"], ["--ring_size"]),
+    ("w22", "too-fast", [*cases.T2V_A14B, "--teacache_speedup", "2"], ["--teacache_speedup 2"]),
 ]
 
 
@@ -90,19 +74,8 @@ def batch(name: str, flags: list[str], out: Path) -> list[dict[str, Any]]:
     file = out / f"{name}.txt"
     file.write_text("".join(f"{shlex.join(line)}\n" for line in lines))
     alone = [*flags, *LINES[1], "--save_file", str(out / f"{name}.line.mp4")]
-    return [
-        teacache(name, [*flags, "--teacache_jobs", str(file)]),
-        teacache(f"{name}.line", alone),
-    ]
-
-
-def decoded_later(name: str, flags: list[str], target: str) -> list[dict[str, Any]]:
-    """A video whose decoding fails, and --teacache_decode of its latents."""
-    latents = str(Path(target).with_suffix(".latents.pt"))
-    return [
-        teacache(f"{name}.fails", [*flags, "--save_file", target], fails="decode"),
-        teacache(f"{name}.decode", ["--teacache_decode", latents]),
-    ]
+    together = teacache(name, [*flags, "--teacache_jobs", str(file)])
+    return [together, teacache(f"{name}.line", alone)]
 
 
 def jobs_of(run: str, out: Path) -> list[dict[str, Any]]:
@@ -112,8 +85,8 @@ def jobs_of(run: str, out: Path) -> list[dict[str, Any]]:
     def target(name: str) -> str:
         return str(out / f"{name}.{'png' if 't2i' in name else 'mp4'}")
 
-    def named(pairs: list[tuple[str, str]]) -> list[tuple[str, list[str]]]:
-        return [(name, table[name].flags) for of_run, name in pairs if of_run == run]
+    def named(these: list[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+        return [(name, table[name].flags) for of_run, name in these if of_run == run]
 
     jobs += [cases.threshold_0(name, table, out) for name, _ in named(OFF)]
     for name, flags in named(PLANNED):
@@ -124,11 +97,15 @@ def jobs_of(run: str, out: Path) -> list[dict[str, Any]]:
         two = ["--teacache_compare", "2x", "--save_file", target(f"{name}.compared")]
         jobs.append(teacache(f"{name}.compared", [*flags, *cases.SIGMA, *two]))
     for name, flags in named(DECODED):
-        jobs += decoded_later(f"{name}.undecoded", flags, target(f"{name}.undecoded"))
+        video = target(f"{name}.undecoded")
+        latents = str(Path(video).with_suffix(".latents.pt"))
+        jobs.append(teacache(f"{name}.fails", [*flags, "--save_file", video], fails="decode"))
+        jobs.append(teacache(f"{name}.decode", ["--teacache_decode", latents]))
     jobs += [teacache(name, flags) for of_run, name, flags, _ in REFUSED if of_run == run]
-    if run == "2.1 by two":
+    if run == "two21":
         jobs += batch("queue", cases.T2V, out)[:1]
-    return jobs
+    source = str(out / "t2v-14B.teacache.mp4")
+    return [{**u, "argv": [source if v == "VIDEO" else v for v in u["argv"]]} for u in jobs]
 
 
 def first_release(folder: Path) -> Path:
@@ -147,20 +124,13 @@ def done(tmp_path_factory) -> Callable[[str], Done]:
 
     @functools.cache
     def run(name: str) -> Done:
-        repo = WAN22 if "2.2" in name else WAN21
+        repo = WAN22 if "22" in name else WAN21
         if not (repo / "generate.py").is_file():
             pytest.skip(f"no checkout at {repo} (or $WAN_REPO, $WAN22_REPO)")
         out = tmp_path_factory.mktemp("out")
-        source = str(out / "source.mp4")
-        with imageio.get_writer(source, fps=16) as writer:
-            for i in range(17):
-                writer.append_data(np.full((64, 96, 3), 15 * i, np.uint8))
-        jobs = jobs_of(name, out)
-        for job in jobs:
-            job["argv"] = [source if flag == "VIDEO" else flag for flag in job["argv"]]
         if name == "first":
             repo = first_release(tmp_path_factory.mktemp("first"))
-        return cases.run(repo, jobs, out, processes=2 if "by two" in name else 1)
+        return cases.run(repo, jobs_of(name, out), out, processes=2 if "two" in name else 1)
 
     return run
 
@@ -175,13 +145,10 @@ def test_case_equals_the_reference(done, run, name):
     cases.check(done(run), name, TABLES[run])
 
 
-@pytest.mark.parametrize(
-    ("run", "name"),
-    [("2.1", "20-steps"), ("2.1", "vace-1.3B"), ("2.2", "t2v"), ("2.2", "ti2v-image")],
-)
+@pytest.mark.parametrize(("run", "name"), ULYSSES)
 def test_ulysses_gives_the_frames_of_one_process(done, run, name):
     """Ring's blockwise softmax and FSDP's bfloat16 weights round otherwise, stock's too."""
-    two = done(f"{run} by two").frames(f"{name}.ulysses.teacache")
+    two = done(run.replace("w", "two")).frames(f"{name}.ulysses.teacache")
     assert np.array_equal(two, done(run).frames(f"{name}.teacache"))
 
 
@@ -193,9 +160,9 @@ def test_threshold_zero_patches_nothing_and_is_stock(done, run, name):
 @pytest.mark.parametrize(
     ("run", "name", "computed"),
     [
-        ("2.1", "sigma", [0, 1, 2, 3, 6, 9, 12, 15, 18, 19]),
-        ("2.2", "t2v", [0, 1, 2, 3, 4, 5, 8, 11, 13, 14, 15, 18, 19]),  # 13 is low noise's first
-        ("2.2", "i2v", [*range(10), 12, 15, 18, 19]),  # 8 is
+        ("w21", "sigma", [0, 1, 2, 3, 6, 9, 12, 15, 18, 19]),
+        ("w22", "t2v", [0, 1, 2, 3, 4, 5, 8, 11, 13, 14, 15, 18, 19]),  # 13 is low noise's first
+        ("w22", "i2v", [*range(10), 12, 15, 18, 19]),  # 8 is
     ],
 )
 def test_sigma_skips_by_default_what_its_limits_allow(done, run, name, computed):
@@ -207,9 +174,9 @@ def test_sigma_skips_by_default_what_its_limits_allow(done, run, name, computed)
     [("t2v-40", 40, 26), ("i2v-40", 40, 15), ("t2v-shift", 20, 9), ("t2v-rule", 20, 13)],
 )
 def test_first_step_of_each_model_is_computed(done, name, steps, high):
-    models = done("2.2").seen(f"{name}.teacache")["models"]
+    models = done("w22").seen(f"{name}.teacache")["which"]
     assert models == [0] * 2 * high + [1] * 2 * (steps - high)  # 0 is high_noise_model
-    assert {0, high} <= set(done("2.2").record(f"{name}.teacache")["computed"])
+    assert {0, high} <= set(done("w22").record(f"{name}.teacache")["computed"])
 
 
 @pytest.mark.parametrize(("run", "name"), PLANNED)
@@ -233,7 +200,7 @@ def test_batch_makes_the_videos_of_single_runs(done, run, name):
 
 
 def test_queue_makes_each_line_once_on_either_process(done):
-    alone, queue = done("2.1"), done("2.1 by two")
+    alone, queue = done("w21"), done("two21")
     made = []
     for rank in (0, 1):
         seen = queue.seen("queue", rank)
@@ -264,12 +231,12 @@ def test_comparison_measures_its_videos_after_one_load(done, run, name):
 
 @pytest.mark.parametrize(("run", "name"), DECODED)
 def test_kept_latents_are_decoded_without_a_model(done, run, name):
-    did, files = done(run), f"{name}.undecoded"
-    assert did.seen(f"{files}.fails")["exit"] == 1
-    assert did.succeeded(f"{files}.decode")["constructed"] == 0
-    assert np.array_equal(did.frames(f"{files}.decode"), did.frames(f"{name}.teacache"))
-    assert not (did.out / f"{files}.latents.pt").exists()
-    assert did.record(files)["status"] == "finished"
+    did = done(run)
+    assert did.seen(f"{name}.fails")["exit"] == 1
+    assert did.succeeded(f"{name}.decode")["constructed"] == 0
+    assert np.array_equal(did.frames(f"{name}.decode"), did.frames(f"{name}.teacache"))
+    assert not (did.out / f"{name}.undecoded.latents.pt").exists()
+    assert did.record(f"{name}.undecoded")["status"] == "finished"
 
 
 @pytest.mark.parametrize(
@@ -281,7 +248,3 @@ def test_bad_flags_are_refused_once_before_loading(done, run, name, parts):
         assert (did.seen(name, rank)["exit"], did.seen(name, rank)["constructed"]) == (2, 0)
     (line,) = [line for line in did.printed(name).splitlines() if "error" in line]
     assert all(part in line for part in parts)
-
-
-def test_attention_that_runs_is_logged_once(done):
-    assert done("2.1").printed("t2v-1.3B.teacache").count("attention: PyTorch's") == 1
