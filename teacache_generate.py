@@ -2854,6 +2854,7 @@ def jobs_of(wan: Wan, ours: argparse.Namespace, argv: Sequence[str]) -> list[lis
     argparse's own rule decides between them: the last one counts. Refused: one error per line.
     """
     lines = read_jobs(ours.teacache_jobs) if ours.teacache_jobs else [(0, [])]
+    wan.parse(our_flags(argv)[1], validate=False)  # a fault of the command line is told once
     jobs, errors, taken = [], [], dict[Path, str]()
     for i, flags in lines:
         try:
