@@ -1,9 +1,8 @@
 """Runs many jobs on the real Wan2.1 or Wan2.2, small and on a CPU, with one import of it.
 
-    python tests/real_wan/harness.py WAN_REPO OUT_DIR
-    torchrun --nproc_per_node=2 tests/real_wan/harness.py WAN_REPO OUT_DIR
+    python tests/real_wan/harness.py --repo WAN_REPO jobs.json OUT_DIR
 
-OUT_DIR/jobs.json is a list of
+or the same by torchrun. jobs.json is a list of
     {"name": ..., "mode": "stock" | "teacache" | "reference", "argv": [flags],
      "fails": "decode" if the VAE is to fail, "float32": whether autocast is to that dtype,
      and for reference the settings of ``Reference``}
@@ -37,9 +36,8 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import numpy as np
 import torch
@@ -73,9 +71,8 @@ def prepare(repo: str | Path) -> None:
     torch.cuda.amp.autocast = functools.partial(Autocast, "cuda")
     prepare_torchvision()
     sys.modules |= {"flash_attn": None, "flash_attn_interface": None}  # "not installed"
-    # imported for tasks that are not run here, or slowly
-    for name in ("librosa", "peft", "dashscope", "scipy.stats"):
-        sys.modules[name] = MagicMock(__spec__=importlib.machinery.ModuleSpec(name, None))
+    for name in ("librosa", "peft", "dashscope", "scipy.stats"):  # not used here, some slow
+        sys.modules[name] = Absent(name)
     prepare_distributed()
     sys.path.insert(0, str(repo))
 
@@ -109,6 +106,19 @@ def linear(
         return stock(x, weight, bias)
     with torch._C._DisableAutocast():
         return stock(*(u.double() for u in inputs)).bfloat16()
+
+
+class Absent(ModuleType):
+    """A module in place of one that is imported from and never used."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return object
 
 
 def prepare_torchvision() -> None:
@@ -211,19 +221,17 @@ class VAE:
             return [torch.einsum("zc,cthw->zthw", seeded(self.z_dim, 3), video) for video in small]
 
     def decode(self, latents: list[Tensor]) -> list[Tensor]:
-        with torch.autocast("cpu", enabled=False):
-            (z,) = latents
+        def one(z: Tensor) -> Tensor:
             video = torch.einsum("cz,zthw->cthw", seeded(3, self.z_dim) / 16, z.float())
             for dim, times in ((1, 4), (2, self.side), (3, self.side)):
                 video = video.repeat_interleave(times, dim)
-            video = video[:, 3:].clamp(-1, 1)
-        type(self).run().decoding(video)
-        return [video]
+            return video[:, 3:].clamp(-1, 1)
+
+        with torch.autocast("cpu", enabled=False):
+            return type(self).run().decode(lambda: [one(z) for z in latents])
 
 
-class VAE48(VAE):
-    """That of ti2v-5B."""
-
+class VAE48(VAE):  # that of ti2v-5B
     z_dim, side = 48, 16
 
 
@@ -479,13 +487,15 @@ class Run:
             self.reference = Reference(models, self.steps_asked, self.job)
         self.before = [state(model) for model in models]
 
-    def decoding(self, video: Tensor) -> None:
-        """Called by the VAE with what it decoded."""
+    def decode(self, decode: Callable) -> list[Tensor]:
+        """Called by the VAE: keeps the frames."""
         if self.job.get("fails") == "decode":
             raise torch.OutOfMemoryError("CUDA out of memory, says the test")
+        (video,) = decode()
         np.save(self.out / f"{self.job['name']}.rank{RANK}.{self.decoded}.npy", video)
         self.decoded += 1
         self.patched.append([state(model) for model in self.models] != self.before)
+        return [video]
 
     def result(self) -> dict[str, Any]:
         has_vace = any(hasattr(inner(model), "vace_blocks") for model in self.models)
@@ -502,8 +512,6 @@ class Run:
 
 class Harness:
     """The imported Wan, with small pipelines that tell ``self.run`` of their models."""
-
-    run: Run
 
     def __init__(self) -> None:
         self.generate, wan = map(importlib.import_module, ("generate", "wan"))
@@ -614,18 +622,15 @@ def prepare_small_sources(vace: Any) -> None:
     vace.prepare_source = prepare_source
 
 
-# ------------------------------------------------------------------------------------ main
-
-
 def main() -> None:
-    repo, out = map(Path, sys.argv[1:])
+    repo, jobs, out = map(Path, sys.argv[2:])
     warnings.simplefilter("ignore")
     prepare(repo.resolve())
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     harness = Harness()
     gc.collect()
     gc.freeze()  # Wan and the script collect after each run: half a second through all imports
-    for job in json.loads((out / "jobs.json").read_text()):
+    for job in json.loads(jobs.read_text()):
         for stream in (sys.stdout, sys.stderr) if RANK == 0 else ():
             print(f"=== {job['name']}", file=stream, flush=True)
         run, status, error = Run(job, out), 0, None  # as of a process of its own
