@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -103,9 +104,6 @@ def whole(ckpt, tmp_path_factory):
 NAMES = ["stock", "noise-1e-4", "0.2", "0.2-0", "1.25x", "t2v-1.3B-0.08"]
 
 
-# ------------------------------------------------------------------------------ what is made
-
-
 def test_entries_follow_two_stock_videos_from_one_load(whole):
     assert [row["label"] for row in whole.rows] == LABELS
     assert [video["order"] for video in whole.records] == [0, 0, 1, 0, 1, 1]
@@ -118,7 +116,7 @@ def test_entries_follow_two_stock_videos_from_one_load(whole):
     assert whole.said.index("TeaCache: 6 videos, 2 of them stock") < load
 
 
-def test_stock_is_stock_and_the_floor_sees_noise_at_its_first_step(whole):
+def test_stock_is_stock_and_the_floor_has_noise_at_step_0(whole):
     assert [row["computed"] for row in whole.rows[:2]] == [list(range(10))] * 2
     given, got = whole.given[:40], whole.got[:40]  # 10 steps, two calls, two videos
     noise = [b - a for a, b in zip(given, got, strict=True)]
@@ -179,9 +177,6 @@ def test_picture_shows_schedule_frame_and_difference(whole):
         for x, frame in zip((left, left + 192), expected, strict=True):
             image = Image.fromarray(frame.astype(np.uint8)).resize((192, 192))
             assert np.array_equal(line[:192, x : x + 192], np.asarray(image))
-
-
-# ------------------------------------------------------------------------------ table and labels
 
 
 def row(label, psnr, ssim=0.9, drift=0.05, computed=25, **others) -> Row:
@@ -262,40 +257,30 @@ def test_without_scikit_image_the_ssim_is_left_out(compare, tmp_path, monkeypatc
     assert Path("x.compare.png").is_file()
 
 
-# ------------------------------------------------------------------------------ refused
+WRONG = {
+    "fast": "fast must be 0 (stock)",
+    "x": "--teacache_compare x",
+    "0.5x": "0.5 must be 1 or more",
+    "-0.1": "-0.1",
+    "nan": "nan must be 0 (stock)",
+    "infx": "inf must be 1 or more",
+    "2x@2": "--teacache_compare 2x@2",
+    "nobody:2x": "no rule nobody: give one of sigma, t2v-1.3B",
+    "sigma:": "--teacache_compare sigma:",
+    "1.2x 0.1 1.2x": "entry 1.2x",
+    "": "--teacache_compare: expected at least one argument",
+    "1.5x 9x": "--teacache_compare 9x: --teacache_speedup 9: no threshold reaches it",
+    "t2v-14B:2x": "--teacache_compare t2v-14B:2x: --teacache_speedup 2: with rule t2v-14B",
+    "1.5x --teacache_thresh 0.1": "--teacache_thresh",
+    "1.5x --teacache_speedup 1.5": "--teacache_speedup",
+}
 
 
-@pytest.mark.parametrize(
-    ("entries", "flags", "expected"),
-    [
-        ("fast", [], "fast must be 0 (stock)"),
-        ("x", [], "--teacache_compare x"),
-        ("0.5x", [], "0.5 must be 1 or more"),
-        ("-0.1", [], "-0.1"),
-        ("nan", [], "nan must be 0 (stock)"),
-        ("infx", [], "inf must be 1 or more"),
-        ("2X", [], "2X must be 0 (stock)"),
-        ("2x@2", [], "--teacache_compare 2x@2"),
-        ("nobody:2x", [], "no rule nobody: give one of sigma, t2v-1.3B"),
-        ("sigma:", [], "--teacache_compare sigma:"),
-        ("1.2x 0.1 1.2x", [], "entry 1.2x"),
-        ("", [], "--teacache_compare: expected at least one argument"),
-        ("1.5x 9x", [], "--teacache_compare 9x: --teacache_speedup 9: no threshold reaches it"),
-        (
-            "t2v-14B:2x",
-            [],
-            "--teacache_compare t2v-14B:2x: --teacache_speedup 2: with rule t2v-14B",
-        ),
-        ("1.5x", ["--teacache_thresh", "0.1"], "--teacache_thresh"),
-        ("1.5x", ["--teacache_speedup", "1.5"], "--teacache_speedup"),
-    ],
-)
-def test_wrong_entries_are_refused_in_a_line(compare, made, entries, flags, expected):
-    code, said = compare(entries, *flags)
-    assert (code, said.count("error:"), made.sampled, list(Path().iterdir())) == (2, 1, [], []), (
-        said
-    )
-    assert expected in said
+@pytest.mark.parametrize("entries", WRONG)
+def test_wrong_entries_are_refused_in_a_line(compare, made, entries):
+    code, said = compare(entries)
+    assert (code, said.count("error:"), made.sampled, os.listdir()) == (2, 1, [], []), said
+    assert WRONG[entries] in said
 
 
 def test_old_pillow_is_found_before_loading(compare, made, monkeypatch):
@@ -308,9 +293,6 @@ def test_old_pillow_is_found_before_loading(compare, made, monkeypatch):
     wrap(monkeypatch, "PIL.ImageDraw.ImageDraw.textlength", text)
     code, said = compare("1.5x")
     assert (code, made.sampled, "pillow" in said) == (2, [], True)
-
-
-# ------------------------------------------------------------------------------ several lines
 
 
 def test_each_line_is_compared_with_its_own_stock(compare, made):
@@ -439,12 +421,9 @@ def test_comparison_needs_stock_and_does_without_noise(compare, made, number, la
 
 
 def test_failure_is_in_the_exit_status_behind_a_closed_pipe(compare, made, monkeypatch):
-    """As with ``| head``: printing the table raises."""
-
-    def closed(*args):
-        raise BrokenPipeError
-
+    """As with ``| head``."""
     made.then = {2: out_of_memory}
+    closed = Mock(side_effect=BrokenPipeError)
     monkeypatch.setattr("teacache_generate.print", closed, raising=False)
     assert compare("1.5x")[0] == 1
 
@@ -454,9 +433,6 @@ def test_image_to_video_is_compared(compare, made, i2v_ckpt, picture):
     code, said = compare("sigma:1.5x", *flags)
     assert code == 0, said
     assert rows()[2]["psnr"] == pytest.approx(psnr_of(made.decoded[2], made.decoded[0]))
-
-
-# ------------------------------------------------------------------------------ several processes
 
 
 def test_success_of_rank_0_is_broadcast_on_the_device_of_the_run(compare, monkeypatch):
