@@ -1,14 +1,14 @@
 """Tries and measures the script on one GPU, with random weights: see gpu.sh, which starts it.
 
 Each part is a process with a limit of its own. Its rows so far are in the JSON when it ends; if it
-fails or takes too long the next part runs. Host synchronisations are those that torch warns of. A
-step lasts from its conditional call to the next step's, by CUDA events; the table has medians over
-the steps. "above stock" is the peak of the allocator during sampling minus stock's.
+fails or takes too long the next part runs. A step lasts from its conditional call to the next
+step's, both after the GPU's work; the table has medians over the steps. "above stock" is the
+allocator's peak minus stock's.
 """
 
-from __future__ import annotations
-
 import argparse
+import gc
+import itertools
 import json
 import os
 import platform
@@ -18,20 +18,32 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
 TESTS = Path(__file__).resolve().parents[1]
 SCRIPT, STAND_IN = TESTS.parent / "teacache_generate.py", TESTS / "wan_nano"
 sys.path[:0] = [str(TESTS.parent), str(TESTS / "real_wan")]
 
-from gpu_full_size import CUDA, DEVICE, WAN, measure_full_size, prepare_imports  # noqa: E402
+import harness  # noqa: E402
+from bench_scale import GIB, WAN, make_model, make_pipeline, prepare_imports  # noqa: E402
 
-from teacache_generate import prepare_flash_attention, sdpa_attention  # noqa: E402
+from teacache_generate import (  # noqa: E402
+    TeaCacheConfig,
+    import_wan,
+    prepare_flash_attention,
+    sdpa_attention,
+    teacache,
+)
 
-TOTAL_SECONDS = 460
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda:0" if CUDA else "cpu")
+TOTAL_SECONDS, ROW = 460, "row of the table: "
 Rows = Iterator[tuple[str, Any]]
 
 
@@ -47,14 +59,11 @@ def python(*argv: object) -> str:
 
 FAILING_VAE = """
 import sys
-repo, script, *argv = sys.argv[1:]
-sys.path[:0] = [repo, script]
+sys.path[:0] = sys.argv[1:3]
 from wan.modules.vae import WanVAE
-def decode(*_):
-    raise OSError("not decoded, for the test")
-WanVAE.decode = decode
 import teacache_generate
-teacache_generate.main(argv)
+WanVAE.decode = None
+teacache_generate.main(sys.argv[3:])
 """
 
 
@@ -90,21 +99,19 @@ def try_stand_in(folder: Path) -> Rows:
 
 # --------------------------------------------------------- 2: the real Wan code with tiny models
 
-CASES = {
-    "WAN_REPO": ("20-steps", "t2v-1.3B-ret", "sigma-i2v", "order-1-ret", "vace-1.3B"),
-    "WAN22_REPO": ("t2v", "ti2v-image-rule", "ti2v-image-order-1"),
-}
+CASES21 = ("20-steps", "t2v-1.3B-ret", "sigma-i2v", "order-1-ret", "vace-1.3B")
+CASES22 = ("t2v", "ti2v-image-rule", "ti2v-image-order-1")
 
 
 def try_real_wan(folder: Path) -> Rows:
-    """Frames of generate.py with TeaCache against those of the independent reference."""
+    """Compare frames of generate.py with TeaCache with the frames of the reference."""
     import cases
 
-    releases = [(cases.WAN21, cases.CASES21), (cases.WAN22, cases.CASES22)]
-    for (repo, of_release), names in zip(releases, CASES.values(), strict=True):
+    releases = [(cases.WAN21, cases.CASES21, CASES21), (cases.WAN22, cases.CASES22, CASES22)]
+    for repo, known, names in releases:
         out = folder / repo.name
         out.mkdir()
-        chosen = {name: of_release[name] for name in (names if CUDA else names[:1])}
+        chosen = {name: known[name] for name in (names if CUDA else names[:1])}
         (out / "jobs.json").write_text(json.dumps(cases.jobs_of_cases(chosen, out)))
         command = [Path(__file__), "--harness", "--repo", repo, out / "jobs.json", out]
         done = cases.Done(out, python(*command))
@@ -113,31 +120,21 @@ def try_real_wan(folder: Path) -> Rows:
                 cases.check(done, name, chosen)
                 yield f"{repo.name} {name}", True
             except AssertionError as error:
-                ours, reference = (
-                    done.frames(f"{name}.{mode}") for mode in ("teacache", "reference")
-                )
-                yield f"{repo.name} {name}", f"off by {abs(ours - reference).max():.2g}"
                 print(f"{name}: {error}", file=sys.stderr)
+                off = done.frames(f"{name}.teacache") - done.frames(f"{name}.reference")
+                yield f"{repo.name} {name}", f"off by {abs(off).max():.2g}"
 
 
-def run_harness() -> None:
-    """real_wan/harness.py; on CUDA with its models, stand-ins and inputs on the GPU."""
-    import harness
-
-    if CUDA:
-        put_on_gpu(harness)
-    harness.main()
-
-
-def put_on_gpu(harness: Any) -> None:
+def put_harness_on_gpu() -> None:
+    """Let real_wan/harness.py have its models, stand-ins and inputs on the GPU."""
     seeded, small_model = harness.seeded, harness.make_model
 
     class Run(harness.Run):
-        def decode(self, decode: Callable) -> list[torch.Tensor]:
+        def decode(self, decode: Callable) -> list[Tensor]:
             return super().decode(lambda: [video.cpu() for video in decode()])
 
     class Reference(harness.Reference):
-        def decide_by_signal(self, module: Any, args: Any, output: torch.Tensor) -> None:
+        def decide_by_signal(self, module: Any, args: Any, output: Tensor) -> None:
             super().decide_by_signal(module, args, output.cpu())
 
     class Autocast(torch.autocast):
@@ -152,6 +149,95 @@ def put_on_gpu(harness: Any) -> None:
     harness.seeded = lambda *shape: seeded(*shape).to(DEVICE)
     harness.make_model = lambda *args, **kwargs: small_model(*args, **kwargs).to(DEVICE)
     harness.Run, harness.Reference = Run, Reference
+
+
+# ---------------------------------------------------------------------- 3, 5: models of full size
+
+SIZE, FRAMES = (832, 480) if CUDA else (160, 96), 81
+MODEL = {} if CUDA else {"dim": 48, "ffn_dim": 96, "num_heads": 4, "num_layers": 2}
+# What bench_scale.py predicts: seconds of a stock step on an A800; GiB at stock's peak; with orders
+# 0 and 1 the GiB above that, and the cost of a skipped step in % of a computed one
+SIMULATED = {
+    "t2v-1.3B": (3.43, 7.35, ((0.31, 0.13), (0.69, 0.19))),
+    "t2v-14B": (18.9, 59.9, ((1.04, 0.08), (2.29, 0.12))),
+}
+
+
+class Run(NamedTuple):
+    """What one ``generate`` took."""
+
+    seconds: np.ndarray  # of each step
+    computed: list[int]  # steps
+    peak: int  # bytes
+    at_vae: int  # bytes alive as the VAE begins
+
+
+def observe(pipeline: Any, config: TeaCacheConfig) -> Run:
+    marks, memory, calls = [], [0, 0], itertools.count()
+
+    def mark() -> None:
+        if CUDA:
+            torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+
+    def called(*_: Any) -> None:
+        if next(calls) % 2 == 0:  # a step has two calls
+            mark()
+
+    def decode(latents: list[Tensor]) -> list[Tensor]:
+        mark()
+        if CUDA:
+            memory[:] = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+        return latents
+
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    pipeline.vae.decode = decode
+    hook = pipeline.model.register_forward_pre_hook(called)
+    options = {"sampling_steps": config.steps, "seed": 0, "offload_model": False}
+    with teacache(pipeline.model, config) as cache:
+        pipeline.generate("a prompt", SIZE, FRAMES, **options)
+    hook.remove()
+    return Run(np.diff(marks), cache.computed_steps, *memory)
+
+
+def measure_full_size(task: str, steps: int) -> Rows:
+    """Measure stock, then half of the steps with orders 0 and 1."""
+    prepare_imports(WAN) if CUDA else harness.prepare(WAN)
+    import_wan(str(WAN), generates=True)
+    torch.manual_seed(0)
+    model = make_model(task, DEVICE, **MODEL)
+    nn.init.normal_(model.head.head.weight, std=model.dim**-0.5)  # zero in a new model
+    pipeline = make_pipeline(task, DEVICE, {"model": model})
+    observe(pipeline, TeaCacheConfig(2, 0.0))  # warms up
+    stock = observe(pipeline, TeaCacheConfig(steps, 0.0))
+    step_seconds, peak, of_orders = SIMULATED[task]
+    a_step = float(np.median(stock.seconds))
+    yield f"stock: a step, s (simulated {step_seconds} on an A800)", a_step
+    yield "stock: sampling, s", float(stock.seconds.sum())
+    yield f"stock: peak, GiB (simulated {peak})", stock.peak / GIB
+    for order in (0, 1):
+        # increments of 0: only the forced steps are computed
+        script = tuple(range(0, steps, 2))
+        config = TeaCacheConfig(steps, 1.0, (0.0,), order=order, forced_steps=script)
+        for name, value in compare(observe(pipeline, config), stock, *of_orders[order]):
+            yield f"order {order}: {name}", value
+
+
+def compare(run: Run, stock: Run, above: float, share: float) -> Rows:
+    """Compare a run with stock.
+
+    above, share: simulated GiB above stock, and cost of a skipped step in % of a computed one.
+    """
+    seconds, count = run.seconds, len(run.computed)
+    computed, skipped = seconds[run.computed], np.delete(seconds, run.computed)
+    ratio = float(np.median(skipped) / np.median(computed))
+    yield f"{count} of {len(seconds)} steps, speed-up", float(stock.seconds.sum() / seconds.sum())
+    yield f"skipped by computed step, % (simulated {share})", 100 * ratio
+    yield f"peak above stock, GiB (simulated {above})", (run.peak - stock.peak) / GIB
+    yield "above stock as the VAE begins, GiB", (run.at_vae - stock.at_vae) / GIB
 
 
 # ----------------------------------------------------------------------------------- 4: attention
@@ -183,20 +269,7 @@ def measure_attention(folder: Path) -> Rows:
 
 
 def milliseconds(call: Callable[[], Any]) -> float:
-    """Median of 5 calls, after one."""
-    times = []
-    for _ in range(6):
-        synchronize()
-        began = time.perf_counter()
-        call()
-        synchronize()
-        times.append(1000 * (time.perf_counter() - began))
-    return sorted(times[1:])[2]
-
-
-def synchronize() -> None:
-    if CUDA:
-        torch.cuda.synchronize()
+    return 1000 * Timer("call()", globals={"call": call}).blocked_autorange().median
 
 
 # ----------------------------------------------------------------------------------------- parts
@@ -210,43 +283,41 @@ PARTS: dict[int, tuple[str, Callable[[Path], Rows], int]] = {  # name, function,
 }
 
 
-def machine() -> dict[str, Any]:
+def machine() -> str:
     """What the results depend on."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.check_output(query, text=True).split()[0] if CUDA else None
-    gpu = torch.cuda.get_device_name() if CUDA else "none: small sizes, nothing is measured"
-    machine = {"gpu": gpu, "driver": driver, "torch": torch.__version__}
-    return machine | {"platform": platform.machine(), "date": time.strftime("%Y-%m-%d")}
+    name = torch.cuda.get_device_name() if CUDA else "no GPU: small sizes, nothing is measured"
+    build = f"torch {torch.__version__}, CUDA {torch.version.cuda}"
+    return f"{name}, {build}, {platform.machine()}, {time.strftime('%Y-%m-%d')}"
 
 
 def run_part(number: int, limit: float) -> dict[str, Any]:
     """A part in a process of its own: status, seconds and rows."""
-    began, result = time.perf_counter(), {"part": PARTS[number][0], "rows": []}
-    with tempfile.TemporaryDirectory() as folder:
-        rows = Path(folder) / "rows.json"
-        command = [sys.executable, __file__, "--part", str(number), "--rows", str(rows)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-            status = "ended" if done.returncode == 0 else f"failed: {done.stderr[-2000:]}"
-        except subprocess.TimeoutExpired:
-            status = f"stopped after {limit:.0f} s"
-        if rows.is_file():
-            result["rows"] = json.loads(rows.read_text())
-    return result | {"status": status, "seconds": round(time.perf_counter() - began, 1)}
+    command, began = [sys.executable, __file__, "--part", str(number)], time.perf_counter()
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=limit)
+        output, failed = done.stdout, f"failed: {done.stderr[-2000:].decode()}"
+        status = failed if done.returncode else "ended"
+    except subprocess.TimeoutExpired as error:
+        output, status = error.stdout or b"", f"stopped after {limit:.0f} s"
+    seconds, rows = round(time.perf_counter() - began, 1), rows_in(output.decode(errors="replace"))
+    return {"part": PARTS[number][0], "status": status, "seconds": seconds, "rows": rows}
 
 
-def write_rows(number: int, file: Path) -> None:
-    """Run a part here; write its rows as they come."""
-    rows = []
+def print_rows(number: int) -> None:
+    """Run a part here; print its rows as they come, among what Wan prints."""
     with tempfile.TemporaryDirectory() as folder:
         for row in PARTS[number][1](Path(folder)):
-            rows.append(row)
-            file.write_text(json.dumps(rows))
+            print(ROW + json.dumps(row), flush=True)
+
+
+def rows_in(output: str) -> list[Any]:
+    lines = [line for line in output.splitlines() if line.startswith(ROW)]
+    return [json.loads(line.removeprefix(ROW)) for line in lines]
 
 
 def lines(report: dict[str, Any]) -> Iterator[str]:
     """The table."""
-    yield ", ".join(str(value) for value in report["machine"].values() if value)
+    yield report["machine"]
     for number, part in report["parts"].items():
         yield f"{number}. {part['part']}: {part['status']} ({part['seconds']} s)"
         for name, value in part["rows"]:
@@ -257,16 +328,17 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
 def main() -> None:
     if "--harness" in sys.argv:
         sys.argv.remove("--harness")
-        run_harness()
+        if CUDA:
+            put_harness_on_gpu()
+        harness.main()
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", type=int, choices=PARTS, help="a part's number")
     parser.add_argument("--out", type=Path, default=Path(os.getenv("OUT", ".")))
     parser.add_argument("--part", type=int, choices=PARTS, help=argparse.SUPPRESS)
-    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
-        write_rows(args.part, args.rows)
+        print_rows(args.part)
         return
     began, report = time.perf_counter(), {"machine": machine(), "parts": {}}
     args.out.mkdir(parents=True, exist_ok=True)

@@ -5,67 +5,40 @@ import os
 import subprocess
 import sys
 import time
-import warnings
-from types import SimpleNamespace
 
 import bench_gpu
 import numpy as np
 import pytest
-from bench_gpu import lines, run_part, write_rows
-from gpu_full_size import WAN, compare, host_syncs
+from bench_gpu import WAN, Run, compare, rows_in, run_part
 from nano import HERE
 
 
-def probe(seconds: list[float], peak: float, vae: float, syncs: list[int]) -> SimpleNamespace:
-    memory = (int(peak * 2**30), int(vae * 2**30))
-    return SimpleNamespace(seconds=lambda: np.array(seconds), memory=memory, syncs_at=syncs)
-
-
 def test_figures_are_beside_stock():
-    stock = probe([1.0, 1.0, 1.0, 1.0], 10, 1, [0, 3, 6, 9, 12])
-    half = probe([1.0, 0.02, 0.02, 0.96], 10.25, 1, [0, 4, 8, 11, 15])
-    rows = compare("order 0", half, stock, [0, 3], (0.3, 0.1))
-    assert [value for _, value in rows] == pytest.approx([2.0, 100 * 0.02 / 0.98, 0.25, 0, 1])
-    assert rows[0][0] == "order 0: 2 of 4 steps, speed-up"
-    assert "simulated 0.3" in rows[2][0]
+    gib = 2**30
+    stock = Run(np.array([1.0, 1.0, 1.0, 1.0]), [0, 1, 2, 3], 10 * gib, gib)
+    half = Run(np.array([1.0, 0.02, 0.02, 0.96]), [0, 3], 10.25 * gib, gib)
+    rows = dict(compare(half, stock, 0.3, 0.1))
+    assert list(rows.values()) == pytest.approx([2.0, 100 * 0.02 / 0.98, 0.25, 0])
+    assert rows["2 of 4 steps, speed-up"] == 2
+    assert "peak above stock, GiB (simulated 0.3)" in rows
 
 
-def test_only_warnings_of_a_synchronisation_count():
-    with host_syncs() as found:
-        for _ in range(3):
-            warnings.warn("called a synchronizing CUDA operation (Triggered ...)", stacklevel=1)
-            warnings.warn("something else", stacklevel=1)
-    assert len(found) == 3
-
-
-def test_rows_of_a_failing_part_are_kept(monkeypatch, tmp_path):
+def test_rows_of_a_failing_part_are_kept(monkeypatch, capsys):
     def part(folder):
+        print("[Wan] something else")
         yield "first", 1.5
         raise RuntimeError("the second fails")
 
     monkeypatch.setitem(bench_gpu.PARTS, 1, ("a part", part, 1))
     with pytest.raises(RuntimeError):
-        write_rows(1, tmp_path / "rows.json")
-    assert json.loads((tmp_path / "rows.json").read_text()) == [["first", 1.5]]
+        bench_gpu.print_rows(1)
+    assert rows_in(capsys.readouterr().out) == [["first", 1.5]]
 
 
 def test_a_part_ends_at_its_limit():
     began = time.monotonic()
     assert run_part(1, 0.2)["status"] == "stopped after 0 s"
     assert time.monotonic() - began < 30
-
-
-def test_the_table_has_every_part():
-    rows = [["equal", True], ["off", False], ["seconds", 1.23456], ["kernel", "X"]]
-    part = {"part": "the stand-in", "status": "ended", "seconds": 3.0, "rows": rows}
-    head, title, *values = lines({"machine": {"gpu": "H200", "driver": None}, "parts": {1: part}})
-    assert (head, title) == ("H200", "1. the stand-in: ended (3.0 s)")
-    assert [line.split() for line in values] == [
-        ["equal", "yes"],
-        ["off", "NO"],
-        ["seconds", "1.235"],
-        ["kernel", "X"],
-    ]
 
 
 def test_one_part_runs_without_cuda(tmp_path):
@@ -78,6 +51,6 @@ def test_one_part_runs_without_cuda(tmp_path):
     (part,) = json.loads((tmp_path / "gpu.json").read_text())["parts"].values()
     assert part["status"] == "ended", part
     names = [name for name, _ in part["rows"]]
-    assert len(names) == 13
+    assert len(names) == 11
     assert names[3] == "order 0: 2 of 4 steps, speed-up"
-    assert "none: small sizes" in done.stdout
+    assert "no GPU: small sizes" in done.stdout
