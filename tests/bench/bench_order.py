@@ -14,24 +14,17 @@ the first fifth is forced. Prints the table, means by schedule, and the worst ce
 """
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
+import sampling
 import torch
-from sampling import (
-    NANO,
-    Sampling,
-    config_of,
-    load,
-    preview_of,
-    psnr,
-    sample,
-    scripted,
-    unseen_scenes,
-)
+from sampling import Sampling
 from torch import Tensor
 from tqdm import tqdm
 
@@ -51,7 +44,8 @@ SETTINGS = (
     Sampling(40, "dpm++", 3.0, 6.0),
     Sampling(60, "dpm++", 8.0, 4.0),
 )
-COLUMNS = ("order 0", "order 1", "D2Cache")
+FIGURES = ("order 0", "order 1", "D2Cache", "gain", "over D2Cache")
+Pairs = list[tuple[str, Tensor]]  # prompts and first latents
 
 
 @dataclass(frozen=True)
@@ -62,30 +56,6 @@ class Case:
     config: TeaCacheConfig
     computed: int
     accumulated: Sequence[float]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One schedule at one setting: mean PSNR of each column."""
-
-    sampling: Sampling
-    case: Case
-    psnr: np.ndarray
-
-    @property
-    def gain(self) -> float:
-        return float(self.psnr[1] - self.psnr[0])
-
-    @property
-    def over_d2cache(self) -> float:
-        return float(self.psnr[1] - self.psnr[2])
-
-    def __str__(self) -> str:
-        s, figures = self.sampling, "  ".join(f"{u:7.2f}" for u in self.psnr)
-        return (
-            f"{s.solver:6}  {s.steps:5}  {s.shift:5g}  {s.guide_scale:8g}  {self.case.name:17}  "
-            f"{self.case.computed:8}  {figures}  {self.gain:+5.2f}  {self.over_d2cache:+12.2f}"
-        )
 
 
 class D2Cache(ResidualCache):
@@ -119,84 +89,81 @@ def every(steps: int, stride: int, first: int = 0) -> list[int]:
     return sorted({*range(first), *range(first, steps, stride), steps - 1})
 
 
-def cases(sampling: Sampling, ckpt: Path) -> Iterator[Case]:
+def cases(setting: Sampling) -> Iterator[Case]:
     """The eight schedules at a setting."""
-    steps, wan = sampling.steps, load(ckpt)
-    previews = {mode: preview_of(wan, mode, sampling) for mode in ("plain", "retention")}
+    steps, wan, config_of = setting.steps, sampling.load(), sampling.config_of
+    previews = {mode: sampling.preview_of(wan, mode, setting) for mode in ("plain", "retention")}
     for mode, preview in previews.items():
         for n in (2, 3):
-            plan = preview.plan_speedup(config_of(mode, steps, 1.0, ckpt), n)
+            plan = preview.plan_speedup(config_of(mode, steps, 1.0), n)
             found, config = plan.computed_steps, plan.config
             sums = accumulate(plan, found, config.forced_steps)
             yield Case(f"{mode} 1/{n}", config, len(found), sums)
     # at a threshold that is never reached every step but the forced ones has an increment
-    increments = previews["plain"].plan(config_of("plain", steps, 1e9, ckpt))
-    for family, first, stride in (("even", 0, 2), ("even", 0, 4), ("early", 5, 3), ("early", 5, 6)):
-        script = every(steps, stride, first and steps // first)
-        sums = accumulate(increments, script, range(first and steps // first))
-        name = f"{family} every {stride}"
-        yield Case(name, scripted(steps, script), len(script), sums)
+    increments = previews["plain"].plan(config_of("plain", steps, 1e9))
+    for family, first, strides in (("even", 0, (2, 4)), ("early", steps // 5, (3, 6))):
+        for stride in strides:
+            script = every(steps, stride, first)
+            config = sampling.scripted(steps, script)
+            sums = accumulate(increments, script, range(first))
+            yield Case(f"{family} every {stride}", config, len(script), sums)
 
 
-class Pairs:
-    """Prompts and first latents."""
-
-    def __init__(self, count: int, seed: int):
-        generator = torch.Generator().manual_seed(seed)
-        self.prompts = [scene.prompt for scene in unseen_scenes(count, generator)]
-        self.noise = torch.randn(count, 16, 5, 8, 8, generator=generator)
-
-    def videos(self, sampling: Sampling, config: TeaCacheConfig, ckpt: Path) -> list[np.ndarray]:
-        pairs = zip(self.prompts, self.noise, strict=True)
-        return [sample(load(ckpt), *pair, config, sampling)[0] for pair in pairs]
+def pairs_of(count: int, seed: int) -> Pairs:
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [scene.prompt for scene in sampling.pick(count, generator, unseen=True)]
+    noise = torch.randn(count, 16, 5, 8, 8, generator=generator)
+    return list(zip(prompts, noise, strict=True))
 
 
-def cells(pairs: Pairs, settings: Sequence[Sampling], ckpt: Path) -> Iterator[Cell]:
-    """The grid, row by row."""
-    for sampling in settings:
-        stock = pairs.videos(sampling, TeaCacheConfig(sampling.steps, 0.0), ckpt)
-        for case in cases(sampling, ckpt):
+def videos(pairs: Pairs, setting: Sampling, config: TeaCacheConfig) -> list[np.ndarray]:
+    return [sampling.sample(sampling.load(), *pair, config, setting)[0] for pair in pairs]
+
+
+def cells(pairs: Pairs, settings: Sequence[Sampling]) -> Iterator[dict[str, Any]]:
+    """The table, row by row: each schedule at each setting."""
+    for setting in settings:
+        stock = videos(pairs, setting, TeaCacheConfig(setting.steps, 0.0))
+        for case in cases(setting):
             line = partial(D2Cache, accumulated=case.accumulated)
-            columns = [(0, ResidualCache), (1, ResidualCache), (1, line)]
             means = []
-            for order, residuals in columns:
+            for order, residuals in ((0, ResidualCache), (1, ResidualCache), (1, line)):
                 with patched(teacache_generate, ResidualCache=residuals):
-                    found = pairs.videos(sampling, replace(case.config, order=order), ckpt)
-                means.append(np.mean([psnr(*both) for both in zip(stock, found, strict=True)]))
-            yield Cell(sampling, case, np.array(means))
+                    found = videos(pairs, setting, replace(case.config, order=order))
+                means.append(np.mean([*map(sampling.psnr, stock, found)]))
+            order_0, order_1, d2cache = means
+            psnr = [order_0, order_1, d2cache, order_1 - order_0, order_1 - d2cache]
+            row = asdict(setting) | {"schedule": case.name, "computed": case.computed}
+            yield row | dict(zip(FIGURES, map(float, psnr), strict=True))
 
 
-def report(found: Sequence[Cell]) -> Iterator[str]:
-    """Means by schedule and over all, and the worst cells."""
-    yield f"mean over the settings  {'  '.join(COLUMNS)}   gain  over D2Cache"
-    for name in [*dict.fromkeys(cell.case.name for cell in found), "all"]:
-        part = [cell for cell in found if name in (cell.case.name, "all")]
-        means = np.mean([cell.psnr for cell in part], axis=0)
-        figures = "  ".join(f"{u:7.2f}" for u in means)
-        yield f"  {name:20}  {figures}  {means[1] - means[0]:+5.2f}  {means[1] - means[2]:+12.2f}"
-    for what, column in (("gain", "gain"), ("over D2Cache", "over_d2cache")):
-        yield f"least {what}: {min(found, key=lambda cell: getattr(cell, column))}"
+def means_by_schedule(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = []
+    for schedule in [*dict.fromkeys(row["schedule"] for row in rows), "all"]:
+        part = [row for row in rows if schedule in (row["schedule"], "all")]
+        means = {name: float(np.mean([row[name] for row in part])) for name in FIGURES}
+        found.append({"schedule": schedule, **means})
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--ckpt_dir", type=Path, default=NANO)
     add("--pairs", type=int, default=8)
     add("--seed", type=int, default=2024, help="of prompts and noise")
     add("--settings", type=int, default=len(SETTINGS), help="only the first ones")
     args = parser.parse_args()
-    pairs, found = Pairs(args.pairs, args.seed), list[Cell]()
-    print(f"PSNR in dB to stock, mean of {args.pairs} prompts and seeds, torch {torch.__version__}")
-    print(
-        f"solver  steps  shift  guidance  schedule           computed  {'  '.join(COLUMNS)}   gain"
-        "  over D2Cache"
-    )
-    settings = SETTINGS[: args.settings]
-    for cell in tqdm(cells(pairs, settings, args.ckpt_dir), total=8 * len(settings), disable=None):
-        found.append(cell)
-        tqdm.write(str(cell))
-    print("\n".join(report(found)))
+    pairs, settings = pairs_of(args.pairs, args.seed), SETTINGS[: args.settings]
+    rows = []
+    for row in tqdm(cells(pairs, settings), total=8 * len(settings)):
+        rows.append(row)
+        tqdm.write(sampling.table([row]), file=sys.stderr)
+    print(f"PSNR in dB to stock, mean of {args.pairs} prompts and seeds; {sampling.machine()}")
+    print(sampling.table(rows))
+    print("\nmeans over the settings\n" + sampling.table(means_by_schedule(rows)))
+    for name in ("gain", "over D2Cache"):
+        worst = min(rows, key=itemgetter(name))
+        print(f"\nleast {name}\n{sampling.table([worst])}")
 
 
 if __name__ == "__main__":

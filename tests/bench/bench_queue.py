@@ -9,7 +9,6 @@ has medians over the rounds; "whole command" includes Python's start and loading
 
 import argparse
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -17,9 +16,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
+from sampling import NANO, TESTS, machine, table
 
-TESTS = Path(__file__).resolve().parents[1]
 SCRIPT, STAND_IN = TESTS.parent / "teacache_generate.py", TESTS / "wan_nano"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 WAYS = {  # how Python is started, flags
@@ -29,17 +27,18 @@ WAYS = {  # how Python is started, flags
 }
 
 
-def run(way: str, folder: Path, videos: int, flags: list[str]) -> tuple[float, float]:
-    """Seconds of a batch: from the first video's beginning, and of the whole command."""
-    start, more = WAYS[way]
+def run(way: str, folder: Path, videos: int) -> tuple[float, float]:
+    """Seconds of a batch of stock videos: from the first one's beginning, and of the command."""
+    start, flags = WAYS[way]
     lines = (f"--prompt 'a red ball moves right' --base_seed {i}" for i in range(videos))
     jobs = [f"{line} --save_file {folder / f'{i}.mp4'}" for i, line in enumerate(lines)]
     (folder / "jobs.txt").write_text("\n".join(jobs))
-    argv = [*start, SCRIPT, "--wan_repo", STAND_IN, "--teacache_jobs", folder / "jobs.txt", *more]
+    argv = [*start, SCRIPT, "--wan_repo", STAND_IN, "--ckpt_dir", NANO, *flags]
+    argv += ["--teacache_jobs", folder / "jobs.txt", "--teacache_thresh", 0]
     began, first = time.time(), 0.0
     with (folder / "log.txt").open("w") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, *map(str, argv), *flags]
+        command = [sys.executable, *map(str, argv)]
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         while process.poll() is None:
             if not first and list(folder.glob("*.json")):
@@ -55,24 +54,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--videos", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--ckpt_dir", default=TESTS.parent / "assets" / "wan_nano")
-    parser.add_argument("--sample_steps", default=50, help="stock's: nothing is skipped")
     args = parser.parse_args()
-    flags = ["--ckpt_dir", args.ckpt_dir, "--sample_steps", args.sample_steps]
-    flags = [*map(str, flags), "--teacache_thresh", "0"]
     seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
     for _ in range(args.rounds):
         for way in WAYS:
             with tempfile.TemporaryDirectory() as folder:
-                seconds[way].append(run(way, Path(folder), args.videos, flags))
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, stand-in, "
-        f"{args.videos} videos of {args.sample_steps} steps, {args.rounds} rounds"
-    )
-    print("                      videos a minute  whole command")
+                seconds[way].append(run(way, Path(folder), args.videos))
+    rows = []
     for way, found in seconds.items():
-        rate, whole = 60 * args.videos / np.median(found, axis=0)
-        print(f"{way:20}  {rate:15.1f}  {whole:13.1f}")
+        rate, whole = (60 * args.videos / np.median(found, axis=0)).tolist()
+        rows.append({"": way, "videos a minute": rate, "whole command": whole})
+    print(f"{machine()}, {args.videos} videos of 50 steps, {args.rounds} rounds")
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import functools
 import json
 import logging
+import os
+import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +23,7 @@ ASSETS = TESTS.parent / "assets"
 NANO = ASSETS / "wan_nano"
 sys.path[:0] = [str(TESTS.parent), str(TESTS / "wan_nano"), str(TESTS / "wan_nano_training")]
 
-from clips import Scene, pick  # noqa: E402
+from clips import Scene, pick, seen  # noqa: E402, F401  (imported from here)
 from wan import WanT2V, pipeline  # noqa: E402
 from wan.configs import WAN_CONFIGS  # noqa: E402
 
@@ -50,11 +52,6 @@ class Sampling:
     solver: str = "unipc"
     shift: float = 5.0
     guide_scale: float = 5.0
-
-
-def unseen_scenes(count: int, generator: torch.Generator) -> list[Scene]:
-    """Scenes that the miniature was not trained on."""
-    return pick(count, generator, unseen=True)
 
 
 @functools.cache
@@ -115,15 +112,32 @@ def psnr(stock: np.ndarray, video: np.ndarray) -> float:
         return min(float(peak_signal_noise_ratio(stock, video, data_range=2)), PSNR_CAP)
 
 
-def config_of(
-    mode: str, steps: int, thresh: float | None = None, ckpt: Path = NANO
-) -> TeaCacheConfig:
-    """Settings for a mode: the polynomials of the checkpoint's teacache.json, or "sigma"."""
+def config_of(mode: str, steps: int, thresh: float | None = None) -> TeaCacheConfig:
+    """Settings for a mode: the polynomials of the miniature's teacache.json, or "sigma"."""
     if mode == "sigma":
         return TeaCacheConfig.from_rule(RULES["sigma"], steps, thresh or 0.0)
-    content = json.loads((ckpt / "teacache.json").read_text())
+    content = json.loads((NANO / "teacache.json").read_text())
     polynomials = [Polynomial(**content[name]) for name in ("plain", "retention")]
     return TeaCacheConfig.from_rule(Rule("nano", *polynomials), steps, thresh, mode == "retention")
+
+
+def machine() -> str:
+    """What seconds and rounding depend on."""
+    cores, date = os.cpu_count(), time.strftime("%Y-%m-%d")
+    return f"{platform.machine()}, {cores} cores, torch {torch.__version__}, {date}"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as text, with aligned columns and 4 digits."""
+    lines = [list(rows[0]), *([text(cell) for cell in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
+
+
+def text(cell: Any) -> str:
+    if isinstance(cell, float):
+        return f"{cell:.4g}"
+    return "" if cell is None else str(cell)
 
 
 def scripted(steps: int, script: Sequence[int], order: int = 0) -> TeaCacheConfig:
