@@ -11,8 +11,8 @@ from teacache_generate import RULES, Preview, TeaCacheConfig
 NORMS = Path(__file__).resolve().parents[1] / "unit" / "wan_residual_norms.json"
 TABLES = json.loads(NORMS.read_text())["tables"]
 FARTHEST = 7  # steps between the two schedules' n-th computed steps
-# The settings of MagCache's README, the steps that its own script computes (df81cb1; 720P with 4
-# was not run), and how far "sigma" is from them.
+# The settings of MagCache's README, the count of steps that its own script computes (df81cb1; 720P
+# with 4 was not run), and the largest distance of a step of "sigma".
 SETTINGS = [  # model, threshold, limit of steps skipped in a row, computed, apart
     ("t2v-1.3B", 0.12, 4, 21, 3),
     ("t2v-1.3B", 0.12, 2, 25, 7),
@@ -55,7 +55,7 @@ def test_magcache_computes_what_its_own_script_does():
 
 @pytest.mark.parametrize(("model", "thresh", "limit", "count", "apart"), SETTINGS)
 def test_sigma_is_as_far_from_magcache_as_noted(model, thresh, limit, count, apart):
-    """At equal counts; where MagCache leaves out the last step, which "sigma" forces, with it."""
+    """At equal counts. The last step, which "sigma" forces, is added where MagCache skips it."""
     table = TABLES[model]
     theirs = magcache(table["ratios"], thresh, limit)
     assert len(theirs) == count
