@@ -45,7 +45,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -62,7 +62,15 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageSequence
 from torch import Tensor, nn
 
-log = logging.getLogger("teacache")
+
+class Log(logging.LoggerAdapter):
+    """Begins each message with the script's name, among Wan's own."""
+
+    def process(self, msg: str, kwargs: Any) -> tuple[str, Any]:
+        return f"TeaCache: {msg}", kwargs
+
+
+log = Log(logging.getLogger("teacache"), {})
 
 # ----------------------------------------------------------------------------------------- rules
 # Decides which steps are computed. Uses numbers only: no tensors, models or files.
@@ -70,7 +78,7 @@ log = logging.getLogger("teacache")
 # TeaCache published the polynomials and their thresholds. Rule "sigma" is based on MagCache. New
 # here: the straight line of residual_norm, order 1, and choosing a threshold for a speed-up.
 
-EMBEDDING, PROJECTION, NOISE_LEVEL = "embedding", "projection", "noise level"  # signals
+EMBEDDING, PROJECTION, NOISE_LEVEL = "embedding", "projection", "noise level"  # measures
 RETENTION_STEPS = 5  # of --use_ret_steps: always computed; e0 is compared in place of e
 TRAIN_TIMESTEPS = 1000  # a timestep is 1000 times the noise level
 LARGE_THRESH = 1e9  # above every sum of increments: only forced steps are computed
@@ -85,6 +93,14 @@ class Polynomial:
 
     coefficients: Sequence[float]
     thresholds: Sequence[float]
+
+    def __post_init__(self) -> None:
+        numbers = [*self.coefficients, *self.thresholds]
+        finite = all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers)
+        if len(self.coefficients) != 5 or not self.thresholds or not finite:
+            raise ValueError("a polynomial needs 5 coefficients and a threshold, finite numbers")
+        if min(self.thresholds) < 0:
+            raise ValueError(f"threshold {min(self.thresholds)} must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -167,7 +183,7 @@ class TeaCacheConfig:
         thresh: a step is computed once the accumulated increments reach it; 0 is stock Wan.
         coefficients: of the polynomial for the increments, highest power first.
     To tinker with:
-        signal: what increments are computed from.
+        measure: what increments are computed from.
             EMBEDDING: the time embedding e [dim]; the first and the last step are forced.
             PROJECTION: e0 [6 * dim], which modulates the blocks; the first 5 steps are forced.
             NOISE_LEVEL: rule "sigma", without polynomial; the first fifth and the last step are
@@ -176,15 +192,15 @@ class TeaCacheConfig:
             through the last two (1, see ``ResidualCache``).
         guided_steps: the first steps on which the unconditional branch runs; after them it returns
             the conditional output, as at guidance scale 1. None: all steps.
-        forced_steps: always computed. None: as the signal has it.
-        max_skipped: steps skipped in a row at most. None: as the signal has it.
+        forced_steps: always computed. None: as the measure has it.
+        max_skipped: steps skipped in a row at most. None: as the measure has it.
     ValueError: names the setting and the allowed values.
     """
 
     steps: int
     thresh: float
     coefficients: Sequence[float] = ()
-    signal: str = EMBEDDING
+    measure: str = EMBEDDING
     order: int = 0
     guided_steps: int | None = None
     forced_steps: Sequence[int] | None = None
@@ -195,18 +211,22 @@ class TeaCacheConfig:
             raise ValueError(f"steps {self.steps}, guided_steps {self.guided_steps}: too few")
         if self.thresh is None or not 0 <= self.thresh < math.inf:
             raise ValueError(f"thresh {self.thresh} must be 0 (stock) or a positive number")
-        if self.signal not in (EMBEDDING, PROJECTION, NOISE_LEVEL):
-            raise ValueError(f"signal {self.signal!r} must be one of the three constants")
+        if self.measure not in (EMBEDDING, PROJECTION, NOISE_LEVEL):
+            raise ValueError(f"measure {self.measure!r} must be one of the three constants")
         if self.order not in (0, 1):
             raise ValueError(f"order {self.order} must be 0 or 1")
-        if self.thresh > 0 and self.signal != NOISE_LEVEL and not len(self.coefficients):
-            raise ValueError(f"signal {self.signal} needs coefficients, such as RULES has")
-        if self.forced_steps is None:
-            object.__setattr__(self, "forced_steps", self.default_forced_steps())
-        if self.max_skipped is None:
-            a_tenth = math.ceil(self.steps / 10)
-            limit = a_tenth if self.signal == NOISE_LEVEL else self.steps
-            object.__setattr__(self, "max_skipped", limit)
+        if self.thresh > 0 and self.measure != NOISE_LEVEL and not len(self.coefficients):
+            raise ValueError(f"measure {self.measure} needs coefficients, such as RULES has")
+        defaults = {  # forced_steps, max_skipped
+            EMBEDDING: ((0, self.steps - 1), self.steps),
+            PROJECTION: (tuple(range(RETENTION_STEPS)), self.steps),
+            NOISE_LEVEL: (first_steps([self.steps], [0.2]), math.ceil(self.steps / 10)),
+        }
+        for name, value in zip(
+            ("forced_steps", "max_skipped"), defaults[self.measure], strict=True
+        ):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # the dataclass is frozen
 
     @classmethod
     def from_rule(
@@ -219,21 +239,10 @@ class TeaCacheConfig:
         """
         polynomial = rule.polynomial(ret)
         if polynomial is None:
-            return cls(steps, thresh, signal=NOISE_LEVEL, **others)
+            return cls(steps, thresh, measure=NOISE_LEVEL, **others)
         thresh = polynomial.thresholds[-1] if thresh is None else thresh
-        signal_ = PROJECTION if ret else EMBEDDING
-        return cls(steps, thresh, polynomial.coefficients, signal_, **others)
-
-    def default_forced_steps(self) -> tuple[int, ...]:
-        if self.signal == PROJECTION:
-            return tuple(range(RETENTION_STEPS))
-        if self.signal == NOISE_LEVEL:
-            return first_steps([self.steps], [0.2])
-        return (0, self.steps - 1)
-
-    def is_forced(self, step: int) -> bool:
-        """Whether a step is computed whatever its increment."""
-        return self.thresh == 0 or step in self.forced_steps
+        measure = PROJECTION if ret else EMBEDDING
+        return cls(steps, thresh, polynomial.coefficients, measure, **others)
 
     def increment(self, timestep: float, distance: float, last_computed_timestep: float) -> float:
         """What a step adds to the accumulated value.
@@ -242,13 +251,24 @@ class TeaCacheConfig:
         the step before. "sigma", after MagCache (arXiv 2506.09045): the relative change of the
         residual's norm since the last computed step.
         """
-        if self.signal == NOISE_LEVEL:
+        if self.measure == NOISE_LEVEL:
             return abs(1 - residual_norm(timestep) / residual_norm(last_computed_timestep))
         return float(np.polyval(self.coefficients, distance))
 
     def is_guided(self, step: int) -> bool:
         """Whether the unconditional branch runs on a step."""
         return self.guided_steps is None or step < self.guided_steps
+
+    def passes(self, computed: Sequence[int]) -> int:
+        """How often the blocks run: once or twice a computed step. Stock: twice every step."""
+        return sum(1 + self.is_guided(step) for step in computed)
+
+    def count(self, computed: Sequence[int]) -> str:
+        """Such as "25 of 50 steps", with the passes where guidance ends early."""
+        text = f"{len(computed)} of {self.steps} steps"
+        if (passes := self.passes(computed)) != 2 * len(computed):
+            text += f", {passes} of {2 * self.steps} passes"
+        return text
 
 
 def first_steps(steps_by_model: Sequence[int], shares: Sequence[float]) -> tuple[int, ...]:
@@ -293,8 +313,8 @@ class Schedule:
         distance: None at the first step of a model, which is computed.
         """
         config, step, done = self.config, len(self.decisions), self.computed_steps
-        # a first step has no distance: done is not empty in the last test
-        if config.is_forced(step) or distance is None or step - done[-1] > config.max_skipped:
+        forced = config.thresh == 0 or step in config.forced_steps or distance is None
+        if forced or step - done[-1] > config.max_skipped:
             self.decisions.append(Decision(timestep, distance, None, 0.0, computed=True))
             return True
         previous, last_computed = self.decisions[-1], self.decisions[done[-1]]
@@ -304,23 +324,18 @@ class Schedule:
         self.decisions.append(Decision(timestep, distance, increment, accumulated, computed))
         return computed
 
-    def overrule(self, computed: bool) -> None:
-        """Replace the last decision by rank 0's."""
-        self.decisions[-1] = replace(self.decisions[-1], computed=computed)
-
     @property
     def computed_steps(self) -> list[int]:
         return [step for step, decision in enumerate(self.decisions) if decision.computed]
 
     @property
     def passes(self) -> int:
-        """How often the blocks run: once or twice a computed step. Stock: twice every step."""
-        return sum(1 + self.config.is_guided(step) for step in self.computed_steps)
+        return self.config.passes(self.computed_steps)
 
     @property
     def speedup(self) -> float:
         """Speed-up of the transformer over stock if a skipped step took no time."""
-        return 2 * len(self.decisions) / self.passes if self.passes else 1.0
+        return 2 * len(self.decisions) / self.passes
 
     @property
     def negative_steps(self) -> list[int]:
@@ -338,20 +353,14 @@ class Schedule:
 
     def summary(self) -> str:
         """Such as "25 of 50 steps (about 2.0x)"."""
-        count, steps = len(self.computed_steps), len(self.decisions)
-        text = f"{count} of {steps} steps"
-        if self.passes != 2 * count:
-            text += f", {self.passes} of {2 * steps} passes"
-        return f"{text} (about {self.speedup:.1f}x)"
+        return f"{self.config.count(self.computed_steps)} (about {self.speedup:.1f}x)"
 
 
 def ranges(steps: Sequence[int]) -> str:
     """Step numbers as short text: 1 2 3 7 as "1-3 7"."""
-    groups = [
-        [step for _, step in group]
-        for _, group in itertools.groupby(enumerate(steps), lambda pair: pair[1] - pair[0])
-    ]
-    return " ".join(f"{g[0]}" if len(g) == 1 else f"{g[0]}-{g[-1]}" for g in groups)
+    runs = itertools.groupby(enumerate(steps), lambda pair: pair[1] - pair[0])
+    ends = ((group[0][1], group[-1][1]) for group in (list(pairs) for _, pairs in runs))
+    return " ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in ends)
 
 
 @dataclass(frozen=True)
@@ -384,11 +393,8 @@ class Preview:
         def at(thresh: float) -> Schedule:
             return self.plan(replace(config, thresh=thresh))
 
-        fewest = at(LARGE_THRESH)
-        if fewest.negative_steps:
-            raise ValueError(f"increments are negative at steps {ranges(fewest.negative_steps)}")
-        if fewest.passes >= wanted:
-            return at(middle_threshold(fewest))
+        if negative := at(LARGE_THRESH).negative_steps:
+            raise ValueError(f"increments are negative at steps {ranges(negative)}")
         enough, too_large = 0.0, LARGE_THRESH
         while too_large - enough > max(1e-9 * too_large, 1e-12):
             middle = (enough + too_large) / 2
@@ -396,7 +402,10 @@ class Preview:
                 enough = middle
             else:
                 too_large = middle
-        return at(middle_threshold(at(enough)))
+        best = at(enough)
+        exact = middle_threshold(best)
+        rounded = at(float(f"{exact:.4g}"))  # the same on every machine
+        return rounded if rounded.as_text() == best.as_text() else at(exact)
 
 
 def middle_threshold(schedule: Schedule) -> float:
@@ -404,13 +413,10 @@ def middle_threshold(schedule: Schedule) -> float:
     above any that was computed. 0 where it skips nothing."""
     free = [decision for decision in schedule.decisions if decision.increment is not None]
     skipped = [decision.accumulated for decision in free if not decision.computed]
-    reached = [decision.accumulated for decision in free if decision.computed]
-    reached = [accumulated for accumulated in reached if math.isfinite(accumulated)]
+    reached = [d.accumulated for d in free if d.computed and math.isfinite(d.accumulated)]
     if not skipped:
         return 0.0
-    if not reached:
-        return 2 * max(skipped) or 1.0
-    return (max(skipped) + min(reached)) / 2
+    return (max(skipped) + min(reached)) / 2 if reached else 2 * max(skipped) or 1.0
 
 
 # ----------------------------------------------------------------------------------------- cache
@@ -494,7 +500,7 @@ class ResidualCache:
 
     It follows the line for as many steps as lie between old and new; then it stays constant. The
     gain of a branch is measured at each computed step, as the least-squares factor of
-    (actual - new) on reach * (new - old), clipped to 0..1; it starts at 1/2. D2Cache published a
+    (actual - new) on reach * (new - old), clipped to 0..1; it starts at 1. D2Cache published a
     linear prediction for Wan2.1 before this one; the measured gain is this project's.
 
     timesteps: of each step so far.
@@ -503,7 +509,7 @@ class ResidualCache:
     def __init__(self, timesteps: Sequence[float]):
         self.timesteps = timesteps
         self.history: deque[ComputedStep] = deque(maxlen=2)  # old, new
-        self.gain: dict[int, Tensor | float] = defaultdict(lambda: 0.5)  # on the GPU once measured
+        self.gain: dict[int, Tensor | float] = {}  # by branch; on the GPU, to need no wait for it
 
     def predict(self, order: int, branch: int, step: int, of: str = "residual") -> Tensor:
         """The residual of a skipped step; with of="probe", its probe."""
@@ -513,7 +519,8 @@ class ResidualCache:
         old, new = self.history
         reach = self.reach(min(step, 2 * new.step - old.step))
         change = newest - getattr(old, of)[branch]
-        return change.mul_(self.gain[branch] * reach).add_(newest)  # in place: 1.5 GB for 14B
+        # in place: a residual of 14B at 720P has 1.5 GB
+        return change.mul_(self.gain.get(branch, 1.0) * reach).add_(newest)
 
     def reach(self, step: int) -> float:
         """How far a step lies beyond the newest one, in lengths of the line; 0 without a line."""
@@ -527,28 +534,29 @@ class ResidualCache:
             computed.residual.clear()
 
     def add(self, computed: ComputedStep) -> Tensor | None:
-        """Take a computed step; measure the predictions it replaces, and the gains.
+        """Take a computed step. Returns what ``measure`` does, None for a model's first step."""
+        sums = self.measure(computed) if self.history else None
+        self.history.append(computed)
+        return sums
+
+    def measure(self, now: ComputedStep) -> Tensor:
+        """Measure the predictions that a computed step replaces, and the gains.
 
         Returns [sum|R|, sum|R - prediction of order 0|, sum|R - prediction of order 1|] over the
-        probes of both branches and all ranks, or None without a step to predict from.
+        probes R of both branches and all ranks.
         """
-        if not self.history:
-            self.history.append(computed)
-            return None
-        errors, products = [], []
         old, new = self.history[0], self.history[-1]  # with one step so far the line is 0
-        for branch, now in computed.probe.items():
-            predicted = [self.predict(order, branch, computed.step, of="probe") for order in (0, 1)]
-            errors.append(torch.stack([now, *(now - guess for guess in predicted)]).abs())
+        errors, products = [], []
+        for branch, probe in now.probe.items():
+            predicted = [self.predict(order, branch, now.step, of="probe") for order in (0, 1)]
+            errors.append(torch.stack([probe, *(probe - guess for guess in predicted)]).abs())
             line = new.probe[branch] - old.probe[branch]
-            products += [(now - new.probe[branch]) * line, line**2]
+            products += [(probe - new.probe[branch]) * line, line**2]
         # one reduction: three sums over both branches, then two for each branch
         sums = sum_over_ranks([*torch.stack(errors, 1), *products])
-        reach = self.reach(computed.step)
-        for branch, (along, squared) in zip(computed.probe, sums[3:].view(-1, 2), strict=True):
-            if reach:  # a line of length 0 has no gain
+        if reach := self.reach(now.step):
+            for branch, (along, squared) in zip(now.probe, sums[3:].view(-1, 2), strict=True):
                 self.gain[branch] = (along / (reach * squared)).nan_to_num(0.0).clamp(0, 1)
-        self.history.append(computed)
         return sums[:3]
 
 
@@ -578,7 +586,7 @@ class TeaCache:
         self.drifts: list[tuple[int, tuple[float, float]]] = []  # step, relative error by order
         self.unread: list[tuple[int, Tensor]] = []  # step, sums of ResidualCache.add
         self.timesteps: list[float] = []
-        self.calls = 0
+
         # while one model samples
         self.model: nn.Module | None = None
         self.residuals = ResidualCache(self.timesteps)
@@ -617,8 +625,7 @@ class TeaCache:
             output = forward(x, t, *args, **kwargs)
             self.end_call()
         self.output = output if self.branch == CONDITIONAL else None
-        one_a_step = self.step > 0 and self.calls == self.step + 1  # a pipeline without guidance
-        if self.step == self.config.steps - 1 and (self.branch == UNCONDITIONAL or one_a_step):
+        if self.step == self.config.steps - 1 and self.branch == UNCONDITIONAL:
             self.finish()
         return output
 
@@ -640,7 +647,7 @@ class TeaCache:
                 f"the pipeline takes more than {self.step} steps: set TeaCacheConfig.steps to its "
                 "sampling_steps, and enter teacache() for each video"
             )
-        self.calls, self.timestep = self.calls + 1, t
+        self.timestep = t
         if model is not self.model:  # its first call
             self.model, self.embedding = model, None
             self.residuals = ResidualCache(self.timesteps)
@@ -671,7 +678,7 @@ class TeaCache:
         """
         last = e.flatten(0, -2)[-1:]
         if self.branch == CONDITIONAL:
-            self.decide(projection(last)[0] if self.config.signal == PROJECTION else last[0])
+            self.decide(projection(last)[0] if self.config.measure == PROJECTION else last[0])
         if self.computes:
             return projection(e)
         return projection(last).expand(*e.shape[:-1], -1)
@@ -686,7 +693,10 @@ class TeaCache:
         self.embedding = embedding.clone()  # a view would keep the embeddings of all tokens
         decision = self.schedule.decide(timestep, distance[0] if distance else None)
         self.computes = as_rank_0(decision, embedding.device)
-        self.schedule.overrule(self.computes)
+        if self.computes != decision:  # rank 0's counts
+            self.schedule.decisions[-1] = replace(
+                self.schedule.decisions[-1], computed=self.computes
+            )
         self.timesteps.append(timestep)
         if self.computes:
             self.residuals.free(keep=self.config.order)  # the blocks need the memory
@@ -767,12 +777,9 @@ class TeaCache:
     def summary(self) -> str:
         """The computed steps and the drift, in one line."""
         order, steps = self.config.order, self.computed_steps
-        text = f"computed {len(steps)} of {self.config.steps} steps"
+        text = f"computed {self.config.count(steps)}"
         if len(steps) < self.config.steps:
             text += f" ({' '.join(map(str, steps))})"
-        passes = sum(1 + self.config.is_guided(step) for step in steps)
-        if passes != 2 * len(steps):
-            text += f", {passes} of {2 * self.config.steps} passes"
         if self.drifts:
             step, worst = max(self.drifts, key=lambda drift: drift[1][order])
             text += (
@@ -802,10 +809,9 @@ def teacache(models: nn.Module | Sequence[nn.Module], config: TeaCacheConfig) ->
         another ``teacache``, takes more steps than configured, or is not called twice a step.
     """
     cache = TeaCache(config)
-    guides_less = config.guided_steps is not None and config.guided_steps < config.steps
-    patches = config.thresh > 0 or guides_less
+    is_stock = config.thresh == 0 and config.is_guided(config.steps - 1)
     models = models if isinstance(models, (list, tuple)) else [models]
-    found = [(model, find_transformer(model)) for model in models if patches]
+    found = [(model, find_transformer(model)) for model in models if not is_stock]
     with ExitStack() as stack:
         for model, inner in found:
             stack.enter_context(patched_model(cache, model, inner))
@@ -815,13 +821,11 @@ def teacache(models: nn.Module | Sequence[nn.Module], config: TeaCacheConfig) ->
         finally:
             cache.release()
     taken = cache.step + 1
-    if cache.calls and taken != config.steps:
-        log.warning(f"TeaCache: set up for {config.steps} steps, but the pipeline took {taken}")
-    if cache.schedule.negative_steps:
-        log.warning(
-            f"TeaCache: increments were negative at steps {ranges(cache.schedule.negative_steps)}: "
-            "the polynomial was used outside its fitted range and may skip too many steps"
-        )
+    if taken not in (0, config.steps):
+        log.warning(f"set up for {config.steps} steps, but the pipeline took {taken}")
+    if negative := cache.schedule.negative_steps:
+        what = f"increments were negative at steps {ranges(negative)}"
+        log.warning(f"{what}: the polynomial was used outside its fitted range")
 
 
 def find_transformer(model: object) -> nn.Module:
@@ -856,9 +860,8 @@ def patched_model(cache: TeaCache, model: nn.Module, inner: nn.Module) -> Iterat
         if model is not inner:
             hook = model.register_forward_pre_hook(cache.note_timestep, with_kwargs=True)
             stack.enter_context(hook)
-        forward = functools.wraps(inner.forward)(
-            functools.partial(cache.forward, inner, inner.forward)
-        )
+        forward = functools.partial(cache.forward, inner, inner.forward)
+        forward = functools.wraps(inner.forward)(forward)  # keeps its signature
         stack.enter_context(patched(inner, forward=forward, teacache=cache))
         if cache.config.thresh > 0:
             for block in inner.blocks:
@@ -954,7 +957,7 @@ def install_attention(device: torch.device) -> None:
         where = "" if used is sdpa_attention else f" in {', '.join(reasons)}"
         why = next(iter(reasons.values()))
         text = f"{where}: PyTorch's (Wan's cannot run here: {why:.200})"
-    log.info(f"TeaCache: attention{text}")
+    log.info(f"attention{text}")
 
 
 # ------------------------------------------------------------------------------------------- Wan
@@ -1010,21 +1013,8 @@ def device_of_run() -> torch.device:
     return torch.device(gpu if torch.cuda.is_available() else "cpu")
 
 
-class Release(NamedTuple):
-    """The names that differ between Wan2.1 and Wan2.2, told apart by their video writer."""
-
-    name: str
-    video_writer: str  # in generate.py
-    image_writer: str | None
-    vaes: dict[str, str]  # start of a config's vae_checkpoint: MODULE.CLASS in wan.modules
-
-
-RELEASES = (
-    Release("Wan2.1", "cache_video", "cache_image", {"Wan2.1": "vae.WanVAE"}),
-    Release(
-        "Wan2.2", "save_video", None, {"Wan2.1": "vae2_1.Wan2_1_VAE", "Wan2.2": "vae2_2.Wan2_2_VAE"}
-    ),
-)
+VIDEO_WRITERS = ("cache_video", "save_video")  # in generate.py of Wan2.1 and Wan2.2
+IMAGE_WRITER = "cache_image"  # Wan2.2 makes no images
 
 
 class Kind(NamedTuple):
@@ -1068,11 +1058,11 @@ OPTIONAL_FLAGS = {
 class Wan:
     """An imported checkout of Wan2.1 or Wan2.2. Caches what is slow to compute."""
 
-    def __init__(self, generate_py: ModuleType, release: Release):
-        self.generate_py, self.release = generate_py, release
-        self.package = sys.modules["wan"]
-        self.image_writer = release.image_writer and getattr(generate_py, release.image_writer)
+    def __init__(self, generate_py: ModuleType):
+        self.generate_py, self.package = generate_py, sys.modules["wan"]
         self.folder = Path(generate_py.__file__).parent
+        writers = (*VIDEO_WRITERS, IMAGE_WRITER)
+        self.writers = {w: vars(generate_py)[w] for w in writers if hasattr(generate_py, w)}
         self.warned = set[str]()
         self.distances: dict[tuple[Any, ...], list[float | None]] = {}
         self.checked = set[tuple[Any, ...]]()  # checkpoints, and folders of targets
@@ -1080,7 +1070,7 @@ class Wan:
     def warn(self, text: str) -> None:
         """Log a warning once, however many videos of a command it is true for."""
         if text not in self.warned:
-            log.warning(f"TeaCache: {text}")
+            log.warning(f"{text}")
         self.warned.add(text)
 
     def task_config(self, task: str) -> dict[str, Any]:
@@ -1096,11 +1086,10 @@ class Wan:
         exported = vars(self.package).items()
         return {name: value for name, value in exported if hasattr(value, "generate")}
 
-    def parse(self, argv: Sequence[str], validate: bool = True) -> argparse.Namespace:
-        """Parse with generate.py's own parser. validate: check and complete a whole command."""
-        replaced = {"argparse": SimpleNamespace(**vars(argparse) | {"ArgumentParser": Parser})}
-        replaced |= {} if validate else {"_validate_args": lambda args: None}
-        with patched(self.generate_py, **replaced), patched(sys, argv=[sys.argv[0], *argv]):
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse with generate.py's own parser, and let it check and complete the flags."""
+        ours = SimpleNamespace(**vars(argparse) | {"ArgumentParser": Parser})
+        with patched(self.generate_py, argparse=ours), patched(sys, argv=[sys.argv[0], *argv]):
             try:
                 args = self.generate_py._parse_args()
             except AssertionError as error:
@@ -1116,8 +1105,11 @@ class Wan:
 
     def vae(self, args: argparse.Namespace, device: torch.device) -> Any:
         """A task's VAE alone."""
-        file = self.task_config(args.task)["vae_checkpoint"]
-        module, vae_class = self.release.vaes[file.split("_")[0]].split(".")
+        file = self.task_config(args.task)["vae_checkpoint"]  # Wan2.1_VAE.pth, Wan2.2_VAE.pth
+        module, vae_class = "vae", "WanVAE"  # of Wan2.1
+        if importlib.util.find_spec(f"wan.modules.{module}") is None:
+            version = file.split("_")[0].removeprefix("Wan").replace(".", "_")
+            module, vae_class = f"vae{version}", f"Wan{version}_VAE"
         make = getattr(importlib.import_module(f"wan.modules.{module}"), vae_class)
         return make(vae_pth=str(Path(args.ckpt_dir) / file), device=device)
 
@@ -1200,17 +1192,17 @@ def import_wan(wan_repo: str | None, generates: bool) -> Wan:
             generate_py = importlib.import_module("generate")
         except Exception as error:
             raise Refused(why_no_import(error)) from error
-    releases = [r for r in RELEASES if hasattr(generate_py, r.video_writer)]
     needed = ("_parse_args", "generate", "WAN_CONFIGS")
     missing = [name for name in needed if not hasattr(generate_py, name)]
-    missing += [] if releases else [" or ".join(release.video_writer for release in RELEASES)]
+    if not any(hasattr(generate_py, writer) for writer in VIDEO_WRITERS):
+        missing.append(" or ".join(VIDEO_WRITERS))
     what = f"--wan_repo {found[0]}: its generate.py has no {', '.join(missing)}"
     require(not missing, f"{what}: use Wan2.1's or Wan2.2's, or a fork nearer to them")
     if hasattr(generate_py, "_init_logging"):
         generate_py._init_logging(environment("RANK", 0))  # only rank 0 logs
     if generates:
         install_attention(device_of_run())
-    return Wan(generate_py, releases[0])
+    return Wan(generate_py)
 
 
 def check_gpus() -> None:
@@ -1224,19 +1216,16 @@ def check_gpus() -> None:
 
 def why_no_import(error: Exception) -> str:
     """The reason and the cure of a failed import of Wan, in one line."""
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = " ".join(str(error).split())
     reason = reason if len(reason) < 400 else f"{reason[:200]} ... {reason[-200:]}"
-    build, package = f"torch {torch.__version__}", (getattr(error, "name", "") or "").split(".")[0]
-    needs_cuda = not isinstance(error, ImportError) and re.search("(?i)cuda|nvid", reason)
-    cure = "install what its requirements.txt lists"
+    package = (getattr(error, "name", "") or "").split(".")[0]
     if package == "wan":
         cure = "this checkout lacks it: clone it again"
     elif isinstance(error, ModuleNotFoundError) and package:
         cure = f"pip install {PACKAGES.get(package, package)}"
-    elif "torchvision" in reason:
-        cure = f"install the torchvision built for {build}"
-    elif needs_cuda and not torch.cuda.is_available():
-        cure = f"Wan needs a CUDA device: see nvidia-smi, and whether {build} is a CUDA build"
+    else:
+        gpu = "a GPU" if torch.cuda.is_available() else "no GPU (Wan needs one: see nvidia-smi)"
+        cure = f"install what Wan lists, built for torch {torch.__version__}, which finds {gpu}"
     return f"Wan cannot be imported: {type(error).__name__}: {reason}: {cure}"
 
 
@@ -1263,44 +1252,37 @@ def tensor_files(folder: Path) -> dict[str | None, Path]:
 
 
 def read_tensor(folder: Path, name: str) -> Any:
-    """One tensor of a transformer, to be sliced; only an old pickle is read as a whole."""
+    """One tensor of a transformer; only an old pickle is read as a whole."""
     files = tensor_files(folder)
     file = files.get(None) or files[name]
     if file.suffix == ".safetensors":
-        return safetensors.safe_open(file, "pt").get_slice(name)
+        return safetensors.safe_open(file, "pt").get_tensor(name)
     mmap = zipfile.is_zipfile(file)  # an older pickle cannot be mapped
     return torch.load(file, mmap=mmap, weights_only=True, map_location="cpu")[name]
 
 
-def embedding_distances(folder: Path, timesteps: Sequence[float], signal: str) -> list[float]:
+def embedding_distances(folder: Path, timesteps: Sequence[float], measure: str) -> list[float]:
     """The relative L1 distances of one transformer's embeddings, one fewer than timesteps."""
 
-    def linear(x: Tensor, layer: str, outputs: slice = slice(None)) -> Tensor:
-        weight, bias = (read_tensor(folder, f"{layer}.{n}")[outputs] for n in ("weight", "bias"))
+    def linear(x: Tensor, layer: str) -> Tensor:
+        weight, bias = (read_tensor(folder, f"{layer}.{name}") for name in ("weight", "bias"))
         return nn.functional.linear(x, weight.float(), bias.float())
 
-    if signal == NOISE_LEVEL:
+    if measure == NOISE_LEVEL:
         return [math.nan] * (len(timesteps) - 1)  # not used
     sinusoid = sys.modules["wan.modules.model"].sinusoidal_embedding_1d
-    freq_dim = read_tensor(folder, "time_embedding.0.weight")[:1].shape[1]
+    freq_dim = read_tensor(folder, "time_embedding.0.weight").shape[1]
     hidden = linear(sinusoid(freq_dim, torch.tensor(timesteps)).float(), "time_embedding.0")
     e = linear(nn.functional.silu(hidden), "time_embedding.2")
-    parts = [e]
-    if signal == PROJECTION:  # e0, a sixth at a time: for 14B it has 0.6 GB of weights
-        dim, modulation = e.size(1), nn.functional.silu(e)
-        sixths = (slice(i * dim, (i + 1) * dim) for i in range(6))
-        parts = (linear(modulation, "time_projection.1", sixth) for sixth in sixths)
-    change = size = 0.0
-    for values in parts:  # [timesteps, dim]
-        change += values.diff(dim=0).abs().sum(1)
-        size += values[:-1].abs().sum(1)
-    return (change / size).tolist()
+    if measure == PROJECTION:  # e0; 14B has 0.6 GB of weights for it
+        e = linear(nn.functional.silu(e), "time_projection.1")
+    return [relative_l1(e[i], e[i - 1]).item() for i in range(1, len(e))]
 
 
-def preview_of(wan: Wan, args: argparse.Namespace, signal: str) -> Preview:
+def preview_of(wan: Wan, args: argparse.Namespace, measure: str) -> Preview:
     """A run's timesteps and, from the checkpoint, its distances: none is read for NOISE_LEVEL."""
     timesteps, task_config = wan.timesteps(args), wan.task_config(args.task)
-    key = (args.ckpt_dir, signal, *timesteps)
+    key = (args.ckpt_dir, measure, *timesteps)
     if key not in wan.distances:
         distances, remaining = [], iter(timesteps)
         folders = transformer_folders(args.ckpt_dir, task_config)
@@ -1310,7 +1292,7 @@ def preview_of(wan: Wan, args: argparse.Namespace, signal: str) -> Preview:
             of_model = list(itertools.islice(remaining, steps))
             if of_model:
                 with refusing(f"--ckpt_dir {folder}: its time embedding cannot be read", cure):
-                    distances += [None, *embedding_distances(folder, of_model, signal)]
+                    distances += [None, *embedding_distances(folder, of_model, measure)]
         wan.distances[key] = distances
     return Preview(timesteps, wan.distances[key])
 
@@ -1335,7 +1317,7 @@ def write_video(frames: np.ndarray, file: str | Path, fps: float) -> None:
 def write_image(wan: Wan, video: Tensor, file: str | Path) -> None:
     """Write one frame [3, 1, H, W] with Wan's writer, and read it back: it hides its errors."""
     options = {"nrow": 1, "normalize": True, "value_range": (-1, 1)}
-    wan.image_writer(tensor=video.squeeze(1)[None], save_file=str(file), **options)
+    wan.writers[IMAGE_WRITER](tensor=video.squeeze(1)[None], save_file=str(file), **options)
     check_written(file, 1)
 
 
@@ -1360,20 +1342,13 @@ def check_written(file: str | Path, frames: int) -> None:
 # Refuses a wrong command before a weight is loaded: numbers, checkpoint, inputs, target. Each
 # check raises Refused with one line and leaves no file behind.
 
-GIVE_ITS_TASK = "checkpoint: give its task, with --wan_repo a checkout of Wan2.2"
-FOREIGN_CHECKPOINTS = {  # by a file or folder that is foreign unless the task's config names it
-    "model_index.json": "-Diffusers checkpoint: download the one of this name without -Diffusers",
-    "high_noise_model": f"Wan2.2 A14B {GIVE_ITS_TASK}",
-    "Wan2.2_VAE.pth": f"Wan2.2 5B {GIVE_ITS_TASK}",
-}
-
 
 def check_numbers(wan: Wan, args: argparse.Namespace) -> None:
     """Check the numbers that the VAE, the sampler and the processes must be able to use."""
     frames, kind = args.frame_num, kind_of(args)
     below = max((frames - 1) // 4, 0) * 4 + 1
     require(frames == below, f"--frame_num {frames}: must be 4n+1, such as {below} or {below + 4}")
-    first_release = wan.release.name == "Wan2.1" and "WanFLF2V" not in wan.pipelines()
+    first_release = IMAGE_WRITER in wan.writers and "WanFLF2V" not in wan.pipelines()
     only_81 = kind == "flf2v" or (kind == "i2v" and first_release)  # hard-coded in Wan2.1
     what = f"--frame_num {frames}: must be 81 for {args.task}, as Wan2.1 has it"
     require(frames == 81 or not only_81, what)
@@ -1410,9 +1385,6 @@ def check_checkpoint(wan: Wan, args: argparse.Namespace, all_files: bool) -> Non
     folder, task_config = Path(args.ckpt_dir), wan.task_config(args.task)
     what = f"--ckpt_dir {folder}"
     require(folder.is_dir(), f"{what}: must be a folder with a checkpoint of {args.task}")
-    for name, other in FOREIGN_CHECKPOINTS.items():
-        foreign = (folder / name).exists() and name not in task_config.values()
-        require(not foreign, f"{what}: is a {other}")
     for transformer in transformer_folders(args.ckpt_dir, task_config):
         check_transformer(args, transformer, task_config)
     for name, value in task_config.items() if all_files else ():
@@ -1440,7 +1412,8 @@ def check_transformer(args: argparse.Namespace, folder: Path, task_config: dict[
 def check_file(args: argparse.Namespace, path: Path) -> None:
     """Check that a file of weights, or a tokenizer's folder, exists and is complete."""
     what = f"--ckpt_dir {args.ckpt_dir}: {path.name}"
-    require(path.exists(), f"{what} is missing, and --task {args.task} needs it: download it")
+    needed = f"is missing, and --task {args.task} needs it"
+    require(path.exists(), f"{what} {needed}: give that task's checkpoint, not one for Diffusers")
     files = [path]
     if path.is_dir():
         files = [f for f in path.iterdir() if not f.is_dir() and not f.name.startswith(".")]
@@ -1449,25 +1422,23 @@ def check_file(args: argparse.Namespace, path: Path) -> None:
         what = f"--ckpt_dir {args.ckpt_dir}: {file.name}"
         with refusing(what, "download this file again"):
             damage = find_damage(file)
-        require(not damage, f"{what} {damage}")
+        require(not damage, f"{what}: {damage}: download this file again")
 
 
 def find_damage(file: Path) -> str | None:
     """What is wrong with a file of weights, from its size and its ends; None if nothing is."""
     with file.open("rb") as opened:
         head = opened.read(64)
-    if not head:
-        return "is empty: download this file again"
     if head.startswith(b"version https://git-lfs"):
-        return "is a git-lfs pointer, not the file: run git lfs pull in its folder"
-    if file.suffix == ".safetensors":
+        return "is a git-lfs pointer, which git lfs pull replaces"
+    if file.suffix == ".safetensors" and head:
         with safetensors.safe_open(file, "pt"):  # raises if the file is cut short
             return None
     if head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(file):
-        return "is cut short: download this file again"  # an older pickle shows no such sign
+        return "is cut short"  # an older pickle shows no such sign
     if file.suffix in (".pth", ".bin") and head[:1] not in (b"P", b"\x80"):
-        return "holds no weights, but perhaps an error's web page: download this file again"
-    return None
+        return "holds no weights"  # but perhaps an error's web page
+    return None if head else "is empty"
 
 
 def check_named(flag: str, file: Any) -> None:
@@ -1555,7 +1526,7 @@ def warn_of_scores(wan: Wan, args: argparse.Namespace) -> None:
 # of a batch. Knows jobs, not our flags.
 #
 # If decoding or writing fails, NAME.latents.pt is kept beside the video and NAME.json names it.
-# --teacache_decode makes the video from it; so does a batch or comparison that is started again.
+# --teacache_decode makes the video of it; so does a batch or comparison that is started again.
 
 SAMPLE, DECODE, SKIP = "sample", "decode", "skip"  # what is left to do for a job
 RECORD, LATENTS = ".json", ".latents.pt"  # endings of the files beside a video
@@ -1567,10 +1538,11 @@ class Job:
     """One video to make.
 
     settings: what makes two videos the same (``settings_of``).
+    parts: its command line, as ``our_flags`` takes it.
     label, noise, compared_in: an entry of a comparison has these; the comparison's own files are
         named after compared_in.
-    argv: its command line. has_seed: argv gives a seed. by_default: argv gives neither a threshold
-        nor a speed-up. needs_free_name: its default name must not be another run's.
+    has_seed: parts give a seed. by_default: they give neither a threshold nor a speed-up.
+    needs_free_name: its default name must not be another run's.
     """
 
     args: argparse.Namespace
@@ -1578,10 +1550,10 @@ class Job:
     rule: Rule
     planned: Schedule
     settings: dict[str, Any]
+    parts: Sequence[Sequence[str]]
     label: str = ""
     noise: float = 0.0
     compared_in: Path | None = None
-    argv: Sequence[str] = ()
     has_seed: bool = True
     by_default: bool = False
     needs_free_name: bool = False
@@ -1640,7 +1612,8 @@ def read_record(target: Path) -> dict[str, Any] | None:
         return None
     with refusing(f"--save_file {target}: {file} exists", "give another --save_file"):
         record = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(record, dict) or not {"status", "settings"} <= record.keys():
+        read = {"status", "prompt", "seed", "frames", "computed", "steps", "drift", "seconds"}
+        if not isinstance(record, dict) or not {*read, "latents", "settings"} <= record.keys():
             raise ValueError("it is not a record of this script")
     return record
 
@@ -1719,7 +1692,7 @@ class Video:
             if is_rank_0():
                 write_record(self.target, self.record())
         except OSError as error:
-            log.error(f"TeaCache: the record of {self.target} cannot be written: {error}")
+            log.error(f"the record of {self.target} cannot be written: {error}")
 
     def save_end(self, status: str) -> None:
         """Record a failure or a stop, but not over the record of another run."""
@@ -1748,7 +1721,7 @@ class Video:
                 self.latents = file
                 return
             except (OSError, RuntimeError) as error:
-                log.error(f"TeaCache: latents cannot be kept in {folder}: {error}")
+                log.error(f"latents cannot be kept in {folder}: {error}")
             finally:
                 if file and self.latents is None:  # failed or stopped
                     file.unlink(missing_ok=True)
@@ -1774,19 +1747,6 @@ class Video:
 
 class BatchEnds(Exception):
     """No further video can be made; the failure behind it was logged."""
-
-
-def first_call_only(make: Callable) -> Callable:
-    """A function that returns the result of its first call at each call."""
-    results: list[Any] = []
-
-    @functools.wraps(make)
-    def first_result(*args: Any, **kwargs: Any) -> Any:
-        if not results:
-            results.append(make(*args, **kwargs))
-        return results[0]
-
-    return first_result
 
 
 @contextmanager
@@ -1822,7 +1782,7 @@ class Session:
         self.loading, self.load_seconds = False, 0.0
         self.failed = False  # a video, or the files of a comparison
         self.job: Job | None = None
-        self.save_file: str | None = None  # that Wan is given for the job
+        self.save_file: str | None = None  # as passed to Wan
         self.videos: list[Video] = []  # of the job
 
     @contextmanager
@@ -1830,21 +1790,21 @@ class Session:
         """Patch Wan's modules, once, around all videos."""
         generate_py, classes = self.wan.generate_py, self.wan.pipelines()
         loaders = {name: functools.partial(self.load, name, classes[name]) for name in classes}
-        writers = [self.wan.release.video_writer, self.wan.release.image_writer]
-        replaced = {w: functools.partial(self.write, w) for w in writers if w}
+        replaced = {w: functools.partial(self.write, w) for w in self.wan.writers}
+        once = functools.cache  # each video asks for the same
         for name in {"DashScopePromptExpander", "QwenPromptExpander"} & vars(generate_py).keys():
-            replaced[name] = first_call_only(getattr(generate_py, name))
-        init = first_call_only(dist.init_process_group)
+            replaced[name] = once(getattr(generate_py, name))
+        init, keep = once(dist.init_process_group), lambda *args: None
         with ExitStack() as stack:
             stack.enter_context(patched(self.wan.package, **loaders))
             stack.enter_context(patched(generate_py, **replaced))
-            group = {"init_process_group": init, "destroy_process_group": lambda *args: None}
-            stack.enter_context(patched(dist, **group))
+            group = patched(dist, init_process_group=init, destroy_process_group=keep)
+            stack.enter_context(group)
             if with_xfuser:
                 xfuser = importlib.import_module("xfuser.core.distributed")
                 names = ("init_distributed_environment", "initialize_model_parallel")
-                once = {name: first_call_only(getattr(xfuser, name)) for name in names}
-                stack.enter_context(patched(xfuser, **once))
+                parallel = {name: once(getattr(xfuser, name)) for name in names}
+                stack.enter_context(patched(xfuser, **parallel))
             yield
         if dist.is_available() and dist.is_initialized():  # after an error the process ends
             dist.destroy_process_group()
@@ -1882,10 +1842,10 @@ class Session:
         cache = video.cache
         if job.label not in (STOCK, NOISE):
             seconds = f", sampling {video.seconds.get('sampling', 0):.1f} s"
-            log.info(f"TeaCache: {video.target}: {cache.summary()}{seconds}")
+            log.info(f"{video.target}: {cache.summary()}{seconds}")
         if cache.computed_steps != job.planned.computed_steps:
             log.warning(
-                f"TeaCache: {video.target}: computed {cache.schedule.as_text()}, "
+                f"{video.target}: computed {cache.schedule.as_text()}, "
                 f"other steps than planned: {job.planned.as_text()}"
             )
         return result
@@ -1938,7 +1898,7 @@ class Session:
             return None
         if save_file is not None and str(save_file) != self.save_file:
             video.rename(Path(save_file))
-        is_image = writer == self.wan.release.image_writer
+        is_image = writer == IMAGE_WRITER
         frames = tensor[0].unsqueeze(1) if is_image else tensor[0]  # [3, F, H, W]
         with video.phase("write"):
             pixels = to_bytes(frames)
@@ -1978,7 +1938,10 @@ class Session:
             if self.loading or (across_ranks() and not failed):
                 raise BatchEnds from error
         except BaseException:
-            self.videos[-1].save_end("stopped")
+            video = self.videos[-1]
+            video.save_end("stopped")
+            if video.latents:
+                log.error(f"{video.target} is not finished: {self.how_to_finish(video)}")
             raise
         finally:
             logging.disable(logging.NOTSET)
@@ -1991,21 +1954,19 @@ class Session:
         self.failed = True
         video.failure = None  # holds the tensors of where it was raised
         video.save_end(f"failed: {error!r:.500}")
-        text = f"TeaCache: {video.target} failed: {str(error) or type(error).__name__:.500}"
-        if video.latents and video.latents.is_file():
-            text += f"\nTeaCache: its latents are in {video.latents}"
-            if not isinstance(error, FloatingPointError):
-                argv = [sys.executable, str(Path(__file__).absolute())]
-                argv += [
-                    "--wan_repo",
-                    str(self.wan.folder),
-                    "--teacache_decode",
-                    str(video.latents),
-                ]
-                quoted = subprocess.list2cmdline(argv) if os.name == "nt" else shlex.join(argv)
-                text += f"; this makes the video:\n{quoted}"
+        text = f"{video.target} failed: {str(error) or type(error).__name__:.500}"
+        if isinstance(error, FloatingPointError):
+            text += f": the latents are in {video.latents}"
+        elif video.latents and video.latents.is_file():
+            text += f"\n{self.how_to_finish(video)}"
         known = isinstance(error, (torch.cuda.OutOfMemoryError, OSError, FloatingPointError))
         log.error(text, exc_info=None if known else error)
+
+    def how_to_finish(self, video: Video) -> str:
+        argv = [sys.executable, str(Path(__file__).absolute()), "--wan_repo", str(self.wan.folder)]
+        argv += ["--teacache_decode", str(video.latents)]
+        command = subprocess.list2cmdline(argv) if os.name == "nt" else shlex.join(argv)
+        return f"the latents are in {video.latents}; this makes the video:\n{command}"
 
     def check_made(self) -> None:
         """Raise what kept a video of the job from being made."""
@@ -2047,19 +2008,15 @@ def read_latents(file: Path) -> dict[str, Any]:
     return content
 
 
-def args_of_latents(content: dict[str, Any], **given: str) -> argparse.Namespace:
-    """The flags that kept latents were made with, as far as decoding needs them."""
-    names = ("task", "ckpt_dir", "save_file")
-    return argparse.Namespace(**({name: content[name] for name in names} | given))
-
-
 def decode_latents(
     wan: Wan, file: Path, content: dict[str, Any], args: argparse.Namespace
 ) -> np.ndarray:
     """Decode kept latents, write the video (or image), finish its record, delete the latents.
 
-    Returns the frames, uint8 [F, H, W, 3].
+    args: task, ckpt_dir, save_file. Returns the frames, uint8 [F, H, W, 3].
     """
+    beside_both = Path(content["save_file"]), Path(str(file).removesuffix(LATENTS) + RECORD)
+    records = {target: read_record(target) or {} for target in beside_both}
     device = device_of_run()
     with torch.no_grad():
         video = wan.vae(args, device).decode([u.to(device) for u in content["latents"]])[0]
@@ -2069,8 +2026,7 @@ def decode_latents(
     else:
         write_video(pixels, args.save_file, content["fps"])
     done = {"status": "finished", "latents": None, "frames": len(pixels), "file": args.save_file}
-    for target in (Path(content["save_file"]), Path(str(file).removesuffix(LATENTS) + RECORD)):
-        record = read_record(target) or {}
+    for target, record in records.items():
         if record.get("latents") == str(file.absolute()):
             write_record(target, record | done)
     file.unlink()
@@ -2131,25 +2087,19 @@ class Queue:
 
 def make_batch(session: Session, jobs: Sequence[Job], queue: Queue | None) -> int:
     """Make one video after the other, then print the table of all. Returns the exit status."""
-    began, made = time.monotonic(), 0
     for i in queue.turns(len(jobs)) if queue else range(len(jobs)):
-        job, left = jobs[i], ""
+        job = jobs[i]
         if job.todo == SKIP:
-            log.info(f"TeaCache: {job.target} is finished: skipped")
+            log.info(f"{job.target} is finished: skipped")
             continue
-        if made:
-            processes = queue.processes if queue else 1
-            minutes = (time.monotonic() - began) / made * (len(jobs) - i) / processes / 60
-            left = f", about {math.ceil(minutes)} min to go"
         if len(jobs) > 1:
-            log.info(f"TeaCache: video {i + 1} of {len(jobs)}{left}: {job.target}")
+            log.info(f"video {i + 1} of {len(jobs)}: {job.target}")
         try:
             video = make_one(session, job)
         except BatchEnds:
             break
-        made += 1
         if queue and queue.rank:
-            log.info(f"TeaCache: {job.target}: {video.status}")
+            log.info(f"{job.target}: {video.status}")
     end = functools.partial(end_batch, session, jobs)
     return queue.finish(end) if queue else end()
 
@@ -2164,10 +2114,9 @@ def make_one(session: Session, job: Job) -> Video:
     session.videos = [video]
     if is_rank_0():
         try:
-            log.info(f"TeaCache: {job.target}: decoding the latents of an earlier run")
+            log.info(f"{job.target}: decoding the latents of an earlier run")
             content = read_latents(video.latents)
-            args = args_of_latents(content, save_file=job.args.save_file)
-            video.pixels = decode_latents(session.wan, video.latents, content, args)
+            video.pixels = decode_latents(session.wan, video.latents, content, job.args)
         except Exception as error:
             session.tell_failure(video, error)
             with suppress(OSError):
@@ -2181,22 +2130,20 @@ def end_batch(session: Session, jobs: Sequence[Job]) -> int:
     """Print the table of a batch from its records, whoever made them; return the exit status."""
     if not is_rank_0() or (len(jobs) == 1 and session.videos):
         return int(session.failed)
-    records, lines = [], ["computed  sampling   drift  file"]
+    failed = session.failed
+    log.info("computed  sampling   drift  file")
     for job in jobs:
         record = {"status": "not made, or no record"}
         with suppress(Refused):
             record = read_record(job.target) or record
-        records.append(record)
-        if record["status"] != "finished":
-            lines.append(f"{record['status'][:26]:>26}  {job.target}")
-            continue
-        drift = "" if record["drift"] is None else percent(record["drift"])
-        counts = f"{len(record['computed']):5}/{record['steps']:<2}"
-        seconds = record["seconds"].get("sampling", 0)
-        lines.append(f"{counts}  {seconds:6.1f} s  {drift:>6}  {job.target}")
-    for line in lines:
-        log.info(f"TeaCache: {line}")
-    return int(session.failed or any(record["status"] != "finished" for record in records))
+        figures = record["status"][:26]
+        if record["status"] == "finished":
+            drift = "" if record["drift"] is None else percent(record["drift"])
+            counts = f"{len(record['computed']):5}/{record['steps']:<2}"
+            figures = f"{counts}  {record['seconds'].get('sampling', 0):6.1f} s  {drift:>6}"
+        failed = failed or record["status"] != "finished"
+        log.info(f"{figures:>26}  {job.target}")
+    return int(failed)
 
 
 # ------------------------------------------------------------------------------------ comparison
@@ -2261,8 +2208,11 @@ class Comparison:
             if row.label in done
         }
 
-    def run(self) -> list[Row]:
-        """Make what is missing. Without stock's frames nothing can be measured."""
+    def run(self) -> None:
+        """Make what is missing. Without stock's frames nothing can be measured.
+
+        BatchEnds: see Session.make.
+        """
         missing = [job for job in self.jobs if job.label not in self.rows]
         if missing and missing[0].label != STOCK:
             if self.stock_file.exists():
@@ -2273,7 +2223,7 @@ class Comparison:
         for job in missing:
             if prompt is not None:  # extended once, for all entries
                 job.args.prompt, job.args.use_prompt_extend = prompt, False
-            log.info(f"TeaCache: comparison {self.target}: {job.label}")
+            log.info(f"comparison {self.target}: {job.label}")
             video = make_one(self.session, job)
             prompt = video.prompt if job.args.use_prompt_extend else prompt
             made = as_rank_0(video.status == "finished", device_of_run())
@@ -2281,11 +2231,10 @@ class Comparison:
                 self.add(job, video)
             video.pixels = None
             if not made and job.label == STOCK:
-                log.error(f"TeaCache: {self.target}: without stock nothing can be compared")
+                log.error(f"{self.target}: without stock nothing can be compared")
                 break
         if len(self.rows) == len(self.jobs):
             self.stock_file.unlink(missing_ok=True)
-        return self.sorted_rows()
 
     def extended_prompt(self) -> str | None:
         """What --use_prompt_extend answered for an entry of an earlier run."""
@@ -2313,7 +2262,7 @@ class Comparison:
             self.write()
         except Exception as error:  # the videos exist, and other lines may wait
             self.session.failed = True
-            log.error(f"TeaCache: the comparison of {self.target} cannot be written: {error}")
+            log.error(f"the comparison of {self.target} cannot be written: {error}")
 
     def sorted_rows(self) -> list[Row]:
         """In the order of the jobs, with the speed-up over the faster of the two stock runs: the
@@ -2402,9 +2351,16 @@ def write_side_by_side(
 
 def run_comparisons(session: Session, jobs_by_line: Sequence[Sequence[Job]]) -> int:
     """Compare each line of the jobs file, or the one command; print the table of all."""
-    count = sum(map(len, jobs_by_line))
-    log.info(f"TeaCache: {count} videos, {2 * len(jobs_by_line)} of them stock")
-    rows_by_line = [rows for jobs in jobs_by_line if (rows := Comparison(session, jobs).run())]
+    count, rows_by_line = sum(map(len, jobs_by_line)), []
+    log.info(f"{count} videos, {2 * len(jobs_by_line)} of them stock")
+    for jobs in jobs_by_line:
+        comparison = Comparison(session, jobs)
+        try:
+            comparison.run()
+        except BatchEnds:
+            break
+        finally:
+            rows_by_line += [rows] if (rows := comparison.sorted_rows()) else []
     with suppress(BrokenPipeError):  # `... | head`: the exit status still shows a failure
         if rows_by_line and is_rank_0():
             print("\n".join(comparison_table(rows_by_line)))
@@ -2412,64 +2368,28 @@ def run_comparisons(session: Session, jobs_by_line: Sequence[Sequence[Job]]) -> 
 
 
 def comparison_table(rows_by_line: Sequence[Sequence[Row]]) -> list[str]:
-    """Means over the lines; with several lines, standard deviations too."""
+    """One line per label: means over the lines of the jobs file."""
     by_label = defaultdict[str, list[Row]](list)
     for row in itertools.chain(*rows_by_line):
         by_label[row.label].append(row)
-    head = ["", "computed", "sampling", "speed-up", "drift", "PSNR", "SSIM"]
-    columns = list(zip(head, *map(table_cells, by_label.values()), strict=True))
-    has_ssim = any(columns[-1][1:])
-    if not has_ssim:
-        columns.pop()
-    wide = [max(map(len, column)) for column in columns]
-    table = []
-    for label, *others in zip(*columns, strict=True):
-        aligned = [text.rjust(width) for text, width in zip(others, wide[1:], strict=True)]
-        table.append("  ".join([label.ljust(wide[0]), *aligned]))
-    table.append(floor_line(rows_by_line))
-    return table if has_ssim else [*table, "for the SSIM: pip install scikit-image"]
-
-
-def table_cells(rows: Sequence[Row]) -> list[str]:
-    """The cells of one label."""
-
-    def mean(values: Sequence[float | None], digits: int, unit: str = "") -> str:
-        known = [value for value in values if value is not None]
-        if not known:
-            return ""
-        spread = len(known) > 1 and np.isfinite(known).all()
-        deviation = f" ± {np.std(known):.{digits}f}" if spread else ""
-        return f"{np.mean(known):.{digits}f}{deviation}{unit}"
-
-    computed = np.mean([len(row.computed) for row in rows])
-    return [
-        rows[0].label,
-        f"{computed:.0f}/{rows[0].steps}",
-        mean([row.seconds for row in rows], 1, " s"),
-        mean([row.speedup for row in rows], 2, "x"),
-        mean([row.drift and 100 * row.drift for row in rows], 1, " %"),
-        mean([row.psnr for row in rows], 1),
-        mean([row.ssim for row in rows], 3),
+    width = max(map(len, by_label))
+    table = [("", ["computed", "sampling", "speed-up", "drift", "PSNR", "SSIM"])]
+    forms = {"seconds": "{:.1f} s", "speedup": "{:.2f}x", "drift": "{:.1%}", "psnr": "{:.1f}"}
+    for label, rows in by_label.items():
+        computed = np.mean([len(row.computed) for row in rows])
+        cells = [f"{computed:.0f}/{rows[0].steps}"]
+        for name, form in (forms | {"ssim": "{:.3f}"}).items():
+            known = [value for row in rows if (value := getattr(row, name)) is not None]
+            cells.append(form.format(np.mean(known)) if known else "")
+        table.append((label, cells))
+    lines = [
+        f"{label:{width}}" + "".join(f"{cell:>10}" for cell in cells) for label, cells in table
     ]
-
-
-def floor_line(rows_by_line: Sequence[Sequence[Row]]) -> str:
-    """The floor, and the entries as near to stock as stock with noise, in the mean over lines."""
-    floors, margins = [], defaultdict[str, list[float]](list)
-    for rows in rows_by_line:
-        floor = next((row.psnr for row in rows if row.label == NOISE), None)
-        if floor is not None:
-            floors.append(floor)
-            for row in rows:
-                if row.label not in (STOCK, NOISE):  # both may be infinite
-                    margins[row.label].append(0.0 if row.psnr == floor else row.psnr - floor)
-    if not floors:
-        return "no floor: stock with noise of 1e-4 has failed"
-    reached = [label for label, values in margins.items() if np.mean(values) >= 0]
-    return (
-        f"floor (stock with noise of 1e-4): {np.mean(floors):.1f} dB; entries at the floor or "
-        f"above: {', '.join(reached) or 'none'}"
+    lines.append(
+        f"The floor is the PSNR of {NOISE}: an entry at or above it is as near as stock's."
     )
+    has_ssim = any(row.ssim is not None for row in itertools.chain(*rows_by_line))
+    return lines if has_ssim else [*lines, "for the SSIM: pip install scikit-image"]
 
 
 # ---------------------------------------------------------------------------------- command line
@@ -2521,15 +2441,12 @@ def as_speedup(text: str) -> Amount:
     return Amount(number_from(1, "1 or more, such as 2")(text), is_speedup=True)
 
 
-def our_parser(exclusive: bool = True) -> Parser:
-    """The flags that generate.py does not have.
-
-    exclusive: refuse a threshold beside a speed-up. A line of a jobs file overrides the command
-    line, so that the two together may have both: the last one counts.
-    """
+def our_parser() -> Parser:
+    """The flags that generate.py does not have, and --base_seed."""
     parser = Parser(allow_abbrev=False, add_help=False, description="TeaCache for generate.py")
+    parser.add_argument("--base_seed", type=int, help=argparse.SUPPRESS)
     group = parser.add_argument_group("which steps are computed")
-    amounts = group.add_mutually_exclusive_group() if exclusive else group
+    amounts = group.add_mutually_exclusive_group()
     amount = {"dest": "amount", "metavar": "X"}
     thresh, fewer = "higher skips more; 0 is stock", "or: find a threshold that runs 1/X of passes"
     amounts.add_argument("--teacache_thresh", type=as_threshold, help=thresh, **amount)
@@ -2556,20 +2473,27 @@ def our_parser(exclusive: bool = True) -> Parser:
     return parser
 
 
-def our_flags(argv: Sequence[str], exclusive: bool = True) -> tuple[argparse.Namespace, list[str]]:
-    """Our flags, and what is left for generate.py."""
-    for flag in argv:
+def our_flags(*parts: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our flags, and what is left for generate.py.
+
+    parts: the command line; a line of a jobs file and an entry of a comparison, which override it.
+    Only one part by itself may not have both a threshold and a speed-up.
+    """
+    ours, left = argparse.Namespace(), []
+    for flag in itertools.chain(*parts):
         name = flag.split("=")[0]
         require(name not in OLD_FLAGS, f"{name}: is gone: {OLD_FLAGS.get(name)}")
-    # argparse would take "--prompt=a b", unknown here, for another entry of --teacache_compare:
-    # because of the space it does not look like a flag. So spaces are hidden while it parses.
-    argv = [flag.replace(" ", "\x1f") if flag.startswith("--") else flag for flag in argv]
-    ours, rest = our_parser(exclusive).parse_known_args(argv)
+    for part in parts:
+        # argparse would take "--prompt=a b", unknown here, for another entry of --teacache_compare:
+        # because of the space it does not look like a flag. So spaces are hidden while it parses.
+        hidden = [flag.replace(" ", "\x1f") if flag.startswith("--") else flag for flag in part]
+        ours, rest = our_parser().parse_known_args(hidden, ours)
+        left += [flag.replace("\x1f", " ") for flag in rest]
     for name, value in vars(ours).items():
         check_named(name, value)
         if isinstance(value, str):
             setattr(ours, name, value.replace("\x1f", " "))
-    return ours, [flag.replace("\x1f", " ") for flag in rest]
+    return ours, left
 
 
 # The rule of a run
@@ -2605,9 +2529,7 @@ def download_names(folder: Path) -> list[str]:
     while paths[0].is_symlink():
         paths.insert(0, paths[0].parent / paths[0].readlink())
     for path in (folder.resolve(), *paths):
-        names.append(path.name)
-        if path.parent.name == "snapshots":
-            names.append(path.parent.parent.name)
+        names += [path.name, path.parent.parent.name if path.parent.name == "snapshots" else ""]
     return names
 
 
@@ -2615,24 +2537,14 @@ def read_rule(file: Path) -> Rule:
     """A rule as JSON: {"steps", "shift", "solver", "plain": {"coefficients", "thresholds"},
     "retention": the same}."""
 
-    def check(correct: bool, message: str) -> None:
-        if not correct:
-            raise ValueError(message)
-
     cure = f"give one of {', '.join(RULES)}, or a file in the form that the README shows"
     with refusing(f"--teacache_rule {file}: cannot be used", cure):
         content = json.loads(file.read_text(encoding="utf-8-sig"))
         polynomials = {name: Polynomial(**content.pop(name)) for name in ("plain", "retention")}
-        for name, polynomial in polynomials.items():
-            coefficients, thresholds = polynomial.coefficients, polynomial.thresholds
-            check(len(coefficients) == 5, f"{name}: 5 coefficients are needed")
-            check(len(thresholds) > 0, f"{name}: a threshold is needed")
-            numbers = [*coefficients, *thresholds]
-            finite = all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers)
-            check(finite and min(thresholds) >= 0, f"{name}: finite numbers, thresholds from 0")
         rule = Rule(file.name, **polynomials, **content, why=f"from {file.absolute().parent.name}")
-        fit = isinstance(rule.steps, int) and isinstance(rule.shift, (int, float))
-        check(fit and isinstance(rule.solver, str), "steps and shift are numbers, solver a name")
+        is_fit = isinstance(rule.steps, int) and isinstance(rule.shift, (int, float))
+        if not (is_fit and isinstance(rule.solver, str)):
+            raise ValueError("steps and shift must be numbers, solver a name")
     return rule
 
 
@@ -2704,15 +2616,11 @@ def check_plan(
         notes.append(f"increments are negative at steps {ranges(planned.negative_steps)}")
     if planned.longest_skip > max(6, len(planned.decisions) / 4):
         notes.append(f"{planned.longest_skip} steps in a row are skipped")
-        cures = [f"a lower {flag.split()[0]}", "--teacache_thresh 0"]
-        cures.append("--teacache_rule sigma")
+        cures = f"use a lower {flag.split()[0]}, --teacache_thresh 0, --teacache_rule sigma"
         if rule.name in RULES:
-            cures.append(f"--teacache_rule {rule.name} to run it all the same")
-        require(
-            rule.forced or not away,
-            f"{flag}: {rule} would compute {planned.summary()}: {'; '.join(notes)}: use "
-            f"{', '.join(cures)}",
-        )
+            cures += f", or --teacache_rule {rule.name} to run it all the same"
+        what = f"{flag}: {rule} would compute {planned.summary()}: {'; '.join(notes)}"
+        require(rule.forced or not away, f"{what}: {cures}")
     if notes:
         wan.warn(f"{rule}: {'; '.join(notes)}: check the video")
 
@@ -2735,9 +2643,10 @@ def settings_of(
     return json.loads(json.dumps(settings, default=str))  # as a record holds it
 
 
-def job_of(wan: Wan, argv: Sequence[str], label: str = "", checked: bool = True) -> Job:
+def job_of(wan: Wan, *parts: Sequence[str], label: str = "", checked: bool = True) -> Job:
     """One video: its flags parsed and checked, its schedule planned. label: of a comparison."""
-    ours, rest = our_flags(argv, exclusive=False)
+    ours, rest = our_flags(*parts)
+    rest += [] if ours.base_seed is None else [f"--base_seed={ours.base_seed}"]
     args = parse_and_check(wan, ours, rest) if checked else wan.parse(rest)
     rule, noise = choose_rule(ours, args), NOISE_STD if label == NOISE else 0.0
     require(
@@ -2747,14 +2656,13 @@ def job_of(wan: Wan, argv: Sequence[str], label: str = "", checked: bool = True)
     )
     steps_by_model = split_by_model(wan.timesteps(args), wan.task_config(args.task))
     config = config_of(ours, args, rule, steps_by_model)
-    planned = plan_of(ours.amount, config, rule, preview_of(wan, args, config.signal))
+    planned = plan_of(ours.amount, config, rule, preview_of(wan, args, config.measure))
     config, amount = planned.config, ours.amount or Amount(planned.config.thresh)
     if checked and not ours.teacache_plan:
         name = "speedup" if amount.is_speedup else "thresh"
         check_plan(wan, planned, args, rule, f"--teacache_{name} {amount.value:g}")
-    settings = settings_of(args, config, rule, noise)
-    by_default = ours.amount is None
-    return Job(args, config, rule, planned, settings, label, noise, by_default=by_default)
+    settings, default = settings_of(args, config, rule, noise), ours.amount is None
+    return Job(args, config, rule, planned, settings, parts, label, noise, by_default=default)
 
 
 def parse_and_check(wan: Wan, ours: argparse.Namespace, argv: Sequence[str]) -> argparse.Namespace:
@@ -2774,22 +2682,20 @@ def parse_and_check(wan: Wan, ours: argparse.Namespace, argv: Sequence[str]) -> 
 
 def announce(jobs: Sequence[Job]) -> None:
     """Log what will be computed, before anything is loaded: equal plans once."""
-    groups = defaultdict[str, list[Job]](list)
+    texts = Counter[str]()
     for job in jobs:
-        config, planned = job.config, job.planned
+        config, planned, default = job.config, job.planned, " (default)" * job.by_default
+        if job.by_default and job.rule.is_sigma and 2 * len(planned.computed_steps) > config.steps:
+            default = " (default: as near to half of the steps as its limits allow)"
         does = planned.summary()
         if planned.passes == 2 * config.steps:
             does = f"all {config.steps} steps, as stock does"
-        default = " (default)" if job.by_default else ""
-        order = ", order 1" if config.order else ""
-        if job.by_default and job.rule.is_sigma and 2 * len(planned.computed_steps) > config.steps:
-            default = " (default: as near to half of the steps as its limits allow)"
-        text = f"{job.rule}, threshold {config.thresh:.4g}{default}{order}: computes {does}"
+        label, order = f"{job.label}: " if job.label else "", ", order 1" * config.order
+        text = f"{label}{job.rule}, threshold {config.thresh:.4g}{default}{order}: computes {does}"
         if job.label not in (STOCK, NOISE) and job.todo != SKIP:
-            groups[text].append(job)
-    for text, alike in groups.items():
-        label = f"{alike[0].label}: " if alike[0].label else ""
-        log.info(f"TeaCache: {f'{len(alike):,} videos: ' if len(alike) > 1 else label}{text}")
+            texts[text] += 1
+    for text, count in texts.items():
+        log.info(f"{f'{count:,} videos: ' if count > 1 else ''}{text}")
 
 
 # The lines of a jobs file
@@ -2828,20 +2734,20 @@ def read_jobs(file: str) -> list[tuple[int, list[str]]]:
     return lines
 
 
-def check_line(wan: Wan, argv: Sequence[str], flags: Sequence[str]) -> None:
-    """Check the flags of a line: exclusive ones, and what is for the command line only."""
-    ours, _ = our_flags(flags)
-    for name in NOT_IN_A_LINE:
-        require(not getattr(ours, name), f"--{name}: give it on the command line, not in a line")
-    commands = ([*argv, *flags], argv)
-    args, common = (wan.parse(our_flags(c, False)[1], validate=False) for c in commands)
+def check_line(flags: Sequence[str]) -> None:
+    """Refuse flags of the whole command in a line."""
+    ours, rest = our_flags(flags)
+    given = [name for name in NOT_IN_A_LINE if getattr(ours, name)]
+    given += ["help"] if {"-h", "--help"} & set(rest) else []
+    require(not given, f"--{' --'.join(given)}: give it on the command line, not in a line")
+
+
+def check_same_model(args: argparse.Namespace, first: argparse.Namespace) -> None:
+    """Refuse a line that needs another model than the first one."""
     for name in FOR_ALL_LINES:
-        value, of_all = getattr(args, name, None), getattr(common, name, None)
-        require(
-            value == of_all,
-            f"--{name} {value}: must be that of the command line, {of_all}, since the model is "
-            "loaded once",
-        )
+        value, of_all = getattr(args, name, None), getattr(first, name, None)
+        what = f"--{name} {value}: must be the same in all lines, {of_all} in the first"
+        require(value == of_all, f"{what}: the model is loaded once")
 
 
 # From a command to jobs
@@ -2850,43 +2756,54 @@ def check_line(wan: Wan, argv: Sequence[str], flags: Sequence[str]) -> None:
 def jobs_of(wan: Wan, ours: argparse.Namespace, argv: Sequence[str]) -> list[list[Job]]:
     """The videos of each line of the jobs file, or of the one command.
 
-    Command line, line and entry of a comparison are joined into one argv and parsed again, so that
-    argparse's own rule decides between them: the last one counts. Refused: one error per line.
+    Refused: each error once, with the numbers of its lines, or without if all lines have it.
     """
     lines = read_jobs(ours.teacache_jobs) if ours.teacache_jobs else [(0, [])]
-    wan.parse(our_flags(argv)[1], validate=False)  # a fault of the command line is told once
-    jobs, errors, taken = [], [], dict[Path, str]()
+    jobs, taken, errors = [], dict[Path, str](), defaultdict[str, list[int]](list)
     for i, flags in lines:
         try:
-            check_line(wan, argv, flags)
-            jobs.append(jobs_of_line(wan, ours, [*argv, *flags], taken, i))
+            check_line(flags)
+            jobs.append(jobs_of_line(wan, ours, [argv, flags], taken, i))
+            check_same_model(jobs[-1][0].args, jobs[0][0].args)
         except Refused as error:
-            where = f"--teacache_jobs {ours.teacache_jobs}: line {i}: " if i else ""
-            errors += [f"{where}{message}" for message in error.args]
+            for message in error.args:
+                errors[message].append(i)
+
+    def place(found: list[int]) -> str:
+        of_the_command = found == [0] or len(found) == len(lines) > 1
+        return (
+            ""
+            if of_the_command
+            else f"--teacache_jobs {ours.teacache_jobs}: line {ranges(found)}: "
+        )
+
     if errors:
-        raise Refused(*errors)
+        raise Refused(*(place(found) + message for message, found in errors.items()))
     return jobs
 
 
 def jobs_of_line(
-    wan: Wan, ours: argparse.Namespace, argv: list[str], taken: dict[Path, str], line: int
+    wan: Wan,
+    ours: argparse.Namespace,
+    parts: Sequence[Sequence[str]],
+    taken: dict[Path, str],
+    line: int,
 ) -> list[Job]:
     """The videos of one prompt and seed: one, or a comparison.
 
-    taken: targets of the command so far, without their endings, and what has them.
+    taken: targets of the command so far, without endings, and what has them.
     """
-    seed = wan.parse(our_flags(argv, exclusive=False)[1], validate=False).base_seed
+    seed = our_flags(*parts)[0].base_seed
     has_seed = seed is not None and seed >= 0
-    if not has_seed:  # generate.py draws one at each parse
-        argv = [*argv, "--base_seed", str(int.from_bytes(os.urandom(4), "big"))]
+    if not has_seed:  # generate.py would draw one at each parse
+        parts = [*parts, [f"--base_seed={int.from_bytes(os.urandom(4), 'big')}"]]
     jobs = []
     for label, flags in entries_of(ours):
         try:
-            job = job_of(wan, [*argv, *flags], label)
+            jobs.append(replace(job_of(wan, *parts, flags, label=label), has_seed=has_seed))
         except Refused as error:
             what = f"--teacache_compare {label}: " if label else ""
             raise Refused(*(f"{what}{message}" for message in error.args)) from error
-        jobs.append(replace(job, argv=argv, has_seed=has_seed))
     name_jobs(wan, ours, jobs, taken)
     seeds = []
     for job in jobs:
@@ -2953,7 +2870,7 @@ def decide_todo(job: Job, continues: bool) -> list[int]:
     same = same_settings(job, record)
     if not continues:
         if not same:
-            log.info(f"TeaCache: {target} was made with other settings: it will be overwritten")
+            log.info(f"{target} was made with other settings: it will be overwritten")
         return []
     what = f"--save_file {target}: exists, made with other settings, see its {RECORD}"
     require(same, f"{what}: give another name")
@@ -2996,13 +2913,9 @@ def entry_flags(entry: str) -> list[str]:
     what = f"--teacache_compare {entry}"
     require(match, f"{what}: give thresholds as 0.08, speed-ups as 2x, RULE:2x, or 2x@1")
     rule, value, x, order = match.groups()
-    known = not rule or rule in RULES or os.path.isfile(rule)
-    require(known, f"{what}: no rule {rule}: give one of {', '.join(RULES)}")
-    with refusing(what, "give thresholds as 0.08, speed-ups as 2x, RULE:2x, or 2x@1"):
-        (as_speedup if x else as_threshold)(value)
-    flags = ["--teacache_speedup" if x else "--teacache_thresh", value]
-    flags += ["--teacache_rule", rule] if rule else []
-    return flags + (["--teacache_order", order] if order else [])
+    flags = [f"--teacache_{'speedup' if x else 'thresh'}={value}"]
+    flags += [f"--teacache_rule={rule}"] if rule else []
+    return flags + ([f"--teacache_order={order}"] if order else [])
 
 
 # What a command runs
@@ -3011,7 +2924,7 @@ def entry_flags(entry: str) -> list[str]:
 def print_plan(wan: Wan, ours: argparse.Namespace, argv: Sequence[str]) -> None:
     """For --teacache_plan: the schedule at the current threshold, the rule's, and some around."""
     job = job_of(wan, argv)
-    config, preview = job.config, preview_of(wan, job.args, job.config.signal)
+    config, preview = job.config, preview_of(wan, job.args, job.config.measure)
     polynomial = job.rule.polynomial(ours.use_ret_steps)
     tried = list(polynomial.thresholds) if polynomial else [config.thresh or 0.1]
     ladder = [tried[-1] * factor for factor in (0.25, 0.5, 0.75, 1.5, 2.0, 3.0)]
@@ -3047,7 +2960,7 @@ def run_decode(ours: argparse.Namespace, argv: Sequence[str]) -> None:
     require(environment("WORLD_SIZE", 1) == 1, f"{what}: start one process, without torchrun")
     content = read_latents(file)
     given = {name: value for name, value in vars(flags).items() if value}
-    args = args_of_latents(content, **given)
+    args = argparse.Namespace(**(content | given))
     wan = import_wan(ours.wan_repo, generates=False)  # works without a GPU, slowly
     require(
         args.task in wan.generate_py.WAN_CONFIGS,
@@ -3056,7 +2969,7 @@ def run_decode(ours: argparse.Namespace, argv: Sequence[str]) -> None:
     check_file(args, Path(args.ckpt_dir) / wan.task_config(args.task)["vae_checkpoint"])
     check_target(wan, args)
     decode_latents(wan, file, content, args)
-    log.info(f"TeaCache: wrote {args.save_file} and deleted {file}")
+    log.info(f"wrote {args.save_file} and deleted {file}")
 
 
 def runs_a_queue(ours: argparse.Namespace, argv: Sequence[str]) -> bool:
@@ -3077,7 +2990,7 @@ def runs_a_queue(ours: argparse.Namespace, argv: Sequence[str]) -> bool:
     )
     if not ours.teacache_jobs and is_rank_0():
         log.warning(
-            f"TeaCache: {processes} processes make the same video {processes} times: add {share} "
+            f"{processes} processes make the same video {processes} times: add {share} "
             "to share it, or give --teacache_jobs, a video per line"
         )
     return bool(ours.teacache_jobs)
@@ -3093,17 +3006,12 @@ def jobs_of_queue(
         shared = queue.receive()
         if shared is None:
             raise Refused()  # rank 0 says why
-        return [[replace(job_of(wan, line, checked=False), todo=t)] for line, t in shared]
+        return [[replace(job_of(wan, *parts, checked=False), todo=todo)] for parts, todo in shared]
     shared = None
     try:
         jobs = jobs_of(wan, ours, argv)
-        shared = [
-            (
-                [*job.argv, f"--base_seed={job.args.base_seed}", f"--save_file={job.target}"],
-                job.todo,
-            )
-            for (job,) in jobs
-        ]
+        fixed = [[f"--base_seed={j.args.base_seed}", f"--save_file={j.target}"] for (j,) in jobs]
+        shared = [((*job.parts, f), job.todo) for (job,), f in zip(jobs, fixed, strict=True)]
     finally:
         queue.share(shared)
     return jobs
@@ -3157,12 +3065,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as error:
         number_ = error.args[0] if error.args else signal.SIGINT
-        log.error(f"TeaCache: stopped by {signal.Signals(number_).name}")
+        log.error(f"stopped by {signal.Signals(number_).name}")
         status = 128 + number_
     except BatchEnds:
         status = 1
     except Exception as error:
-        log.error(f"TeaCache: {error!r}", exc_info=error)
+        log.error(f"{error!r}", exc_info=error)
         status = 1
     if status:
         sys.exit(status)

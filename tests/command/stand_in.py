@@ -14,6 +14,16 @@ def out_of_memory(*args, **kwargs):
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
+class RunsCode:
+    """A pickle of it creates a file when it is loaded."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), "w")
+
+
 def record(name: str = "x", folder: Path | None = None) -> dict:
     """The record beside a video."""
     return json.loads((folder or Path()).joinpath(f"{name}.json").read_text(encoding="utf-8"))

@@ -1,5 +1,6 @@
 """A batch, --teacache_jobs, on the stand-in: lines, names, restarts, failing lines."""
 
+import itertools
 import json
 import logging
 import os
@@ -9,11 +10,12 @@ import signal
 import weakref
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from nano import NANO, attempt, frames
+from nano import NANO, frames
 from stand_in import Made, first, out_of_memory, record, run_two, wrap
 
 from teacache_generate import main
@@ -27,23 +29,14 @@ THREE = [
 
 
 @pytest.fixture
-def made(wan, monkeypatch):
-    return Made(monkeypatch)
-
-
-@pytest.fixture
-def batch(wan, ckpt, tmp_path, monkeypatch, capsys, caplog):
-    """A function of a jobs file's lines and more flags: exit status, and all that was logged."""
-    monkeypatch.chdir(tmp_path)
-    caplog.set_level(logging.INFO)
+def batch(script):
+    """A function of a jobs file's lines and more flags: exit status, and all that is logged."""
 
     def run(lines, *flags):
         if lines is not None:
             Path("jobs.txt").write_text("\n".join(lines), encoding="utf-8")
             flags = ("--teacache_jobs", "jobs.txt", *flags)
-        caplog.clear()
-        code, said = attempt(capsys, "--ckpt_dir", ckpt, *FEW, *flags)
-        return code, caplog.text + said
+        return script(*FEW, *flags)
 
     return run
 
@@ -101,27 +94,30 @@ def test_lines_are_prompts_or_flags(batch, asked, encoding):
         ("jobs.jsonl", b'{"prompt": "a cat"}', ["jobs.jsonl: must be plain text"]),
     ],
 )
-def test_unreadable_jobs_file_is_refused(batch, asked, name, content, parts):
+def test_unreadable_jobs_file_is_refused(refusal, tmp_path, monkeypatch, name, content, parts):
+    monkeypatch.chdir(tmp_path)
     if content is not None:
         Path(name).write_bytes(content)
-    code, said = batch(None, "--teacache_jobs", name)
-    assert (code, said.count("error:"), asked) == (2, 1, [])
-    assert all(part in said for part in parts), said
+    line = refusal("--teacache_jobs", name)
+    assert all(part in line for part in parts), line
 
 
 def test_every_line_is_checked_before_loading(batch, asked):
     expected = {
         THREE[0]: None,
+        '--prompt "a ball" --base_seed 7': None,
+        '--base_seed 7 --prompt "a ball"': "line 2 has this name too",  # the default name
         "--sample_steps 0": "--sample_steps 0: must be 1 or more",
         "--frame_num 6 --sample_steps 0": "--frame_num 6: must be 4n+1",
         "--nonsense 1": "--nonsense 1",
-        "--ckpt_dir elsewhere": "--ckpt_dir elsewhere: must be that of the command line",
+        "--ckpt_dir elsewhere": "--ckpt_dir elsewhere: must be a folder",
         "--save_file one.mp4": "line 1 has this name too",
         "--save_file x/../one.gif": "line 1 has this name too",
         "--save_file nowhere/two.mp4": "nowhere/two.mp4: cannot be written",
         "--teacache_jobs others.txt": "--teacache_jobs: give it on the command line",
         "--teacache_compare 2x": "--teacache_compare: give it on the command line",
         "--wan_repo .": "--wan_repo: give it on the command line",
+        "--help": "--help: give it on the command line",
         "--teacache_plan": "--teacache_plan: give it on the command line",
         "--teacache_decode x.pt": "--teacache_decode: give it on the command line",
         "--teacache_thresh 0.1 --teacache_speedup 2": "not allowed with --teacache_thresh",
@@ -133,8 +129,8 @@ def test_every_line_is_checked_before_loading(batch, asked):
     code, said = batch(expected)
     errors = re.findall("error: .*: line ([0-9]+): (.*)", said)
     assert (code, len(errors), asked, videos()) == (2, said.count("error:"), [], [])
-    assert [int(line) for line, _ in errors] == list(range(2, len(expected) + 1))  # one a line
-    for (_, error), part in zip(errors, list(expected.values())[1:], strict=True):
+    assert [int(line) for line, _ in errors] == list(range(3, len(expected) + 1))  # one a line
+    for (_, error), part in zip(errors, list(expected.values())[2:], strict=True):
         assert part in error.replace("argument ", "")
 
 
@@ -144,46 +140,38 @@ def test_fault_of_the_command_line_is_told_once(batch, asked):
     assert "line" not in said.split("error: ")[1].replace("--sample_steps", "")
 
 
-def with_convert_model_dtype(stock, parser):
-    """generate.py's parser as Wan2.2 has it."""
-    parser.add_argument("--convert_model_dtype", action="store_true")
-    return stock(parser)
-
-
-DEFAULT = "--prompt_extend_method local_qwen"
 # fmt: off
-MODEL_FLAGS = ["--task t2v-nano-2", "--ckpt_dir copy", "--ring_size 2", "--t5_fsdp", "--dit_fsdp",
-               "--t5_cpu", "--convert_model_dtype", "--prompt_extend_model other", DEFAULT]
+MODEL_FLAGS = ["--task t2v-nano-2", "--ckpt_dir copy", "--ulysses_size 2", "--ring_size 2",
+               "--t5_fsdp", "--t5_cpu", "--convert_model_dtype", "--prompt_extend_model other",
+               "--prompt_extend_method local_qwen"]
 # fmt: on
 
 
-@pytest.mark.parametrize("flag", MODEL_FLAGS)
-def test_flags_of_the_loaded_model_cannot_differ(batch, asked, ckpt, wan, monkeypatch, flag):
-    generate, _ = wan
-    wrap(monkeypatch, "argparse.ArgumentParser.parse_args", with_convert_model_dtype)
-    for table in (generate.WAN_CONFIGS, generate.SUPPORTED_SIZES, generate.EXAMPLE_PROMPT):
+def test_flags_of_the_loaded_model_cannot_differ(batch, asked, ckpt, wan, monkeypatch):
+    """Not even where a line has the default; with --convert_model_dtype, of Wan2.2."""
+
+    def parse_args(stock, parser):
+        parser.add_argument("--convert_model_dtype", action="store_true")
+        return stock(parser)
+
+    wrap(monkeypatch, "argparse.ArgumentParser.parse_args", parse_args)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for table in (wan[0].WAN_CONFIGS, wan[0].SUPPORTED_SIZES, wan[0].EXAMPLE_PROMPT):
         monkeypatch.setitem(table, "t2v-nano-2", table["t2v-nano"])
     Path("copy").symlink_to(ckpt)
-    of_all = ["--prompt_extend_method", "dashscope"] if flag == DEFAULT else []
-    code, said = batch([THREE[0], "", flag], *of_all)
-    assert (code, asked) == (2, [])
-    assert f"jobs.txt: line 3: {flag.split()[0]} " in said
-    assert "must be that of the command line" in said
-
-
-def test_threshold_of_a_line_replaces_a_speedup(batch, asked):
-    said = batch([f"{THREE[0]} --teacache_thresh 0"], "--teacache_speedup", "1.5")[1]
-    assert "threshold 0: computes all 5 steps" in said
-    said = batch([f"{THREE[0]} --teacache_speedup 1"], "--teacache_thresh", "0.3")[1]
-    assert "threshold 0: computes all 5 steps" in said
+    of_all = ["--prompt_extend_method", "dashscope", "--dit_fsdp"]
+    code, said = batch([THREE[0], *MODEL_FLAGS], *of_all)
+    assert (code, asked, said.count("must be the same in all lines")) == (2, [], len(MODEL_FLAGS))
+    for line, flag in enumerate(MODEL_FLAGS, 2):
+        assert f"jobs.txt: line {line}: {flag.split()[0]} " in said
 
 
 def test_equal_plans_are_announced_once(batch, asked):
-    lines = ["a ball", "a cube", "--save_file x.mp4 --sample_steps 6"]
-    said = batch(lines)[1]
-    announced = re.findall("TeaCache: (.*rule sigma.*): computes ([0-9]+ of [0-9] steps)", said)
-    assert [steps for _, steps in announced] == ["3 of 5 steps", "4 of 6 steps"]
-    assert announced[0][0].startswith("2 videos: rule sigma")
+    """A line's threshold replaces the command line's speed-up."""
+    lines = ["a ball", "a cube", "--save_file x.mp4 --sample_steps 6", "--teacache_thresh 0"]
+    said = batch(lines, "--teacache_speedup", "1.25")[1]
+    announced = re.findall("TeaCache: (.*)rule sigma.*: computes (.*) steps", said)
+    assert announced == [("2 videos: ", "4 of 5"), ("", "5 of 6"), ("", "all 5")]
 
 
 def test_default_names_and_seeds_survive_a_restart(batch, made, ckpt):
@@ -207,28 +195,18 @@ def test_default_names_and_seeds_survive_a_restart(batch, made, ckpt):
     assert len(videos()) == 5
 
 
-def test_two_equal_lines_with_a_seed_are_refused(batch, asked):
-    code, said = batch(['--prompt "a ball" --base_seed 1'] * 2)
-    assert (code, asked) == (2, [])
-    assert "line 2" in said
-    assert "line 1 has this name too" in said
-
-
 def test_default_name_is_taken_when_sampling_begins(batch, made, monkeypatch):
     monkeypatch.setattr("time.strftime", lambda *args: "now")
-    name, seen, other = (
-        "t2v-nano_64x64_a_ball_0.3_5_now",
-        [],
-        '{"status": "started", "settings": {}}',
-    )
-    begin = first(lambda: Path(f"{name}.json").write_text(other))  # another run, meanwhile
+    name, seen = "t2v-nano_64x64_a_ball_0.3_5_now", []
+    other = '{"status": "started", "settings": {}}'  # of another run, meanwhile
+    begin = first(lambda: Path(f"{name}.json").write_text(other))
     wrap(monkeypatch, "wan.pipeline.WanPipeline.__init__", begin)
     made.then = {0: lambda: seen.extend(path.name for path in Path().iterdir())}
-    argv = ["--prompt", "a ball", "--base_seed", "5", "--teacache_thresh", "0.3"]
-    assert batch(None, *argv)[0] == 0
+    argv = ["--prompt", "a ball", "--base_seed", "5", "--teacache_thresh"]
+    assert batch(None, *argv, "0.3")[0] == 0
     assert {f"{name}.2.json", f"{name}.2.latents.pt"} < set(seen)
     assert (Path(f"{name}.json").read_text(), videos()) == (other, [f"{name}.2.mp4"])
-    assert batch(None, *argv[:-1], "0.2")[0] == 0
+    assert batch(None, *argv, "0.2")[0] == 0
     assert videos()[0] == "t2v-nano_64x64_a_ball_0.2_5_now.mp4"
 
 
@@ -257,45 +235,40 @@ def test_batch_loads_once_and_equals_single_runs(batch, made):
 # ------------------------------------------------------------------------------ failing lines
 
 
-def test_failing_line_is_told_and_the_batch_goes_on(batch, made):
+def test_failing_line_is_told_and_the_batch_goes_on(batch, made, monkeypatch):
+    """In the decoder, then before the sampling."""
+    calls = itertools.count()
+    begin = first(lambda: next(calls) == 2 and out_of_memory())
+    wrap(monkeypatch, "wan.pipeline.WanPipeline.noise", begin)
     made.then = {1: out_of_memory}
-    code, said = batch([THREE[0], THREE[1], f"{THREE[2]} --teacache_thresh 0"])
+    last = '--prompt "a cube" --save_file last.mp4 --teacache_thresh 0'
+    code, said = batch([*THREE, last])
     assert (code, said.count("Creating WanModel"), said.count("Finished.")) == (1, 1, 2)
-    assert (said.count("two.mp4 failed: CUDA out of memory"), "Traceback" in said) == (1, False)
-    shown, left = re.findall(r"TeaCache: video (\d of 3)(.*): (\w+)", said), ", about 1 min to go"
-    assert shown == [("1 of 3", "", "one"), ("2 of 3", left, "two"), ("3 of 3", left, "three")]
-    one, two, three = map(record, ("one", "two", "three"))
-    assert [one["status"], two["status"][:8], three["status"]] == [
-        "finished",
-        "failed: ",
-        "finished",
+    assert (said.count("failed: CUDA out of memory"), "Traceback" in said) == (2, False)
+    names = ["one", "two", "three", "last"]
+    assert re.findall(r"TeaCache: video (\d of 4): (\w+)\.mp4", said) == [
+        (f"{i} of 4", name) for i, name in enumerate(names, 1)
     ]
-    assert two["latents"] == str(Path("two.latents.pt").absolute())
-    assert (videos(), Path(two["latents"]).is_file()) == (["one.mp4", "three.mp4"], True)
-    table = said[said.index("computed  sampling   drift  file") :].splitlines()[1:4]
-    cells = [f"3/5 {one['seconds']['sampling']:.1f} s {100 * one['drift']:.1f} % one.mp4"]
-    cells += ["failed: OutOfMemoryError(' two.mp4"]
-    cells += [f"5/5 {three['seconds']['sampling']:.1f} s three.mp4"]
-    assert [" ".join(row.split("TeaCache:")[1].split()) for row in table] == cells
+    one, two, three, last = map(record, names)
+    assert [r["status"][:3] for r in (one, two, three, last)] == ["fin", "fai", "fai", "fin"]
+    assert (two["latents"], three["latents"]) == (str(Path("two.latents.pt").absolute()), None)
+    assert (videos(), Path("two.latents.pt").is_file()) == (["last.mp4", "one.mp4"], True)
+    table = said[said.index("computed  sampling   drift  file") :].splitlines()[1:5]
+    failed = "failed: OutOfMemoryError('"
+    assert [" ".join(row.split("TeaCache:")[1].split()) for row in table] == [
+        f"3/5 {one['seconds']['sampling']:.1f} s {100 * one['drift']:.1f} % one.mp4",
+        f"{failed} two.mp4",
+        f"{failed} three.mp4",
+        f"5/5 {last['seconds']['sampling']:.1f} s last.mp4",
+    ]
     assert len({row.rindex("  ") for row in table}) == 1  # the names are aligned
 
 
-def test_failure_before_sampling_is_told_and_the_batch_goes_on(batch, monkeypatch):
-    calls = iter(range(9))
-    noise = "wan.pipeline.WanPipeline.noise"
-    wrap(monkeypatch, noise, lambda stock, *a: out_of_memory() if next(calls) == 1 else stock(*a))
-    code, said = batch(THREE)
-    assert (code, said.count("Creating WanModel")) == (1, 1)
-    assert videos() == ["one.mp4", "three.mp4"]
-    assert "latents" not in said.split("two.mp4 failed: CUDA out of memory")[1].split("\n")[0]
-
-
 def test_model_that_cannot_be_loaded_ends_the_batch(batch, wan, monkeypatch):
-    loads = []
-    load = lambda *args, **kwargs: out_of_memory(loads.append(args))  # noqa: E731
+    load = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
     monkeypatch.setattr("wan.pipeline.WanModel.from_pretrained", load)
     code, said = batch(THREE)
-    assert (code, len(loads), said.count("not made")) == (1, 1, 2)
+    assert (code, load.call_count, said.count("not made")) == (1, 1, 2)
     assert said.count("failed: CUDA out of memory") == 1
     assert (record("one")["status"][:7], Path("two.json").exists()) == ("failed:", False)
 
@@ -350,13 +323,10 @@ def test_peak_memory_is_of_one_video_and_the_cache_is_emptied(batch, made, monke
 # ------------------------------------------------------------------------------ started again
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_stopped_batch_continues_where_it_was(batch, made, name):
-    made.then = {1: lambda: os.kill(os.getpid(), signal.Signals[name])}
+def test_stopped_batch_continues_where_it_was(batch, made):
+    made.then = {1: lambda: os.kill(os.getpid(), signal.SIGTERM)}
     code, said = batch(THREE)
-    assert code == 128 + signal.Signals[name]
-    assert f"stopped by {name}" in said
-    assert "video 3 of 3" not in said
+    assert (code, "video 3 of 3" in said) == (128 + signal.SIGTERM, False)
     assert [record(x)["status"] for x in ("one", "two")] == ["finished", "stopped"]
     before = Path("one.mp4").stat().st_mtime_ns
     code, said = batch(THREE)
@@ -465,18 +435,19 @@ WanVAE.decode = failing
 """
 
 
-@pytest.mark.parametrize("flags", [["--ulysses_size", "2"], ["--dit_fsdp"]], ids=" ".join)
+@pytest.mark.parametrize("flags", ["--ulysses_size 2", "--ring_size 2 --dit_fsdp --t5_fsdp"])
 def test_processes_sharing_a_video_go_on_after_a_failure(batch, made, ckpt, tmp_path, flags):
     Path("jobs.txt").write_text("\n".join(THREE))
-    argv = ["--ckpt_dir", ckpt, *FEW, "--teacache_jobs", "jobs.txt", *flags]
+    argv = ["--ckpt_dir", ckpt, *FEW, "--teacache_jobs", "jobs.txt", *flags.split()]
     done = run_two(tmp_path, FAILS_AT_FIRST, *argv)
     assert (done.returncode, done.stdout.count("Creating WanModel")) == (1, 1), done.stderr
     assert done.stdout.count("one.mp4 failed: 'NoneType'") == 1
     assert done.stdout.count("TeaCache: video 3 of 3") == 1
     assert (videos(), Path("one.latents.pt").is_file()) == (["three.mp4", "two.mp4"], True)
-    both = frames(Path("three.mp4"))
+    both, steps = frames(Path("three.mp4")), record("three")["computed"]
+    assert done.stdout.count("three.mp4: computed 3 of 5 steps") == 1
     code, said = batch(THREE)  # by one process, the same names and videos
     assert (code, made.sampled, said.count("skipped")) == (0, [], 2), said
     alone = ["--prompt", "a green box moves up", "--base_seed", "3", "--save_file", "alone.mp4"]
-    assert batch(None, *alone)[0] == 0
+    assert (batch(None, *alone)[0], record("alone")["computed"]) == (0, steps)
     assert np.abs(both - frames(Path("alone.mp4"))).mean() < 1

@@ -11,7 +11,7 @@ SHARES = (0.5, 0.25, 0.25)  # of the residual, by block: exact in binary
 
 
 class Block(nn.Module):
-    """Adds its share of a residual, in float32 as Wan's gated sums do."""
+    """Adds its share of a residual in float32, as Wan's gated sums do."""
 
     def __init__(self, share: float):
         super().__init__()
@@ -34,7 +34,6 @@ class Projection(nn.Linear):
 
 class Head(nn.Module):
     def forward(self, x, e):
-        self.dtype = x.dtype
         return x
 
 
@@ -84,9 +83,9 @@ class ToyVace(Toy):
         return [x]
 
 
-def config_of(steps: int, thresh: float = 1.5, signal: str = EMBEDDING, **others) -> TeaCacheConfig:
+def config_of(steps, thresh=1.5, measure=EMBEDDING, **others) -> TeaCacheConfig:
     """Every increment is 1: at 1.5 every second step is computed."""
-    return TeaCacheConfig(steps, thresh, (1.0,), signal, **others)
+    return TeaCacheConfig(steps, thresh, (1.0,), measure, **others)
 
 
 def scripted(computed, steps: int, **others) -> TeaCacheConfig:
