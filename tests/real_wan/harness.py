@@ -1,19 +1,15 @@
-"""Runs many jobs on the real Wan2.1 or Wan2.2, small and on a CPU, with one import of it.
+"""Runs many jobs on the real Wan2.1 or Wan2.2, small and on a CPU, after one import of Wan.
 
-    python tests/real_wan/harness.py --repo WAN_REPO jobs.json OUT_DIR
+    python tests/real_wan/harness.py --repo WAN_REPO jobs.json OUT_DIR    (or with torchrun)
 
-or the same by torchrun. jobs.json is a list of
-    {"name": ..., "mode": "stock" | "teacache" | "reference", "argv": [flags],
-     "fails": "decode" if the VAE is to fail, "float32": whether autocast is to that dtype,
-     and for reference the settings of ``Reference``}
-stock runs generate.py, teacache the script at the top of the project, reference the stock run with
-``Reference`` on its models. ``--ckpt_dir AUTO`` makes a checkpoint folder. Every job leaves in
-OUT_DIR the frames that the VAE decoded, NAME.rank0.0.npy, NAME.rank0.1.npy and so on, by video,
-and NAME.rank0.json (``Run.result``).
+jobs.json: a list of {"name", "mode", "argv": flags, "fails": "decode" to let the VAE fail,
+"float32": autocast to that dtype}. Modes: stock runs generate.py, teacache the script at the top of
+the project, reference stock with ``Reference`` on its models (and its settings in the job).
+``--ckpt_dir AUTO`` makes a checkpoint folder. Each job writes to OUT_DIR its videos before the
+codec, NAME.rank0.0.npy, NAME.rank0.1.npy and so on, and NAME.rank0.json (``Run.result``).
 
-Replaced are the weights (small and random), text encoder, VAE, CLIP, flash-attn, NCCL, and the
-sizes (``shrink``); all else is Wan's own. CUDA's autocast is done on the CPU, so that dtypes are
-those of a GPU: blocks take bfloat16 and return float32.
+Replaced: weights (small and random), text encoder, VAE, CLIP, flash-attn, NCCL, sizes. CUDA's
+autocast runs on the CPU with a GPU's dtypes: blocks take bfloat16 and return float32.
 """
 
 from __future__ import annotations
@@ -31,7 +27,6 @@ import math
 import os
 import sys
 import tempfile
-import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -43,12 +38,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")
-DIM, TEXT = 48, 64  # of the small models; of the prompts, in bytes
-PIPELINES = ("WanT2V", "WanI2V", "WanFLF2V", "WanVace", "WanTI2V")  # a release has some of them
-WRITERS = ("cache_video", "cache_image", "save_video")
+DIM, TEXT = 48, 64  # width of the small models; bytes of a prompt
 RANK = int(os.getenv("RANK", "0"))  # the script's queue changes the environment
 
 
@@ -80,7 +74,7 @@ def prepare(repo: str | Path) -> None:
 class Autocast(torch.autocast):
     """CUDA's autocast, on the CPU. To float32 it casts too, which matters to bfloat16 weights."""
 
-    float32 = False  # whether the job at hand is one in float32 throughout
+    float32 = False  # whether the current job computes in float32
 
     def __init__(self, device_type: str, dtype: torch.dtype | None = None, enabled: bool = True):
         super().__init__("cpu", torch.bfloat16, enabled)
@@ -88,7 +82,7 @@ class Autocast(torch.autocast):
 
 
 def layer_norm(x: Tensor, shape: Any, *affine: Any, stock: Callable = torch.layer_norm) -> Tensor:
-    """On CUDA it is one of the functions that autocast does in float32, weights and all."""
+    """CUDA's autocast does this function in float32, weights and all."""
     if torch.is_autocast_enabled("cpu"):
         x, *affine = (u.float() if isinstance(u, Tensor) else u for u in (x, *affine))
     return stock(x, shape, *affine)
@@ -97,8 +91,8 @@ def layer_norm(x: Tensor, shape: Any, *affine: Any, stock: Callable = torch.laye
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, stock: Callable = F.linear
 ) -> Tensor:
-    """In bfloat16 it is summed exactly and rounded once: that is ten times faster than a CPU's own
-    kernel, and however many tokens a rank has, each comes out the same."""
+    """In bfloat16: sums in float64 and rounds once. Ten times faster than the CPU's own kernel, and
+    a token's result does not depend on how many tokens its rank has."""
     inputs = (x, weight) if bias is None else (x, weight, bias)
     if torch.is_autocast_enabled("cpu"):
         inputs = [u.to(torch.get_autocast_dtype("cpu")) for u in inputs]
@@ -109,7 +103,7 @@ def linear(
 
 
 class Absent(ModuleType):
-    """A module in place of one that is imported from and never used."""
+    """A module that is imported from and never used."""
 
     def __init__(self, name: str):
         super().__init__(name)
@@ -133,7 +127,7 @@ def prepare_torchvision() -> None:
 
 
 def prepare_distributed() -> None:
-    """Gloo for every backend, and a GPU's looks for xfuser's imports."""
+    """Gloo for every backend, and the facts of a GPU that xfuser's imports read."""
     init, new_group, count = dist.init_process_group, dist.new_group, itertools.count()
     shared = f"{tempfile.gettempdir()}/real_wan.{os.getenv('TORCHELASTIC_RUN_ID')}"
 
@@ -156,7 +150,7 @@ def prepare_distributed() -> None:
 
 
 def prepare_xfuser() -> None:
-    """The attention of xfuser's own dependency, on the CPU; groups of earlier jobs are gone."""
+    """Use the CPU's attention, and forget the groups of earlier jobs."""
     if int(os.getenv("WORLD_SIZE", "1")) == 1 or importlib.util.find_spec("xfuser") is None:
         return
     kernels = importlib.import_module("yunchang.kernels.attention")
@@ -166,7 +160,7 @@ def prepare_xfuser() -> None:
     vars(state).update(dict.fromkeys(("_WORLD", "_DP", "_CFG", "_SP", "_TP", "_PP")))
 
 
-# ----------------------------------------------------------------- in place of what is too large
+# --------------------------------------------------------------- stand-ins for what is too large
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, k_lens: Tensor | None = None, **_: Any) -> Tensor:
@@ -176,59 +170,38 @@ def attention(q: Tensor, k: Tensor, v: Tensor, k_lens: Tensor | None = None, **_
     return F.scaled_dot_product_attention(*inputs).transpose(1, 2).to(q.dtype)
 
 
-class TextModel(nn.Module):
-    """A prompt's bytes [L] -> context [L, 64]; ``blocks`` because FSDP's wrapping asks for them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([nn.Linear(64, 64, bias=False)])
-        self.blocks[0].weight.data = seeded(64, 64) / 8
-        self.table = nn.Parameter(seeded(256, 64))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.blocks[0](self.table[ids])
-
-
 class TextEncoder:
-    """In place of T5EncoderModel."""
+    """A prompt's bytes [L] -> context [L, 64]."""
 
-    def __init__(self, *, shard_fn: Callable | None, checkpoint_path: str, **_: Any) -> None:
-        torch.load(checkpoint_path)
-        self.model = TextModel().requires_grad_(False)
-        if shard_fn is not None:
-            self.model = shard_fn(self.model, sync_module_states=False)
+    def __init__(self, **_: Any) -> None:
+        self.model = nn.Identity()
 
     def __call__(self, texts: list[str], device: torch.device) -> list[Tensor]:
-        ids = (torch.tensor(list(text.encode()[:TEXT])) for text in texts)
-        return [self.model(u).float().to(device) for u in ids]
+        return [seeded(256, 64)[list(text.encode()[:TEXT])].to(device) for text in texts]
 
 
 class VAE:
     """Averages over 4 x side x side as z_dim channels, and back; the first frame is its own."""
 
     z_dim, side = 16, 8
-    run: Callable[[], Run]  # the job at hand
+    run: Callable[[], Run]  # the current job
 
-    def __init__(self, *, vae_pth: str, device: Any = CPU, **_: Any) -> None:
+    def __init__(self, *, vae_pth: str, **_: Any) -> None:
         torch.load(vae_pth)
-        self.device, self.dtype = device, torch.float32
+        self.device, self.dtype = CPU, torch.float32
         self.model = SimpleNamespace(z_dim=self.z_dim)
 
+    @torch.autocast("cpu", enabled=False)
     def encode(self, videos: list[Tensor]) -> list[Tensor]:
-        with torch.autocast("cpu", enabled=False):
-            longer = (torch.cat([v[:, :1].expand(-1, 3, -1, -1), v], dim=1) for v in videos)
-            small = (F.avg_pool3d(video, (4, self.side, self.side)) for video in longer)
-            return [torch.einsum("zc,cthw->zthw", seeded(self.z_dim, 3), video) for video in small]
+        longer = (torch.cat([v[:, :1].expand(-1, 3, -1, -1), v], dim=1) for v in videos)
+        small = (F.avg_pool3d(video, (4, self.side, self.side)) for video in longer)
+        return [torch.einsum("zc,cthw->zthw", seeded(self.z_dim, 3), video) for video in small]
 
+    @torch.autocast("cpu", enabled=False)
     def decode(self, latents: list[Tensor]) -> list[Tensor]:
-        def one(z: Tensor) -> Tensor:
-            video = torch.einsum("cz,zthw->cthw", seeded(3, self.z_dim) / 16, z.float())
-            for dim, times in ((1, 4), (2, self.side), (3, self.side)):
-                video = video.repeat_interleave(times, dim)
-            return video[:, 3:].clamp(-1, 1)
-
-        with torch.autocast("cpu", enabled=False):
-            return type(self).run().decode(lambda: [one(z) for z in latents])
+        small = torch.einsum("cz,zthw->cthw", seeded(3, self.z_dim) / 16, latents[0].float())
+        video = F.interpolate(small[None], scale_factor=(4, self.side, self.side))[0, :, 3:]
+        return type(self).run().decode(lambda: [video.clamp(-1, 1)])
 
 
 class VAE48(VAE):  # that of ti2v-5B
@@ -238,19 +211,17 @@ class VAE48(VAE):  # that of ti2v-5B
 class CLIP:
     """257 tokens of 1280 for every picture [3, 1, H, W]."""
 
-    def __init__(self, *, checkpoint_path: str, **_: Any) -> None:
-        torch.load(checkpoint_path)
+    def __init__(self, **_: Any) -> None:
         self.model = nn.Identity()
 
     def visual(self, pictures: list[Tensor]) -> Tensor:
-        tokens = [F.adaptive_avg_pool2d(p[:, 0], 16).flatten(1) for p in pictures]
-        return torch.stack([torch.cat([u.mean(1, True), u], 1).T @ seeded(3, 1280) for u in tokens])
+        tokens = [F.adaptive_avg_pool1d(p.flatten(1), 257) for p in pictures]
+        return torch.stack([u.T @ seeded(3, 1280) for u in tokens])
 
 
 def make_model(config: dict[str, Any], seed: int) -> nn.Module:
-    """A small WanModel or VaceWanModel in place of that of a checkpoint's config.json: without
-    zeros that would undo a block's work, and with a time embedding that moves by distances of which
-    the published polynomials, one for 1.3B and one for 14B, skip about half."""
+    """A small WanModel or VaceWanModel for a checkpoint's config.json: no weights of zero, which
+    would undo a block's work, and a time embedding of which the polynomials skip about half."""
     models = importlib.import_module("wan.modules.model")
     e_std, e0_bias_std = (0.05, 1.0) if config["dim"] < 2000 else (0.25, 4.0)
     size = dict(dim=DIM, ffn_dim=2 * DIM, num_heads=4, num_layers=2, text_dim=64)
@@ -276,83 +247,71 @@ def make_model(config: dict[str, Any], seed: int) -> nn.Module:
 
 
 def from_pretrained(folder: str | Path, subfolder: str = "") -> nn.Module:
-    """In place of WanModel's; the two of A14B differ."""
+    """Replaces WanModel's; the two models of A14B differ."""
     config = json.loads((Path(folder) / subfolder / "config.json").read_text())
     return make_model(config, seed=1000 * (subfolder == "high_noise_model"))
 
 
-def make_checkpoint(folder: Path, task: str, cfg: Any) -> Path:
-    """A checkpoint folder with the files that Wan's config ``cfg`` of a task names. They are sound
-    and tiny; of the transformers there is config.json and the time embedding of ``make_model``."""
-    from safetensors.torch import save_file
-
-    for part in ("t5_tokenizer", "clip_tokenizer"):
-        if part in cfg:
-            (folder / cfg[part]).mkdir(parents=True, exist_ok=True)
-            (folder / cfg[part] / "tokenizer.json").write_text("{}")
-    for part in ("t5_checkpoint", "vae_checkpoint", "clip_checkpoint"):
-        if part in cfg:
-            torch.save({"weight": torch.zeros(4)}, folder / cfg[part])
+def make_checkpoint(folder: Path, task: str, cfg: Any) -> None:
+    """Write the files that Wan's config ``cfg`` of a task names, sound and tiny; of transformers
+    config.json and the time embedding of ``make_model``."""
+    for part in {"t5_tokenizer", "clip_tokenizer"} & cfg.keys():
+        (folder / cfg[part]).mkdir(parents=True)
+        (folder / cfg[part] / "tokenizer.json").write_text("{}")
+    for part in {"t5_checkpoint", "vae_checkpoint", "clip_checkpoint"} & cfg.keys():
+        torch.save({"weight": torch.zeros(4)}, folder / cfg[part])
     config = {name: cfg[name] for name in ("dim", "ffn_dim", "freq_dim", "num_heads", "num_layers")}
     config["model_type"] = task.split("-")[0].replace("t2i", "t2v")
-    channels = 48 if config["model_type"] == "ti2v" else 16
-    config["in_dim"] = 36 if config["model_type"] in ("i2v", "flf2v") else channels
-    config["out_dim"] = channels
+    config["out_dim"] = 48 if config["model_type"] == "ti2v" else 16
+    config["in_dim"] = 36 if config["model_type"] in ("i2v", "flf2v") else config["out_dim"]
     for name in [v for k, v in cfg.items() if k.endswith("_noise_checkpoint")] or [""]:
         (folder / name).mkdir(exist_ok=True)
         (folder / name / "config.json").write_text(json.dumps(config))
         weights = from_pretrained(folder, name).state_dict()
         tensors = {k: v for k, v in weights.items() if k.startswith("time_")}
         save_file(tensors, folder / name / "diffusion_pytorch_model.safetensors")
-    return folder
 
 
 # ------------------------------------------------------------------------ what is seen of a run
 
 
 class Reference:
-    """TeaCache as its text says it, on top of a stock run: every step computes all blocks, and on
-    a skipped step their output is replaced by h + r before the head gets it.
+    """TeaCache from its formula, on top of a stock run: every step computes all blocks, and on a
+    skipped step the head gets h + r.
 
-    Of a job: ``thresh``, or the file of a record that has it; ``method``, plain, ret or sigma, the
-    first two with ``coefficients``; for sigma ``forced``, steps, and ``in_a_row``, the most skipped
-    in a row; ``guided_steps`` n: from step n on the unconditional call returns the conditional
-    output. ``order`` 0: r is the last residual r1. 1: r = r1 + g k (r1 - r2), with r2 the one
-    before; k is how far the noise level has moved, in gaps between the two, but no further than as
-    many steps as that gap has. g is a branch's own: 1/2, then at each computed step the best one
-    for its k and residual, between 0 and 1.
+    Of a job: ``thresh``, or the record that has it; ``method``, plain, ret or sigma, the first two
+    with ``coefficients``; ``forced``, steps that are computed; ``in_a_row``, the most skipped in a
+    row; ``guided_steps`` n: from step n on the unconditional call returns the conditional output.
+    ``order`` 0: r is the last residual r1. 1: r = r1 + g k (r1 - r2), with r2 the one before; k is
+    how far the noise level has moved, in gaps between the two, but for no more steps than lie
+    between them. g, one for each branch: 1, then at each computed step the least-squares factor
+    for its k and residual, clipped to 0..1.
 
-    A pipeline may have two models, with one schedule over both. The first step of each is computed,
-    and its residuals start anew.
+    Two models share one schedule. The first step of each is computed; its residuals start anew.
     """
 
     def __init__(self, models: list[nn.Module], steps: int, job: dict[str, Any]):
-        self.steps, self.method = steps, job.get("method", "plain")
-        self.p, self.order = np.poly1d(job.get("coefficients", [0])), job.get("order", 0)
+        self.method, self.order = job.get("method", "plain"), job.get("order", 0)
+        self.p = np.poly1d(job.get("coefficients", [0]))
         self.guided_steps = job.get("guided_steps", steps)
         self.thresh = job["thresh"]
         if isinstance(self.thresh, str):
             self.thresh = json.loads(Path(self.thresh).read_text())["thresh"]
-        self.forced, self.in_a_row = self.limits(job)
+        first = {"plain": [0], "ret": range(5), "sigma": range(math.ceil(steps / 5))}[self.method]
+        self.forced = job.get("forced", [*first, *[steps - 1] * (self.method != "ret")])
+        a_tenth = math.ceil(steps / 10)
+        self.in_a_row = job.get("in_a_row", a_tenth if self.method == "sigma" else steps)
         self.calls, self.accumulated, self.model = 0, 0.0, None
         self.computed: list[bool] = []
         self.levels: list[float] = []
         for model in models:
             model.register_forward_pre_hook(functools.partial(self.call, model), with_kwargs=True)
             model.register_forward_hook(self.returned)
-            signals = {"plain": "time_embedding", "ret": "time_projection"}
-            if self.method in signals:
-                signal = getattr(inner(model), signals[self.method])
-                signal.register_forward_hook(self.decide_by_signal)
+            if self.method != "sigma":
+                signal = "time_embedding" if self.method == "plain" else "time_projection"
+                inner(model).get_submodule(signal).register_forward_hook(self.decide_by_signal)
             inner(model).blocks[0].register_forward_pre_hook(self.enter)
             inner(model).head.register_forward_pre_hook(self.leave)
-
-    def limits(self, job: dict[str, Any]) -> tuple[set[int], int]:
-        """Steps that are always computed, and how many may be skipped in a row."""
-        last, first = self.steps - 1, {"plain": 1, "ret": 5, "sigma": math.ceil(self.steps / 5)}
-        forced = {*range(first[self.method]), *([] if self.method == "ret" else [last])}
-        a_tenth = math.ceil(self.steps / 10) if self.method == "sigma" else self.steps
-        return set(job.get("forced", forced)), job.get("in_a_row", a_tenth)
 
     def call(self, model: nn.Module, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self.step, self.branch = divmod(self.calls, 2)
@@ -364,7 +323,7 @@ class Reference:
         self.first_of_model, self.model = model is not self.model, model
         if self.first_of_model:
             self.past: dict[int, list[tuple[int, Tensor]]] = {0: [], 1: []}
-            self.gain = {0: 0.5, 1: 0.5}
+            self.gain = {0: 1.0, 1: 1.0}
         if self.method == "sigma":
             now, last = (0.33 + 0.66 * self.levels[step] for step in (-1, self.last_computed()))
             self.decide(abs(1 - now / last))
@@ -376,19 +335,15 @@ class Reference:
         if self.branch == 1:
             return
         m = (output[:, -1] if output.dim() == 3 else output).double().numpy()
-        change = 0.0
-        if self.step > 0:
-            change = self.p(np.abs(m - self.previous).mean() / np.abs(self.previous).mean())
+        previous = m if self.step == 0 else self.previous
         self.previous = m
-        self.decide(change)
+        self.decide(self.p(np.abs(m - previous).mean() / np.abs(previous).mean()))
 
     def decide(self, change: float) -> None:
-        free = self.step not in self.forced and not self.first_of_model
-        if free and self.step - self.last_computed() <= self.in_a_row:
-            self.accumulated += change
-            self.computed.append(bool(self.accumulated >= self.thresh))
-        else:
-            self.computed.append(True)
+        self.accumulated += change
+        forced = self.first_of_model or self.step in self.forced
+        too_long = self.step - self.last_computed() > self.in_a_row
+        self.computed.append(bool(forced or too_long or self.accumulated >= self.thresh))
         if self.computed[-1]:
             self.accumulated = 0.0
 
@@ -453,7 +408,7 @@ def state(model: nn.Module) -> tuple[Any, ...]:
 
 
 class Run:
-    """One job: what is asked, and what is seen of it from outside."""
+    """One job, and what is seen of it from outside."""
 
     def __init__(self, job: dict[str, Any], out: Path):
         self.job, self.out = job, out
@@ -465,8 +420,8 @@ class Run:
         self.reference: Reference | None = None
 
     def watch(self, pipeline: Any) -> None:
-        """Called at the end of a pipeline's constructor. On a skipped step a block is called all
-        the same, but not its attention."""
+        """Called at the end of a pipeline's constructor. On a skipped step a block is called, but
+        not its attention."""
         names = ("model", "high_noise_model", "low_noise_model")
         models = [vars(pipeline)[name] for name in names if name in vars(pipeline)]
         self.constructed, self.models = self.constructed + 1, models
@@ -488,7 +443,7 @@ class Run:
         self.before = [state(model) for model in models]
 
     def decode(self, decode: Callable) -> list[Tensor]:
-        """Called by the VAE: keeps the frames."""
+        """Called by the VAE: saves the frames."""
         if self.job.get("fails") == "decode":
             raise torch.OutOfMemoryError("CUDA out of memory, says the test")
         (video,) = decode()
@@ -499,107 +454,15 @@ class Run:
 
     def result(self) -> dict[str, Any]:
         has_vace = any(hasattr(inner(model), "vace_blocks") for model in self.models)
-        own = ("ran", "which", "constructed", "decoded", "patched")
-        return {name: vars(self)[name] for name in own} | {
+        seen = ("ran", "which", "constructed", "decoded", "patched")
+        return {name: vars(self)[name] for name in seen} | {
             "vace_ran": self.vace_ran if has_vace else self.ran,
             "restored": [state(model) for model in self.models] == self.before,
-            "computed": self.reference and self.reference.computed,  # by the reference's decision
+            "computed": self.reference and self.reference.computed,
         }
 
 
-# --------------------------------------------------------------------- after it was imported
-
-
-class Harness:
-    """The imported Wan, with small pipelines that tell ``self.run`` of their models."""
-
-    def __init__(self) -> None:
-        self.generate, wan = map(importlib.import_module, ("generate", "wan"))
-        self.writers = {n: getattr(self.generate, n) for n in WRITERS if hasattr(self.generate, n)}
-        self.flash = {
-            module: module.flash_attention
-            for name, module in sys.modules.items()
-            if name.startswith("wan.") and hasattr(module, "flash_attention")
-        }
-        self.stand_in()
-        for kind in [vars(wan)[name] for name in PIPELINES if name in vars(wan)]:
-            kind.device = property(lambda pipeline: CPU, lambda pipeline, device: None)
-            kind.__init__ = self.watched(kind.__init__)
-            if hasattr(kind, "prepare_source"):
-                prepare_small_sources(kind)
-        self.shrink()
-
-    def stand_in(self) -> None:
-        """Put what is small in place of what is not, wherever it was imported to."""
-        small = {"T5EncoderModel": TextEncoder, "CLIPModel": CLIP}
-        small |= {"WanVAE": VAE, "Wan2_1_VAE": VAE, "Wan2_2_VAE": VAE48}
-        VAE.run = lambda: self.run
-        modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "wan"]
-        shard_model = importlib.import_module("wan.distributed.fsdp").shard_model
-
-        def shard(model: nn.Module, device_id: Any, **kwargs: Any) -> nn.Module:
-            """Wan's own, but without syncing, which FSDP has on GPUs only: all ranks' are equal."""
-            return shard_model(model, CPU, **{**kwargs, "sync_module_states": False})
-
-        small |= {"shard_model": shard}
-        for module in modules:
-            for name in small.keys() & vars(module).keys():
-                setattr(module, name, small[name])
-            for name in {"WanModel", "VaceWanModel"} & vars(module).keys():
-                getattr(module, name).from_pretrained = staticmethod(from_pretrained)
-
-    def shrink(self) -> None:
-        """Makes sides 1/16 as long, in multiples of 16, and ti2v's 1/8, under their old names."""
-        sizes, areas = self.generate.SIZE_CONFIGS, self.generate.MAX_AREA_CONFIGS
-        for name, size in sizes.items():
-            part = 8 if 704 in size else 16
-            sizes[name] = tuple(round(side / part / 16) * 16 for side in size)
-        for name in areas:
-            areas[name] = math.prod(sizes[name])
-
-    def watched(self, stock: Callable) -> Callable:
-        """A pipeline's constructor."""
-
-        def __init__(pipeline: Any, *args: Any, **kwargs: Any) -> None:
-            stock(pipeline, *args, **kwargs)
-            self.run.watch(pipeline)
-
-        return __init__
-
-    def do(self, run: Run) -> None:
-        """Run a job as if it were the first one."""
-        self.run, job = run, run.job
-        Autocast.float32 = job.get("float32", False)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        prepare_xfuser()
-        for name, write in self.writers.items():
-            writes = job["mode"] != "reference"  # of that the frames are enough
-            setattr(self.generate, name, write if writes else lambda **_: None)
-        for module, flash in self.flash.items():
-            runs_here = job["mode"] == "teacache" or flash.__name__ != "flash_attention"  # a fork's
-            module.flash_attention = flash if runs_here else attention
-        argv = self.with_checkpoint(job["argv"], run.out)
-        if job["mode"] == "teacache":
-            script = importlib.import_module("teacache_generate")
-            script.main([*argv, "--wan_repo", str(Path(self.generate.__file__).parent)])
-        else:
-            sys.argv = ["generate.py", *argv]
-            args = self.generate._parse_args()
-            run.steps_asked = args.sample_steps
-            self.generate.generate(args)
-
-    def with_checkpoint(self, argv: list[str], out: Path) -> list[str]:
-        if "AUTO" not in argv:
-            return argv
-        task = argv[argv.index("--task") + 1]
-        folder = out / f"checkpoint-{task}"
-        if RANK == 0 and not folder.exists():
-            config = self.generate.WAN_CONFIGS[task]
-            make_checkpoint(folder.with_suffix(".new"), task, config).rename(folder)
-        while not folder.exists():
-            time.sleep(0.01)
-        return [str(folder) if argument == "AUTO" else argument for argument in argv]
+# ----------------------------------------------------------------------- after Wan was imported
 
 
 class Side(int):
@@ -609,17 +472,88 @@ class Side(int):
         return 720 * 1280 if int(self) * int(other) > 2_000 else 480 * 832
 
 
-def prepare_small_sources(vace: Any) -> None:
-    """Let VACE read its sources at the small sizes, onto the CPU."""
-    stock = vace.prepare_source
+class Harness:
+    """The imported Wan, with small pipelines that report their models to ``self.run``."""
 
-    def prepare_source(self: Any, *sources: Any) -> Any:
-        *others, size, _ = sources
-        reader = self.vid_proc
+    def __init__(self) -> None:
+        self.generate, wan = map(importlib.import_module, ("generate", "wan"))
+        modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "wan"]
+        has_flash = [module for module in modules if hasattr(module, "flash_attention")]
+        self.flash = {module: module.flash_attention for module in has_flash}
+        self.stand_in(modules)
+        self.shrink()
+
+        def construct(pipeline: Any, stock: Callable, *args: Any, **kwargs: Any) -> None:
+            stock(pipeline, *args, **kwargs)
+            self.run.watch(pipeline)
+
+        for kind in [value for value in vars(wan).values() if hasattr(value, "generate")]:
+            kind.device = property(lambda pipeline: CPU, lambda pipeline, device: None)
+            kind.__init__ = functools.partialmethod(construct, kind.__init__)
+            if hasattr(kind, "prepare_source"):
+                stock = kind.prepare_source
+                kind.prepare_source = functools.partialmethod(self.prepare_source, stock)
+
+    def stand_in(self, modules: list[ModuleType]) -> None:
+        """Replace what is large, wherever it was imported to."""
+        VAE.run = lambda: self.run
+        shard_model = importlib.import_module("wan.distributed.fsdp").shard_model
+
+        def shard(model: nn.Module, **_: Any) -> nn.Module:
+            """Wan's own, but without syncing, which FSDP has on GPUs only: all ranks' are equal."""
+            return shard_model(model, CPU, sync_module_states=False)
+
+        small = {"T5EncoderModel": TextEncoder, "CLIPModel": CLIP, "shard_model": shard}
+        small |= {"WanVAE": VAE, "Wan2_1_VAE": VAE, "Wan2_2_VAE": VAE48}
+        for module in modules:
+            for name in small.keys() & vars(module).keys():
+                setattr(module, name, small[name])
+            for name in {"WanModel", "VaceWanModel"} & vars(module).keys():
+                getattr(module, name).from_pretrained = staticmethod(from_pretrained)
+
+    def shrink(self) -> None:
+        """Make sides 1/16 as long, in multiples of 16, and ti2v's 1/8, under their old names."""
+        sizes, areas = self.generate.SIZE_CONFIGS, self.generate.MAX_AREA_CONFIGS
+        for name, size in sizes.items():
+            part = 8 if 704 in size else 16
+            sizes[name] = tuple(Side(round(side / part / 16) * 16) for side in size)
+        for name in areas:
+            areas[name] = math.prod(map(int, sizes[name]))
+
+    @staticmethod
+    def prepare_source(vace: Any, stock: Callable, *sources: Any) -> Any:
+        """VACE's own: reads its sources at the small sizes, onto the CPU."""
+        reader = vace.vid_proc
         reader.set_area = lambda area: type(reader).set_area(reader, area // 256)
-        return stock(self, *others, tuple(map(Side, size)), CPU)
+        return stock(vace, *sources[:-1], CPU)
 
-    vace.prepare_source = prepare_source
+    def do(self, run: Run) -> None:
+        """Run a job as if it were the first one."""
+        self.run, job = run, run.job
+        Autocast.float32 = job.get("float32", False)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        prepare_xfuser()
+        for module, flash in self.flash.items():
+            runs_here = job["mode"] == "teacache" or flash.__name__ != "flash_attention"  # a fork's
+            module.flash_attention = flash if runs_here else attention
+        argv = [self.checkpoint(job, run.out) if u == "AUTO" else u for u in job["argv"]]
+        if job["mode"] == "teacache":
+            script = importlib.import_module("teacache_generate")
+            script.main([*argv, "--wan_repo", str(Path(self.generate.__file__).parent)])
+        else:
+            sys.argv = ["generate.py", *argv]
+            args = self.generate._parse_args()
+            run.steps_asked = args.sample_steps
+            self.generate.generate(args)
+
+    def checkpoint(self, job: dict[str, Any], out: Path) -> str:
+        """The folder for a job's task, one for each rank."""
+        task = job["argv"][job["argv"].index("--task") + 1]
+        folder = out / f"checkpoint-{task}.rank{RANK}"
+        if not folder.exists():
+            make_checkpoint(folder, task, self.generate.WAN_CONFIGS[task])
+        return str(folder)
 
 
 def main() -> None:
