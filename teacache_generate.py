@@ -15,8 +15,10 @@ Sections; each uses only those above it:
   comparison    one prompt with several settings: table and picture
   command line  flags, jobs, main
 
-The method is TeaCacheConfig, Schedule.decide, ResidualCache and TeaCache. To add a fitted model,
-add a Rule to RULES; to add a kind of task, add a Kind to KINDS and see check_inputs.
+The method is TeaCacheConfig, Schedule.decide, ResidualCache and TeaCache. A command runs through
+command, jobs_of, job_of (the plan), make_batch, Session.make, sample (the decisions), decode and
+write. To add a fitted model, add a Rule to RULES; to add a kind of task, add a Kind to KINDS and
+see check_inputs.
 
 TeaCache: Liu et al., "Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model",
 arXiv 2411.19108. Wan: https://github.com/Wan-Video/Wan2.1 and Wan2.2.
@@ -381,7 +383,7 @@ class Preview:
         return schedule
 
     def plan_speedup(self, config: TeaCacheConfig, speedup: float) -> Schedule:
-        """The shortest plan that still has 2 * steps / speedup passes.
+        """The plan with the fewest passes that has at least 2 * steps / speedup.
 
         Raising the threshold never adds passes, so bisection finds it. A range of thresholds gives
         the same plan; its middle is taken, so that rounding on another machine or in bfloat16
@@ -416,7 +418,9 @@ def middle_threshold(schedule: Schedule) -> float:
     reached = [d.accumulated for d in free if d.computed and math.isfinite(d.accumulated)]
     if not skipped:
         return 0.0
-    return (max(skipped) + min(reached)) / 2 if reached else 2 * max(skipped) or 1.0
+    if not reached:
+        return 2 * max(skipped) or 1.0
+    return (max(skipped) + min(reached)) / 2
 
 
 # ----------------------------------------------------------------------------------------- cache
@@ -592,7 +596,7 @@ class TeaCache:
         self.residuals = ResidualCache(self.timesteps)
         self.embedding: Tensor | None = None  # of the step before
         # during a step
-        self.step, self.branch = -1, UNCONDITIONAL
+        self.step, self.branch = -1, UNCONDITIONAL  # as after a whole step
         self.computes = True
         self.storing: ComputedStep | None = None
         self.timestep: Tensor | None = None
@@ -809,9 +813,10 @@ def teacache(models: nn.Module | Sequence[nn.Module], config: TeaCacheConfig) ->
         another ``teacache``, takes more steps than configured, or is not called twice a step.
     """
     cache = TeaCache(config)
-    is_stock = config.thresh == 0 and config.is_guided(config.steps - 1)
     models = models if isinstance(models, (list, tuple)) else [models]
-    found = [(model, find_transformer(model)) for model in models if not is_stock]
+    if config.thresh == 0 and config.is_guided(config.steps - 1):
+        models = []  # stock
+    found = [(model, find_transformer(model)) for model in models]
     with ExitStack() as stack:
         for model, inner in found:
             stack.enter_context(patched_model(cache, model, inner))
@@ -1288,7 +1293,7 @@ def preview_of(wan: Wan, args: argparse.Namespace, measure: str) -> Preview:
         folders = transformer_folders(args.ckpt_dir, task_config)
         steps_by_model = split_by_model(timesteps, task_config)
         cure = "download it again, or use --teacache_rule sigma, which needs none"
-        for folder, steps in zip(folders, steps_by_model, strict=False):
+        for folder, steps in zip(folders, steps_by_model, strict=True):
             of_model = list(itertools.islice(remaining, steps))
             if of_model:
                 with refusing(f"--ckpt_dir {folder}: its time embedding cannot be read", cure):
@@ -1301,7 +1306,7 @@ def preview_of(wan: Wan, args: argparse.Namespace, measure: str) -> Preview:
 
 
 def to_bytes(video: Tensor) -> np.ndarray:
-    """[3, F, H, W] in [-1, 1] to uint8 [F, H, W, 3] on the CPU, rounded as Wan's writer does."""
+    """[3, F, H, W] in [-1, 1] to uint8 [F, H, W, 3] on the CPU, truncated as by Wan's writer."""
     levels = (video.cpu().clamp(-1, 1) + 1) / 2 * 255
     return levels.byte().permute(1, 2, 3, 0).numpy()
 
@@ -2386,7 +2391,7 @@ def comparison_table(rows_by_line: Sequence[Sequence[Row]]) -> list[str]:
         f"{label:{width}}" + "".join(f"{cell:>10}" for cell in cells) for label, cells in table
     ]
     lines.append(
-        f"The floor is the PSNR of {NOISE}: an entry at or above it is as near as stock's."
+        f"The floor is the PSNR of {NOISE}: above it, an entry differs less than by noise."
     )
     has_ssim = any(row.ssim is not None for row in itertools.chain(*rows_by_line))
     return lines if has_ssim else [*lines, "for the SSIM: pip install scikit-image"]
