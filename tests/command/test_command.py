@@ -45,16 +45,6 @@ def test_run_leaves_a_video_and_its_record(run, tmp_path, flags, thresh):
     assert f"mean drift {100 * record['drift']:.1f} %" in after
 
 
-def test_log_tells_order_and_passes(run):
-    flags = ["--sample_steps", "10", "--teacache_order", "1", "--teacache_guide_until", "0.5"]
-    code, log, record = run(*flags)
-    computed = record["computed"]
-    passes = f"{len(computed) + sum(step < 5 for step in computed)} of 20 passes"
-    assert (code, record["order"]) == (0, 1)
-    assert f"order 1: computes {len(computed)} of 10 steps, {passes}" in log
-    assert f"computed {len(computed)} of 10 steps, {passes} (" in log
-
-
 def test_threshold_0_equals_stock_generate_py_to_the_byte(ckpt, tmp_path):
     """Both started as a user starts them, the script copied beside generate.py."""
     repo = tmp_path / "Wan2.1"

@@ -347,9 +347,9 @@ def test_comparison_without_a_seed_keeps_its_seed(compare, made):
     assert len(set(made.sampled)) == 1
 
 
-@pytest.mark.parametrize("number", [0, 2])
-def test_prompt_is_extended_once(compare, made, monkeypatch, number):
-    """Also where stock or the entry has failed, and is decoded when run again."""
+@pytest.mark.parametrize("fails", [None, 0, 2])
+def test_prompt_is_extended_once(compare, made, monkeypatch, fails):
+    """Also when run again, where stock or the entry has failed and is decoded."""
     asked, loads = [], []
 
     def load(*args):
@@ -364,8 +364,8 @@ def test_prompt_is_extended_once(compare, made, monkeypatch, number):
 
     monkeypatch.setattr("generate.QwenPromptExpander", load, raising=False)
     wrap(monkeypatch, "generate.generate", generate)
-    made.then = {number: out_of_memory}
-    assert compare("1.5x", "--use_prompt_extend")[0] == 1
+    made.then = {fails: out_of_memory}
+    assert compare("1.5x", "--use_prompt_extend")[0] == (fails is not None)
     assert compare("1.5x 1.25x", "--use_prompt_extend")[0] == 0
     records = [record(f"x.{name}") for name in ("stock", "noise-1e-4", "1.5x", "1.25x")]
     assert {video["prompt"] for video in records} == {f"{BALL[1]} 1"}
