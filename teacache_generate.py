@@ -1960,10 +1960,10 @@ class Session:
         video.failure = None  # holds the tensors of where it was raised
         video.save_end(f"failed: {error!r:.500}")
         text = f"{video.target} failed: {str(error) or type(error).__name__:.500}"
-        if isinstance(error, FloatingPointError):
-            text += f": the latents are in {video.latents}"
-        elif video.latents and video.latents.is_file():
-            text += f"\n{self.how_to_finish(video)}"
+        if video.latents and video.latents.is_file():
+            in_vain = isinstance(error, FloatingPointError)  # decoding again gives the same
+            finish = f"the latents are in {video.latents}" if in_vain else self.how_to_finish(video)
+            text += f"\n{finish}"
         known = isinstance(error, (torch.cuda.OutOfMemoryError, OSError, FloatingPointError))
         log.error(text, exc_info=None if known else error)
 
