@@ -219,16 +219,15 @@ class TeaCacheConfig:
             raise ValueError(f"order {self.order} must be 0 or 1")
         if self.thresh > 0 and self.measure != NOISE_LEVEL and not len(self.coefficients):
             raise ValueError(f"measure {self.measure} needs coefficients, such as RULES has")
-        defaults = {  # forced_steps, max_skipped
+        forced_steps, max_skipped = {
             EMBEDDING: ((0, self.steps - 1), self.steps),
             PROJECTION: (tuple(range(RETENTION_STEPS)), self.steps),
             NOISE_LEVEL: (first_steps([self.steps], [0.2]), math.ceil(self.steps / 10)),
-        }
-        for name, value in zip(
-            ("forced_steps", "max_skipped"), defaults[self.measure], strict=True
-        ):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)  # the dataclass is frozen
+        }[self.measure]
+        if self.forced_steps is None:  # the dataclass is frozen
+            object.__setattr__(self, "forced_steps", forced_steps)
+        if self.max_skipped is None:
+            object.__setattr__(self, "max_skipped", max_skipped)
 
     @classmethod
     def from_rule(
@@ -337,7 +336,7 @@ class Schedule:
     @property
     def speedup(self) -> float:
         """Speed-up of the transformer over stock if a skipped step took no time."""
-        return 2 * len(self.decisions) / self.passes
+        return 2 * len(self.decisions) / self.passes if self.passes else 1.0
 
     @property
     def negative_steps(self) -> list[int]:
@@ -360,9 +359,13 @@ class Schedule:
 
 def ranges(steps: Sequence[int]) -> str:
     """Step numbers as short text: 1 2 3 7 as "1-3 7"."""
-    runs = itertools.groupby(enumerate(steps), lambda pair: pair[1] - pair[0])
-    ends = ((group[0][1], group[-1][1]) for group in (list(pairs) for _, pairs in runs))
-    return " ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in ends)
+    runs: list[list[int]] = []
+    for step in steps:
+        if runs and step == runs[-1][-1] + 1:
+            runs[-1].append(step)
+        else:
+            runs.append([step])
+    return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 @dataclass(frozen=True)
@@ -590,7 +593,6 @@ class TeaCache:
         self.drifts: list[tuple[int, tuple[float, float]]] = []  # step, relative error by order
         self.unread: list[tuple[int, Tensor]] = []  # step, sums of ResidualCache.add
         self.timesteps: list[float] = []
-
         # while one model samples
         self.model: nn.Module | None = None
         self.residuals = ResidualCache(self.timesteps)
@@ -1075,7 +1077,7 @@ class Wan:
     def warn(self, text: str) -> None:
         """Log a warning once, however many videos of a command it is true for."""
         if text not in self.warned:
-            log.warning(f"{text}")
+            log.warning(text)
         self.warned.add(text)
 
     def task_config(self, task: str) -> dict[str, Any]:
@@ -1531,7 +1533,7 @@ def warn_of_scores(wan: Wan, args: argparse.Namespace) -> None:
 # of a batch. Knows jobs, not our flags.
 #
 # If decoding or writing fails, NAME.latents.pt is kept beside the video and NAME.json names it.
-# --teacache_decode makes the video of it; so does a batch or comparison that is started again.
+# --teacache_decode, or a batch or comparison that is started again, then makes the video.
 
 SAMPLE, DECODE, SKIP = "sample", "decode", "skip"  # what is left to do for a job
 RECORD, LATENTS = ".json", ".latents.pt"  # endings of the files beside a video
@@ -1961,9 +1963,10 @@ class Session:
         video.save_end(f"failed: {error!r:.500}")
         text = f"{video.target} failed: {str(error) or type(error).__name__:.500}"
         if video.latents and video.latents.is_file():
-            in_vain = isinstance(error, FloatingPointError)  # decoding again gives the same
-            finish = f"the latents are in {video.latents}" if in_vain else self.how_to_finish(video)
-            text += f"\n{finish}"
+            if isinstance(error, FloatingPointError):  # decoding again gives the same
+                text += f"\nthe latents are in {video.latents}"
+            else:
+                text += f"\n{self.how_to_finish(video)}"
         known = isinstance(error, (torch.cuda.OutOfMemoryError, OSError, FloatingPointError))
         log.error(text, exc_info=None if known else error)
 
@@ -2390,9 +2393,8 @@ def comparison_table(rows_by_line: Sequence[Sequence[Row]]) -> list[str]:
     lines = [
         f"{label:{width}}" + "".join(f"{cell:>10}" for cell in cells) for label, cells in table
     ]
-    lines.append(
-        f"The floor is the PSNR of {NOISE}: above it, an entry differs less than by noise."
-    )
+    floor = f"The floor is the PSNR of {NOISE}: above it, an entry differs less than by noise."
+    lines.append(floor if NOISE in by_label else f"no floor: {NOISE} has failed")
     has_ssim = any(row.ssim is not None for row in itertools.chain(*rows_by_line))
     return lines if has_ssim else [*lines, "for the SSIM: pip install scikit-image"]
 
@@ -2447,9 +2449,8 @@ def as_speedup(text: str) -> Amount:
 
 
 def our_parser() -> Parser:
-    """The flags that generate.py does not have, and --base_seed."""
+    """The flags that generate.py does not have."""
     parser = Parser(allow_abbrev=False, add_help=False, description="TeaCache for generate.py")
-    parser.add_argument("--base_seed", type=int, help=argparse.SUPPRESS)
     group = parser.add_argument_group("which steps are computed")
     amounts = group.add_mutually_exclusive_group()
     amount = {"dest": "amount", "metavar": "X"}
@@ -2482,9 +2483,9 @@ def our_flags(*parts: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our flags, and what is left for generate.py.
 
     parts: the command line; a line of a jobs file and an entry of a comparison, which override it.
-    Only one part by itself may not have both a threshold and a speed-up.
+    No part may have both a threshold and a speed-up.
     """
-    ours, left = argparse.Namespace(), []
+    parser, ours, left = our_parser(), argparse.Namespace(), []
     for flag in itertools.chain(*parts):
         name = flag.split("=")[0]
         require(name not in OLD_FLAGS, f"{name}: is gone: {OLD_FLAGS.get(name)}")
@@ -2492,7 +2493,7 @@ def our_flags(*parts: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         # argparse would take "--prompt=a b", unknown here, for another entry of --teacache_compare:
         # because of the space it does not look like a flag. So spaces are hidden while it parses.
         hidden = [flag.replace(" ", "\x1f") if flag.startswith("--") else flag for flag in part]
-        ours, rest = our_parser().parse_known_args(hidden, ours)
+        ours, rest = parser.parse_known_args(hidden, ours)
         left += [flag.replace("\x1f", " ") for flag in rest]
     for name, value in vars(ours).items():
         check_named(name, value)
@@ -2651,7 +2652,6 @@ def settings_of(
 def job_of(wan: Wan, *parts: Sequence[str], label: str = "", checked: bool = True) -> Job:
     """One video: its flags parsed and checked, its schedule planned. label: of a comparison."""
     ours, rest = our_flags(*parts)
-    rest += [] if ours.base_seed is None else [f"--base_seed={ours.base_seed}"]
     args = parse_and_check(wan, ours, rest) if checked else wan.parse(rest)
     rule, noise = choose_rule(ours, args), NOISE_STD if label == NOISE else 0.0
     require(
@@ -2774,16 +2774,13 @@ def jobs_of(wan: Wan, ours: argparse.Namespace, argv: Sequence[str]) -> list[lis
             for message in error.args:
                 errors[message].append(i)
 
-    def place(found: list[int]) -> str:
-        of_the_command = found == [0] or len(found) == len(lines) > 1
-        return (
-            ""
-            if of_the_command
-            else f"--teacache_jobs {ours.teacache_jobs}: line {ranges(found)}: "
-        )
+    def located(message: str, found: list[int]) -> str:
+        if found == [0] or len(found) == len(lines) > 1:
+            return message
+        return f"--teacache_jobs {ours.teacache_jobs}: line {ranges(found)}: {message}"
 
     if errors:
-        raise Refused(*(place(found) + message for message, found in errors.items()))
+        raise Refused(*itertools.starmap(located, errors.items()))
     return jobs
 
 
@@ -2798,8 +2795,9 @@ def jobs_of_line(
 
     taken: targets of the command so far, without endings, and what has them.
     """
-    seed = our_flags(*parts)[0].base_seed
-    has_seed = seed is not None and seed >= 0
+    parser = Parser(add_help=False)  # abbreviates flags as generate.py does
+    parser.add_argument("--base_seed", type=int, default=-1)
+    has_seed = parser.parse_known_args(our_flags(*parts)[1])[0].base_seed >= 0
     if not has_seed:  # generate.py would draw one at each parse
         parts = [*parts, [f"--base_seed={int.from_bytes(os.urandom(4), 'big')}"]]
     jobs = []

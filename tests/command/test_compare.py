@@ -379,7 +379,8 @@ def test_comparison_needs_stock_and_does_without_noise(compare, made):
     code, said = compare("1.5x")
     assert (code, len(made.sampled), "floor" in said) == (1, 1, False)
     assert "without stock nothing can be compared" in said
-    assert compare("1.5x")[0] == 1
+    code, said = compare("1.5x")
+    assert (code, "no floor: noise 1e-4 has failed" in said) == (1, True)
     assert [row["label"] for row in rows()] == ["stock", "1.5x"]
 
 

@@ -282,6 +282,9 @@ def test_latents_that_can_be_kept_nowhere_stop_no_video(run, tmp_path, monkeypat
     assert (code, said.count("disk full"), record()["latents"]) == (0, 2, None)
     assert not list(tmp_path.rglob("*.pt"))
     assert np.array_equal(frames(Path("x.mp4")), undisturbed)
+    wrap(monkeypatch, NOISE, after(lambda latents: latents + float("nan")))
+    code, said = run()
+    assert (code, "the latents are in" in said, record()["latents"]) == (1, False, None)
 
 
 @pytest.mark.parametrize("still", [False, True], ids=["moving", "still"])
@@ -317,6 +320,7 @@ def test_flags_override_what_the_latents_say(run, failed, ckpt, tmp_path, undist
         (None, ["--ckpt_dir", "/none"], "Wan2.1_VAE_nano.pth is missing"),
         (None, ["--save_file", ""], '--save_file "": is empty'),
         (None, ["--prompt", "cats"], "--prompt cats"),
+        (None, ["--base_seed", "1"], "--base_seed 1"),
         (None, ["--teacache_jobs", "x.txt"], "--teacache_jobs: give one of them"),
         (None, ["--teacache_decode", "none.pt"], "--teacache_decode none.pt: cannot be used"),
         (lambda kept: {**kept, "task": "t2v-14B"}, [], "--task t2v-14B"),

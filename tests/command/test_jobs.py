@@ -106,7 +106,7 @@ def test_every_line_is_checked_before_loading(batch, asked):
     expected = {
         THREE[0]: None,
         '--prompt "a ball" --base_seed 7': None,
-        '--base_seed 7 --prompt "a ball"': "line 2 has this name too",  # the default name
+        '--base 7 --prompt "a ball"': "line 2 has this name too",  # the default name
         "--sample_steps 0": "--sample_steps 0: must be 1 or more",
         "--frame_num 6 --sample_steps 0": "--frame_num 6: must be 4n+1",
         "--nonsense 1": "--nonsense 1",

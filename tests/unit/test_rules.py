@@ -134,6 +134,7 @@ def test_decisions_hold_the_numbers_behind_them():
 @pytest.mark.parametrize(("guided", "passes"), [(None, 8), (6, 8), (4, 6), (2, 5), (0, 4)])
 def test_a_step_counts_two_passes_only_while_guided(guided, passes):
     plan = planned([0.25] * 5, 0.5, guided_steps=guided)
+    assert Schedule(plan.config).speedup == 1.0  # before its first step
     assert plan.computed_steps == [0, 2, 4, 5]
     assert (plan.passes, plan.speedup) == (passes, 12 / passes)
     shown = f", {passes} of 12 passes" if passes < 8 else ""
