@@ -134,8 +134,8 @@ def put_harness_on_gpu() -> None:
             return super().decode(lambda: [video.cpu() for video in decode()])
 
     class Reference(harness.Reference):
-        def decide_by_signal(self, module: Any, args: Any, output: Tensor) -> None:
-            super().decide_by_signal(module, args, output.cpu())
+        def decide_by_embedding(self, module: Any, args: Any, output: Tensor) -> None:
+            super().decide_by_embedding(module, args, output.cpu())
 
     class Autocast(torch.autocast):
         """Wan's own, unless the job is in float32."""

@@ -41,7 +41,7 @@ from teacache_generate import (  # noqa: E402
 )
 
 PSNR_CAP = 100.0  # dB
-SIGNALS = {"plain": EMBEDDING, "retention": PROJECTION, "sigma": NOISE_LEVEL}  # by mode
+MEASURES = {"plain": EMBEDDING, "retention": PROJECTION, "sigma": NOISE_LEVEL}  # by mode
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def spaced(count: int, steps: int) -> list[int]:
 def preview_of(wan: WanT2V, mode: str, sampling: Sampling = Sampling()) -> Preview:
     """Timesteps and distances of a mode, from a run that computes every step."""
     every = range(sampling.steps)
-    config = TeaCacheConfig(sampling.steps, 1.0, (0.0,), SIGNALS[mode], forced_steps=every)
+    config = TeaCacheConfig(sampling.steps, 1.0, (0.0,), MEASURES[mode], forced_steps=every)
     _, cache, _ = sample(wan, "", torch.zeros(16, 5, 8, 8), config, sampling)
     decisions = cache.schedule.decisions
     return Preview([d.timestep for d in decisions], [d.distance for d in decisions])

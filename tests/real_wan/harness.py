@@ -308,8 +308,8 @@ class Reference:
             model.register_forward_pre_hook(functools.partial(self.call, model), with_kwargs=True)
             model.register_forward_hook(self.returned)
             if self.method != "sigma":
-                signal = "time_embedding" if self.method == "plain" else "time_projection"
-                inner(model).get_submodule(signal).register_forward_hook(self.decide_by_signal)
+                measured = "time_embedding" if self.method == "plain" else "time_projection"
+                inner(model).get_submodule(measured).register_forward_hook(self.decide_by_embedding)
             inner(model).blocks[0].register_forward_pre_hook(self.enter)
             inner(model).head.register_forward_pre_hook(self.leave)
 
@@ -331,7 +331,7 @@ class Reference:
     def last_computed(self) -> int:
         return max((step for step, computed in enumerate(self.computed) if computed), default=0)
 
-    def decide_by_signal(self, module: nn.Module, args: Any, output: Tensor) -> None:
+    def decide_by_embedding(self, module: nn.Module, args: Any, output: Tensor) -> None:
         if self.branch == 1:
             return
         m = (output[:, -1] if output.dim() == 3 else output).double().numpy()

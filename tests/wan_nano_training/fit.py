@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
-from sampling import ASSETS, NANO, SIGNALS, Sampling, load, preview_of
+from sampling import ASSETS, MEASURES, NANO, Sampling, load, preview_of
 
 from teacache_generate import Preview, TeaCacheConfig, relative_l1
 
@@ -53,14 +53,14 @@ def fit(mode: str, preview: Preview, changes: np.ndarray, axes: Axes) -> dict[st
     y, line = changes.flatten(), np.linspace(x.min(), x.max(), 400)
     coefficients = np.polyfit(x, y, 4).tolist()
     r_squared = 1 - np.square(y - np.polyval(coefficients, x)).mean() / y.var()
-    config = TeaCacheConfig(SAMPLING.steps, 0.0, coefficients, SIGNALS[mode])
+    config = TeaCacheConfig(SAMPLING.steps, 0.0, coefficients, MEASURES[mode])
     half = preview.plan_speedup(config, 2.0)
     print(f"{mode}: R squared {r_squared:.2f}, {half.summary()} at {half.config.thresh:.4g}")
-    signal, colour = MODES[mode]
+    measured, colour = MODES[mode]
     axes.scatter(x, y, s=10, color="#888888", lw=0)
     axes.plot(line, np.polyval(coefficients, line), color=colour, linewidth=2)
     axes.set_title(f"{mode}: R² = {r_squared:.3f}", loc="left")
-    axes.set(xlabel=f"distance of the {signal}", ylim=(0, 1.05 * y.max()))
+    axes.set(xlabel=f"distance of the {measured}", ylim=(0, 1.05 * y.max()))
     return {"coefficients": coefficients, "thresholds": [half.config.thresh]}
 
 
