@@ -47,6 +47,7 @@ import tempfile
 import threading
 import time
 import zipfile
+from argparse import Namespace
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -81,9 +82,9 @@ log = Log(logging.getLogger("teacache"), {})
 # here: the straight line of residual_norm, order 1, and choosing a threshold for a speed-up.
 
 EMBEDDING, PROJECTION, NOISE_LEVEL = "embedding", "projection", "noise level"  # measures
-RETENTION_STEPS = 5  # of --use_ret_steps: always computed; e0 is compared in place of e
+RETENTION_STEPS = 5  # the first steps, always computed with PROJECTION (--use_ret_steps)
 TRAIN_TIMESTEPS = 1000  # a timestep is 1000 times the noise level
-LARGE_THRESH = 1e9  # above every sum of increments: only forced steps are computed
+LARGE_THRESH = 1e9  # in place of infinity: only forced steps are computed
 
 
 @dataclass(frozen=True)
@@ -219,15 +220,15 @@ class TeaCacheConfig:
             raise ValueError(f"order {self.order} must be 0 or 1")
         if self.thresh > 0 and self.measure != NOISE_LEVEL and not len(self.coefficients):
             raise ValueError(f"measure {self.measure} needs coefficients, such as RULES has")
-        forced_steps, max_skipped = {
+        default_forced, default_max = {
             EMBEDDING: ((0, self.steps - 1), self.steps),
             PROJECTION: (tuple(range(RETENTION_STEPS)), self.steps),
             NOISE_LEVEL: (first_steps([self.steps], [0.2]), math.ceil(self.steps / 10)),
         }[self.measure]
         if self.forced_steps is None:  # the dataclass is frozen
-            object.__setattr__(self, "forced_steps", forced_steps)
+            object.__setattr__(self, "forced_steps", default_forced)
         if self.max_skipped is None:
-            object.__setattr__(self, "max_skipped", max_skipped)
+            object.__setattr__(self, "max_skipped", default_max)
 
     @classmethod
     def from_rule(
@@ -311,7 +312,7 @@ class Schedule:
     def decide(self, timestep: float, distance: float | None) -> bool:
         """Decide the next step: True to compute it, False to reuse the last residual.
 
-        distance: None at the first step of a model, which is computed.
+        distance: None at the first step of a model, which is computed: so below it some step is.
         """
         config, step, done = self.config, len(self.decisions), self.computed_steps
         forced = config.thresh == 0 or step in config.forced_steps or distance is None
@@ -401,7 +402,7 @@ class Preview:
         if negative := at(LARGE_THRESH).negative_steps:
             raise ValueError(f"increments are negative at steps {ranges(negative)}")
         enough, too_large = 0.0, LARGE_THRESH
-        while too_large - enough > max(1e-9 * too_large, 1e-12):
+        for _ in range(100):  # to the last bit
             middle = (enough + too_large) / 2
             if at(middle).passes >= wanted:
                 enough = middle
@@ -409,7 +410,7 @@ class Preview:
                 too_large = middle
         best = at(enough)
         exact = middle_threshold(best)
-        rounded = at(float(f"{exact:.4g}"))  # the same on every machine
+        rounded = at(float(f"{exact:.4g}"))  # machines differ in the 9th digit
         return rounded if rounded.as_text() == best.as_text() else at(exact)
 
 
@@ -516,7 +517,7 @@ class ResidualCache:
     def __init__(self, timesteps: Sequence[float]):
         self.timesteps = timesteps
         self.history: deque[ComputedStep] = deque(maxlen=2)  # old, new
-        self.gain: dict[int, Tensor | float] = {}  # by branch; on the GPU, to need no wait for it
+        self.gain: dict[int, Tensor] = {}  # by branch, on the GPU; 1 until it is measured
 
     def predict(self, order: int, branch: int, step: int, of: str = "residual") -> Tensor:
         """The residual of a skipped step; with of="probe", its probe."""
@@ -524,7 +525,7 @@ class ResidualCache:
         if order == 0 or len(self.history) < 2:
             return newest
         old, new = self.history
-        reach = self.reach(min(step, 2 * new.step - old.step))
+        reach = self.reach(min(step, 2 * new.step - old.step))  # as far as old lies back
         change = newest - getattr(old, of)[branch]
         # in place: a residual of 14B at 720P has 1.5 GB
         return change.mul_(self.gain.get(branch, 1.0) * reach).add_(newest)
@@ -540,19 +541,16 @@ class ResidualCache:
         for computed in list(self.history)[: len(self.history) - keep]:
             computed.residual.clear()
 
-    def add(self, computed: ComputedStep) -> Tensor | None:
-        """Take a computed step. Returns what ``measure`` does, None for a model's first step."""
-        sums = self.measure(computed) if self.history else None
-        self.history.append(computed)
-        return sums
-
-    def measure(self, now: ComputedStep) -> Tensor:
-        """Measure the predictions that a computed step replaces, and the gains.
+    def add(self, now: ComputedStep) -> Tensor | None:
+        """Take a computed step; measure the predictions that it replaces, and the gains.
 
         Returns [sum|R|, sum|R - prediction of order 0|, sum|R - prediction of order 1|] over the
-        probes R of both branches and all ranks.
+        probes R of both branches and all ranks; None for a model's first step.
         """
-        old, new = self.history[0], self.history[-1]  # with one step so far the line is 0
+        if not self.history:
+            self.history.append(now)
+            return None
+        old, new = self.history[0], self.history[-1]  # the same if there is one: the line is 0
         errors, products = [], []
         for branch, probe in now.probe.items():
             predicted = [self.predict(order, branch, now.step, of="probe") for order in (0, 1)]
@@ -564,6 +562,7 @@ class ResidualCache:
         if reach := self.reach(now.step):
             for branch, (along, squared) in zip(now.probe, sums[3:].view(-1, 2), strict=True):
                 self.gain[branch] = (along / (reach * squared)).nan_to_num(0.0).clamp(0, 1)
+        self.history.append(now)
         return sums[:3]
 
 
@@ -598,7 +597,7 @@ class TeaCache:
         self.residuals = ResidualCache(self.timesteps)
         self.embedding: Tensor | None = None  # of the step before
         # during a step
-        self.step, self.branch = -1, UNCONDITIONAL  # as after a whole step
+        self.step, self.branch = -1, UNCONDITIONAL  # so that the first call begins step 0
         self.computes = True
         self.storing: ComputedStep | None = None
         self.timestep: Tensor | None = None
@@ -610,7 +609,7 @@ class TeaCache:
     # Calls of the model
 
     def note_timestep(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
-        """Forward pre-hook of a wrapper: FSDP's mixed precision casts the model's inputs."""
+        """Forward pre-hook of a wrapper: keep t as it is before FSDP's mixed precision casts it."""
         self.outer_timestep = kwargs["t"] if "t" in kwargs else args[1]
 
     def forward(
@@ -619,7 +618,8 @@ class TeaCache:
         """Replaces a model's forward and calls it: stock's, VACE's, or that for Ulysses.
 
         t: [1], or [1, tokens] in Wan2.2's ti2v.
-        RuntimeError: the model is not called twice a step, or called from another thread.
+        RuntimeError: the model is not called twice a step, or called from another thread; its
+            forward bypasses the patches, so that nothing would be skipped.
         """
         if threading.get_ident() != self.thread:
             raise RuntimeError("teacache() serves the thread that entered it: use one per thread")
@@ -629,7 +629,12 @@ class TeaCache:
             output = self.output
         else:
             output = forward(x, t, *args, **kwargs)
-            self.end_call()
+            decided = len(self.schedule.decisions) == self.step + 1
+            if self.config.thresh > 0 and (self.block_input is not None or not decided):
+                raise RuntimeError(
+                    f"step {self.step}: this model's forward does not call time_projection, blocks "
+                    "and head in this order, which TeaCache needs: use --teacache_thresh 0"
+                )
         self.output = output if self.branch == CONDITIONAL else None
         if self.step == self.config.steps - 1 and self.branch == UNCONDITIONAL:
             self.finish()
@@ -663,16 +668,6 @@ class TeaCache:
         if self.step >= 0 and self.branch == CONDITIONAL and self.config.is_guided(self.step):
             raise RuntimeError(f"step {self.step}: the model was called once, not twice")
 
-    def end_call(self) -> None:
-        """RuntimeError: the model's forward bypassed the patches; nothing would be skipped."""
-        if self.config.thresh == 0:
-            return
-        if self.block_input is not None or len(self.schedule.decisions) != self.step + 1:
-            raise RuntimeError(
-                f"step {self.step}: this model's forward does not call time_projection, blocks and "
-                "head in this order, which TeaCache needs: use --teacache_thresh 0"
-            )
-
     # The decision
 
     def project(self, projection: Callable, /, e: Tensor) -> Tensor:
@@ -705,7 +700,8 @@ class TeaCache:
             )
         self.timesteps.append(timestep)
         if self.computes:
-            self.residuals.free(keep=self.config.order)  # the blocks need the memory
+            # the blocks need the memory; order 1 will need the newest residual again
+            self.residuals.free(keep=self.config.order)
             self.storing = ComputedStep(self.step, {}, {})
 
     # Blocks and head
@@ -748,7 +744,7 @@ class TeaCache:
     # The end
 
     def finish(self) -> None:
-        """Read the drifts and free all tensors. Called before the VAE decodes.
+        """Read the drifts and free all tensors: after the last call, or when the VAE decodes.
 
         RuntimeError: the last step lacks its unconditional call.
         """
@@ -912,7 +908,7 @@ def sdpa_attention(
         if int(k_lens.min()) < longest:
             valid = k_lens.to(q.device).view(-1, 1, 1, 1)
             mask = torch.arange(longest, device=q.device) < valid  # [B, 1, 1, longest]
-    heads_first = (heads.to(v.dtype).transpose(1, 2) for heads in (q, k, v))
+    heads_first = [tensor.to(v.dtype).transpose(1, 2) for tensor in (q, k, v)]
     attend = nn.functional.scaled_dot_product_attention
     out = attend(*heads_first, mask, dropout_p, causal, scale=softmax_scale)
     return out.transpose(1, 2).to(q.dtype)
@@ -1043,11 +1039,11 @@ INPUTS = tuple(dict.fromkeys(flag for kind in KINDS.values() for flag in kind.in
 UNSUPPORTED_TASKS = ("s2v-14B", "animate-14B")  # of Wan2.2
 
 
-def kind_of(args: argparse.Namespace) -> str:
+def kind_of(args: Namespace) -> str:
     return args.task.split("-")[0]
 
 
-def makes_image(args: argparse.Namespace) -> bool:
+def makes_image(args: Namespace) -> bool:
     return kind_of(args) == "t2i"
 
 
@@ -1067,18 +1063,11 @@ class Wan:
 
     def __init__(self, generate_py: ModuleType):
         self.generate_py, self.package = generate_py, sys.modules["wan"]
-        self.folder = Path(generate_py.__file__).parent
         writers = (*VIDEO_WRITERS, IMAGE_WRITER)
         self.writers = {w: vars(generate_py)[w] for w in writers if hasattr(generate_py, w)}
-        self.warned = set[str]()
-        self.distances: dict[tuple[Any, ...], list[float | None]] = {}
-        self.checked = set[tuple[Any, ...]]()  # checkpoints, and folders of targets
-
-    def warn(self, text: str) -> None:
-        """Log a warning once, however many videos of a command it is true for."""
-        if text not in self.warned:
-            log.warning(text)
-        self.warned.add(text)
+        self.warn = functools.cache(log.warning)  # once, however many videos it is true for
+        self.distances = functools.cache(embedding_distances)
+        self.checked = set[tuple[Any, ...]]()  # checkpoints, and folders and endings of targets
 
     def task_config(self, task: str) -> dict[str, Any]:
         """A task's model config: sizes, names of files."""
@@ -1088,12 +1077,15 @@ class Wan:
         """The prompt and inputs that generate.py uses where none are given."""
         return getattr(self.generate_py, "EXAMPLE_PROMPT", {}).get(task, {})
 
+    def fps(self, args: Namespace) -> float:
+        return self.task_config(args.task)["sample_fps"]
+
     def pipelines(self) -> dict[str, type]:
         """The pipeline classes that generate.py looks up in the package when it runs."""
         exported = vars(self.package).items()
         return {name: value for name, value in exported if hasattr(value, "generate")}
 
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+    def parse(self, argv: Sequence[str]) -> Namespace:
         """Parse with generate.py's own parser, and let it check and complete the flags."""
         ours = SimpleNamespace(**vars(argparse) | {"ArgumentParser": Parser})
         with patched(self.generate_py, argparse=ours), patched(sys, argv=[sys.argv[0], *argv]):
@@ -1107,10 +1099,11 @@ class Wan:
             require(hasattr(args, name), f"{what}: add it, or use Wan's own generate.py")
         what = f"--task {args.task}: TeaCache does not support it, since it samples clip after clip"
         require(args.task not in UNSUPPORTED_TASKS, f"{what}: run generate.py itself")
-        vars(args).update(OPTIONAL_FLAGS | vars(args))
+        for name, default in OPTIONAL_FLAGS.items():
+            vars(args).setdefault(name, default)
         return args
 
-    def vae(self, args: argparse.Namespace, device: torch.device) -> Any:
+    def vae(self, args: Namespace, device: torch.device) -> Any:
         """A task's VAE alone."""
         file = self.task_config(args.task)["vae_checkpoint"]  # Wan2.1_VAE.pth, Wan2.2_VAE.pth
         module, vae_class = "vae", "WanVAE"  # of Wan2.1
@@ -1120,7 +1113,7 @@ class Wan:
         make = getattr(importlib.import_module(f"wan.modules.{module}"), vae_class)
         return make(vae_pth=str(Path(args.ckpt_dir) / file), device=device)
 
-    def timesteps(self, args: argparse.Namespace) -> list[int]:
+    def timesteps(self, args: Namespace) -> list[int]:
         """The timesteps of a run, from Wan's own schedulers."""
         steps, shift = args.sample_steps, args.sample_shift
         train = self.task_config(args.task)["num_train_timesteps"]
@@ -1171,7 +1164,9 @@ def count_guided_steps(
     """
     steps = sum(steps_by_model)
     low, high = scale if isinstance(scale, (tuple, list)) else (scale, scale)
-    guided = steps if low != 1 else steps_by_model[0] if high != 1 else 0
+    guided = steps
+    if low == 1:  # the high-noise model samples first
+        guided = steps_by_model[0] if high != 1 else 0
     guided = min(guided, round(until * steps))
     return None if guided == steps else guided
 
@@ -1250,9 +1245,8 @@ def tensor_files(folder: Path) -> dict[str | None, Path]:
     for name in names:  # in the order in which from_pretrained looks
         index = folder / f"{name}.index.json"
         if index.is_file():
-            return {
-                tensor: folder / file for tensor, file in read_json(index)["weight_map"].items()
-            }
+            file_of = read_json(index)["weight_map"]
+            return {tensor: folder / file for tensor, file in file_of.items()}
         if (folder / name).exists():
             return {None: folder / name}
     return {None: folder / names[0]}  # missing: check_file refuses it
@@ -1286,46 +1280,39 @@ def embedding_distances(folder: Path, timesteps: Sequence[float], measure: str) 
     return [relative_l1(e[i], e[i - 1]).item() for i in range(1, len(e))]
 
 
-def preview_of(wan: Wan, args: argparse.Namespace, measure: str) -> Preview:
+def preview_of(wan: Wan, args: Namespace, measure: str) -> Preview:
     """A run's timesteps and, from the checkpoint, its distances: none is read for NOISE_LEVEL."""
     timesteps, task_config = wan.timesteps(args), wan.task_config(args.task)
-    key = (args.ckpt_dir, measure, *timesteps)
-    if key not in wan.distances:
-        distances, remaining = [], iter(timesteps)
-        folders = transformer_folders(args.ckpt_dir, task_config)
-        steps_by_model = split_by_model(timesteps, task_config)
-        cure = "download it again, or use --teacache_rule sigma, which needs none"
-        for folder, steps in zip(folders, steps_by_model, strict=True):
-            of_model = list(itertools.islice(remaining, steps))
-            if of_model:
-                with refusing(f"--ckpt_dir {folder}: its time embedding cannot be read", cure):
-                    distances += [None, *embedding_distances(folder, of_model, measure)]
-        wan.distances[key] = distances
-    return Preview(timesteps, wan.distances[key])
+    folders, distances, begin = transformer_folders(args.ckpt_dir, task_config), [], 0
+    cure = "download it again, or use --teacache_rule sigma, which needs none"
+    for folder, steps in zip(folders, split_by_model(timesteps, task_config), strict=True):
+        of_model, begin = tuple(timesteps[begin : begin + steps]), begin + steps
+        if of_model:
+            with refusing(f"--ckpt_dir {folder}: its time embedding cannot be read", cure):
+                distances += [None, *wan.distances(folder, of_model, measure)]
+    return Preview(timesteps, distances)
 
 
 # Writing
 
 
-def to_bytes(video: Tensor) -> np.ndarray:
-    """[3, F, H, W] in [-1, 1] to uint8 [F, H, W, 3] on the CPU, truncated as by Wan's writer."""
-    levels = (video.cpu().clamp(-1, 1) + 1) / 2 * 255
-    return levels.byte().permute(1, 2, 3, 0).numpy()
+def write_frames(wan: Wan, frames: Tensor, file: str | Path, fps: float | None) -> np.ndarray:
+    """Write [3, F, H, W] in [-1, 1] as Wan does: a video or, without fps, an image of one frame.
 
-
-def write_video(frames: np.ndarray, file: str | Path, fps: float) -> None:
-    """Write uint8 [F, H, W, 3] with Wan's parameters, and read it back. OSError: not all."""
-    with imageio.get_writer(str(file), fps=fps, codec="libx264", quality=8) as writer:
-        for frame in frames:
-            writer.append_data(frame)
-    check_written(file, len(frames))
-
-
-def write_image(wan: Wan, video: Tensor, file: str | Path) -> None:
-    """Write one frame [3, 1, H, W] with Wan's writer, and read it back: it hides its errors."""
-    options = {"nrow": 1, "normalize": True, "value_range": (-1, 1)}
-    wan.writers[IMAGE_WRITER](tensor=video.squeeze(1)[None], save_file=str(file), **options)
-    check_written(file, 1)
+    Reads the file back. Returns uint8 [F, H, W, 3], truncated as by Wan's writer. OSError: the
+    file does not hold all frames.
+    """
+    levels = (frames.cpu().clamp(-1, 1) + 1) / 2 * 255
+    pixels = levels.byte().permute(1, 2, 3, 0).numpy()
+    if fps is None:  # Wan's writer for images hides its errors
+        options = {"nrow": 1, "normalize": True, "value_range": (-1, 1)}
+        wan.writers[IMAGE_WRITER](tensor=frames.squeeze(1)[None], save_file=str(file), **options)
+    else:
+        with imageio.get_writer(str(file), fps=fps, codec="libx264", quality=8) as writer:
+            for frame in pixels:
+                writer.append_data(frame)
+    check_written(file, len(pixels))
+    return pixels
 
 
 def check_written(file: str | Path, frames: int) -> None:
@@ -1336,7 +1323,7 @@ def check_written(file: str | Path, frames: int) -> None:
             with Image.open(file) as picture:
                 for frame in ImageSequence.Iterator(picture):
                     frame.load()
-            return  # equal frames are merged into one
+            return  # an image, or a GIF, whose equal frames are merged
         with imageio.get_reader(file) as reader:
             found = sum(1 for _ in reader)
     except Exception as error:  # each decoder has its own
@@ -1350,13 +1337,13 @@ def check_written(file: str | Path, frames: int) -> None:
 # check raises Refused with one line and leaves no file behind.
 
 
-def check_numbers(wan: Wan, args: argparse.Namespace) -> None:
+def check_numbers(wan: Wan, args: Namespace) -> None:
     """Check the numbers that the VAE, the sampler and the processes must be able to use."""
     frames, kind = args.frame_num, kind_of(args)
     below = max((frames - 1) // 4, 0) * 4 + 1
     require(frames == below, f"--frame_num {frames}: must be 4n+1, such as {below} or {below + 4}")
-    first_release = IMAGE_WRITER in wan.writers and "WanFLF2V" not in wan.pipelines()
-    only_81 = kind == "flf2v" or (kind == "i2v" and first_release)  # hard-coded in Wan2.1
+    without_flf2v = IMAGE_WRITER in wan.writers and "WanFLF2V" not in wan.pipelines()
+    only_81 = kind == "flf2v" or (kind == "i2v" and without_flf2v)  # hard-coded in Wan2.1
     what = f"--frame_num {frames}: must be 81 for {args.task}, as Wan2.1 has it"
     require(frames == 81 or not only_81, what)
     steps, shift, scale = args.sample_steps, args.sample_shift, args.sample_guide_scale
@@ -1376,16 +1363,17 @@ def check_numbers(wan: Wan, args: argparse.Namespace) -> None:
     require(has_xfuser, f"{what}: No module named 'xfuser': pip install 'xfuser>=0.4.1'")
 
 
-def uses_xfuser(args: argparse.Namespace) -> bool:
+def uses_xfuser(args: Namespace) -> bool:
     """Whether xfuser splits the tokens over the processes; Wan2.2 does without."""
     split = args.ulysses_size * args.ring_size > 1
     return split and importlib.util.find_spec("wan.distributed.xdit_context_parallel") is not None
 
 
-def check_checkpoint(wan: Wan, args: argparse.Namespace, all_files: bool) -> None:
+def check_checkpoint(wan: Wan, args: Namespace, all_files: bool) -> None:
     """Check, once a command, that every file to load exists, is complete, and fits the task.
 
-    all_files: check text encoder, VAE and CLIP too, not the transformers alone.
+    all_files: check text encoder, VAE and CLIP too, not the transformers alone; one value for
+        all videos of a command.
     """
     if (key := (args.ckpt_dir, args.task)) in wan.checked:
         return
@@ -1401,7 +1389,7 @@ def check_checkpoint(wan: Wan, args: argparse.Namespace, all_files: bool) -> Non
     wan.checked.add(key)
 
 
-def check_transformer(args: argparse.Namespace, folder: Path, task_config: dict[str, Any]) -> None:
+def check_transformer(args: Namespace, folder: Path, task_config: dict[str, Any]) -> None:
     """Check that a transformer's files are complete, and that its kind and size fit the task."""
     what = f"--ckpt_dir {folder}: damaged, incomplete or not of --task {args.task}"
     with refusing(what, "download it again, or give the task or folder that fits"):
@@ -1416,7 +1404,7 @@ def check_transformer(args: argparse.Namespace, folder: Path, task_config: dict[
             raise ValueError(f"its transformer has {dims} (1536 is 1.3B, 3072 5B, 5120 14B)")
 
 
-def check_file(args: argparse.Namespace, path: Path) -> None:
+def check_file(args: Namespace, path: Path) -> None:
     """Check that a file of weights, or a tokenizer's folder, exists and is complete."""
     what = f"--ckpt_dir {args.ckpt_dir}: {path.name}"
     needed = f"is missing, and --task {args.task} needs it"
@@ -1448,12 +1436,12 @@ def find_damage(file: Path) -> str | None:
     return None if head else "is empty"
 
 
-def check_named(flag: str, file: Any) -> None:
+def check_named(flag: str, value: Any) -> None:
     what = f'--{flag} "": is empty, as from an unset shell variable'
-    require(file != "", f"{what}: give a file or leave it out")
+    require(value != "", f"{what}: give a file or leave it out")
 
 
-def check_inputs(wan: Wan, args: argparse.Namespace) -> None:
+def check_inputs(wan: Wan, args: Namespace) -> None:
     """Check that every image and video that generate.py will open exists and can be read."""
     kind, has_prompt = kind_of(args), args.prompt is not None
     both = kind != "flf2v" or bool(args.first_frame) == bool(args.last_frame)
@@ -1482,7 +1470,7 @@ def check_input(name: str, file: str) -> None:
             Image.open(file).convert("RGB")
 
 
-def check_target(wan: Wan, args: argparse.Namespace) -> None:
+def check_target(wan: Wan, args: Namespace) -> None:
     """Write two frames (one for an image) into the target's folder, with its ending."""
     image, target = makes_image(args), Path(args.save_file).absolute()
     ending, cure = (".png", "") if image else (".mp4", "; have ffmpeg (pip install imageio-ffmpeg)")
@@ -1501,31 +1489,29 @@ def check_target(wan: Wan, args: argparse.Namespace) -> None:
             return
         probe = Path(folder) / f"probe{target.suffix}"
         ramp = torch.linspace(-1, 1, 2).view(1, 2, 1, 1).expand(3, 2, 64, 64)
-        if image:
-            write_image(wan, ramp[:, :1], probe)
-        else:
-            write_video(to_bytes(ramp), probe, 16)
+        write_frames(wan, ramp[:, :1] if image else ramp, probe, None if image else 16)
     wan.checked.add(key)
 
 
-def warn_of_scores(wan: Wan, args: argparse.Namespace) -> None:
+def warn_of_scores(wan: Wan, args: Namespace) -> None:
     """Warn where PyTorch's attention stores the whole score matrix: on GPUs before Ampere."""
     uses_ours = sys.modules["wan.modules.model"].flash_attention is sdpa_attention
     if not (uses_ours and torch.cuda.is_available()):
         return
-    major, minor = torch.cuda.get_device_capability(device_of_run())
+    capability = torch.cuda.get_device_capability(device_of_run())
+    if capability >= (8, 0):
+        return
     config = wan.task_config(args.task)
     width, height = map(int, args.size.split("*"))
     stride, patch = config["vae_stride"], config["patch_size"]
     frames = (args.frame_num - 1) // stride[0] + 1
     tokens = frames * (width // stride[2] // patch[2]) * (height // stride[1] // patch[1])
     gib = tokens**2 * config["num_heads"] * 2 / 2**30
-    if major < 8:
-        wan.warn(
-            f"attention on this GPU (capability {major}.{minor}) stores all scores in "
-            f"bfloat16: about {gib:,.0f} GiB for {tokens:,} tokens: use a smaller --size or "
-            "--frame_num, or a newer GPU"
-        )
+    wan.warn(
+        f"attention on this GPU (capability {'.'.join(map(str, capability))}) stores all scores in "
+        f"bfloat16: about {gib:,.0f} GiB for {tokens:,} tokens: use a smaller --size or "
+        "--frame_num, or a newer GPU"
+    )
 
 
 # --------------------------------------------------------------------------------------- session
@@ -1537,7 +1523,7 @@ def warn_of_scores(wan: Wan, args: argparse.Namespace) -> None:
 
 SAMPLE, DECODE, SKIP = "sample", "decode", "skip"  # what is left to do for a job
 RECORD, LATENTS = ".json", ".latents.pt"  # endings of the files beside a video
-STOCK, NOISE = "stock", "noise 1e-4"  # labels of a comparison's first two jobs
+STOCK, NOISE, NOISE_STD = "stock", "noise 1e-4", 1e-4  # labels of a comparison's first two jobs
 
 
 @dataclass
@@ -1546,25 +1532,27 @@ class Job:
 
     settings: what makes two videos the same (``settings_of``).
     parts: its command line, as ``our_flags`` takes it.
-    label, noise, compared_in: an entry of a comparison has these; the comparison's own files are
-        named after compared_in.
+    label, compared_in: an entry of a comparison has both; the comparison's own files are named
+        after compared_in.
     has_seed: parts give a seed. by_default: they give neither a threshold nor a speed-up.
     needs_free_name: its default name must not be another run's.
     """
 
-    args: argparse.Namespace
-    config: TeaCacheConfig
+    args: Namespace
     rule: Rule
     planned: Schedule
     settings: dict[str, Any]
     parts: Sequence[Sequence[str]]
     label: str = ""
-    noise: float = 0.0
     compared_in: Path | None = None
     has_seed: bool = True
     by_default: bool = False
     needs_free_name: bool = False
     todo: str = SAMPLE
+
+    @property
+    def config(self) -> TeaCacheConfig:
+        return self.planned.config
 
     @property
     def target(self) -> Path:
@@ -1579,13 +1567,13 @@ def stopped_by_signals() -> Iterator[None]:
         raise KeyboardInterrupt(number)
 
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
-    for number in ours:
+    defaults = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in defaults:
         signal.signal(number, stop)
     try:
         yield
     finally:
-        for number in ours:
+        for number in defaults:
             signal.signal(number, signal.SIG_DFL)
 
 
@@ -1619,8 +1607,8 @@ def read_record(target: Path) -> dict[str, Any] | None:
         return None
     with refusing(f"--save_file {target}: {file} exists", "give another --save_file"):
         record = json.loads(file.read_text(encoding="utf-8"))
-        read = {"status", "prompt", "seed", "frames", "computed", "steps", "drift", "seconds"}
-        if not isinstance(record, dict) or not {*read, "latents", "settings"} <= record.keys():
+        keys = {"status", "prompt", "seed", "frames", "computed", "steps", "drift", "seconds"}
+        if not isinstance(record, dict) or not {*keys, "latents", "settings"} <= record.keys():
             raise ValueError("it is not a record of this script")
     return record
 
@@ -1643,12 +1631,16 @@ def write_whole(file: Path, text: str) -> None:
 
 @dataclass
 class Video:
-    """One video, as far as it came. Its record holds the same."""
+    """One video, as far as it came. Its record holds the same.
+
+    target: where it is written; another than the job's for a second video, or where the default
+        name was taken.
+    """
 
     job: Job
     target: Path
     prompt: str | None = None  # as passed to pipeline.generate
-    cache: TeaCache | None = None
+    cache: TeaCache | None = None  # once sampling begins
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
     frames: int | None = None
     pixels: np.ndarray | None = None  # uint8 [F, H, W, 3], for a comparison
@@ -1667,7 +1659,8 @@ class Video:
             synchronize()
         except Exception as error:
             self.failure = error
-            logging.disable(logging.INFO)  # Wan would log "Saving ..." and "Finished."
+            # Wan would log "Saving ..." and "Finished."; the next video and the end of make undo it
+            logging.disable(logging.INFO)
         self.seconds[name] = time.perf_counter() - began
 
     def record(self) -> dict[str, Any]:
@@ -1783,13 +1776,12 @@ class Session:
     generate(args) may make several videos: each call of pipeline.generate is one.
     """
 
-    def __init__(self, wan: Wan, keeps_pixels: bool = False):
-        self.wan, self.keeps_pixels = wan, keeps_pixels
+    def __init__(self, wan: Wan):
+        self.wan = wan
         self.pipelines: dict[str, Any] = {}
         self.loading, self.load_seconds = False, 0.0
         self.failed = False  # a video, or the files of a comparison
         self.job: Job | None = None
-        self.save_file: str | None = None  # as passed to Wan
         self.videos: list[Video] = []  # of the job
 
     @contextmanager
@@ -1813,7 +1805,7 @@ class Session:
                 parallel = {name: once(getattr(xfuser, name)) for name in names}
                 stack.enter_context(patched(xfuser, **parallel))
             yield
-        if dist.is_available() and dist.is_initialized():  # after an error the process ends
+        if dist.is_initialized():  # after an error the process ends
             dist.destroy_process_group()
 
     # In place of Wan's four steps
@@ -1839,7 +1831,8 @@ class Session:
             video.seconds["encode"] = video.began - called
             begin_hooks.close()
 
-        with ExitStack() as begin_hooks, with_noise(models, job.noise):
+        noise = NOISE_STD if job.label == NOISE else 0.0
+        with ExitStack() as begin_hooks, with_noise(models, noise):
             for model in models:
                 begin_hooks.enter_context(model.register_forward_pre_hook(note_begin))
             with teacache(models, job.config) as video.cache:
@@ -1859,7 +1852,7 @@ class Session:
 
     def begin_video(self, prompt: str | None) -> Video:
         logging.disable(logging.NOTSET)
-        if self.videos[0].cache is not None:  # the first one was made with the job
+        if self.videos[0].cache is not None:  # a fork's second video; make has made the first
             target = next(itertools.islice(numbered(self.job.target), len(self.videos), None))
             self.videos.append(Video(self.job, target))
         video = self.videos[-1]
@@ -1883,44 +1876,30 @@ class Session:
         # after a failure Wan must still reach the barrier of all ranks: write ignores this
         decoded = [torch.zeros(3, 1, 16, 16)]
         with video.phase("decode"):
-            video.keep_latents(latents, self.fps())
-            video.save_record()
             if not all(latent.isfinite().all() for latent in latents):
                 raise FloatingPointError("the latents are not finite: the video would be black")
+            video.keep_latents(latents, self.wan.fps(video.job.args))
+            video.save_record()
             decoded = decode(latents, *args)
         return decoded
 
     def write(
-        self,
-        writer: str,
-        tensor: Tensor,
-        save_file: Any = None,
-        fps: Any = None,
-        *_: Any,
-        **__: Any,
+        self, name: str, tensor: Tensor, save_file: Any = None, fps: Any = None, *_: Any, **__: Any
     ) -> str | None:
         """Replaces Wan's writers, on rank 0; tensor [1, 3, F, H, W], of an image [1, 3, H, W]."""
-        video = self.videos[-1]
+        video, args, is_image = self.videos[-1], self.job.args, name == IMAGE_WRITER
         if video.failure:
             return None
-        if save_file is not None and str(save_file) != self.save_file:
+        if save_file is not None and str(save_file) != args.save_file:  # a fork's own name
             video.rename(Path(save_file))
-        is_image = writer == IMAGE_WRITER
         frames = tensor[0].unsqueeze(1) if is_image else tensor[0]  # [3, F, H, W]
+        rate = None if is_image else fps or self.wan.fps(args)
         with video.phase("write"):
-            pixels = to_bytes(frames)
-            if is_image:
-                write_image(self.wan, frames, video.target)
-            else:
-                write_video(pixels, video.target, fps or self.fps())
-            video.pixels = pixels if self.keeps_pixels else None
+            video.pixels = write_frames(self.wan, frames, video.target, rate)
         if video.failure:
             return None
-        video.finish(len(pixels))
+        video.finish(len(video.pixels))
         return str(video.target)
-
-    def fps(self) -> float:
-        return self.wan.task_config(self.job.args.task)["sample_fps"]
 
     # A job
 
@@ -1931,7 +1910,6 @@ class Session:
         objects to the flags before it loads.
         """
         self.job, self.videos = job, [Video(job, job.target)]
-        self.save_file = job.args.save_file
         try:
             self.wan.generate_py.generate(copy.copy(job.args))
             self.check_made()
@@ -1963,21 +1941,19 @@ class Session:
         video.save_end(f"failed: {error!r:.500}")
         text = f"{video.target} failed: {str(error) or type(error).__name__:.500}"
         if video.latents and video.latents.is_file():
-            if isinstance(error, FloatingPointError):  # decoding again gives the same
-                text += f"\nthe latents are in {video.latents}"
-            else:
-                text += f"\n{self.how_to_finish(video)}"
+            text += f"\n{self.how_to_finish(video)}"
         known = isinstance(error, (torch.cuda.OutOfMemoryError, OSError, FloatingPointError))
         log.error(text, exc_info=None if known else error)
 
     def how_to_finish(self, video: Video) -> str:
-        argv = [sys.executable, str(Path(__file__).absolute()), "--wan_repo", str(self.wan.folder)]
+        wan_repo = Path(self.wan.generate_py.__file__).parent
+        argv = [sys.executable, str(Path(__file__).absolute()), "--wan_repo", str(wan_repo)]
         argv += ["--teacache_decode", str(video.latents)]
         command = subprocess.list2cmdline(argv) if os.name == "nt" else shlex.join(argv)
         return f"the latents are in {video.latents}; this makes the video:\n{command}"
 
     def check_made(self) -> None:
-        """Raise what kept a video of the job from being made."""
+        """Raise the first failure of the job's videos; ``make`` tells each."""
         for video in self.videos:
             if video.failure:
                 raise video.failure
@@ -2011,28 +1987,22 @@ def read_latents(file: Path) -> dict[str, Any]:
         missing = {"latents", "task", "ckpt_dir", "save_file", "fps"} - content.keys()
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        if not all(latent.isfinite().all() for latent in content["latents"]):
-            raise ValueError("its latents are not finite: the video would be black")
     return content
 
 
-def decode_latents(
-    wan: Wan, file: Path, content: dict[str, Any], args: argparse.Namespace
-) -> np.ndarray:
+def decode_latents(wan: Wan, file: Path, content: dict[str, Any], args: Namespace) -> np.ndarray:
     """Decode kept latents, write the video (or image), finish its record, delete the latents.
 
     args: task, ckpt_dir, save_file. Returns the frames, uint8 [F, H, W, 3].
     """
-    beside_both = Path(content["save_file"]), Path(str(file).removesuffix(LATENTS) + RECORD)
-    records = {target: read_record(target) or {} for target in beside_both}
+    # the record is beside the video, or beside the latents where a fork renamed it
+    targets = Path(content["save_file"]), Path(str(file).removesuffix(LATENTS) + RECORD)
+    records = {target: read_record(target) or {} for target in targets}
     device = device_of_run()
     with torch.no_grad():
-        video = wan.vae(args, device).decode([u.to(device) for u in content["latents"]])[0]
-    pixels = to_bytes(video)
-    if makes_image(args):
-        write_image(wan, video, args.save_file)
-    else:
-        write_video(pixels, args.save_file, content["fps"])
+        frames = wan.vae(args, device).decode([u.to(device) for u in content["latents"]])[0]
+    fps = None if makes_image(args) else content["fps"]
+    pixels = write_frames(wan, frames, args.save_file, fps)
     done = {"status": "finished", "latents": None, "frames": len(pixels), "file": args.save_file}
     for target, record in records.items():
         if record.get("latents") == str(file.absolute()):
@@ -2054,19 +2024,13 @@ class Queue:
     def __init__(self) -> None:
         self.store, self.rank, self.processes = next(dist.rendezvous("env://"))
         local, visible = environment("LOCAL_RANK", 0), os.getenv("CUDA_VISIBLE_DEVICES")
-        own = str(local) if visible is None else [*visible.split(","), *[""] * local][local]
+        devices = visible.split(",") if visible is not None else [*map(str, range(local + 1))]
+        own = devices[local] if local < len(devices) else ""
         os.environ |= {"CUDA_VISIBLE_DEVICES": own, "RANK": "0", "LOCAL_RANK": "0"}
         os.environ |= {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         if self.rank:  # one progress bar is enough
             bar = importlib.import_module("tqdm").tqdm
             bar.__init__ = functools.partialmethod(bar.__init__, disable=True)
-
-    def share(self, content: Any) -> None:
-        self.store.set("jobs", json.dumps(content))
-
-    def receive(self) -> Any:
-        self.wait(lambda: self.store.check(["jobs"]))
-        return json.loads(self.store.get("jobs"))
 
     def turns(self, count: int) -> Iterator[int]:
         """The numbers of the jobs that this process is the first to take."""
@@ -2119,7 +2083,7 @@ def make_one(session: Session, job: Job) -> Video:
         return session.make(job)
     latents, prompt = Path(record["latents"]), record["prompt"]
     video = Video(job, job.target, prompt, latents=latents)
-    session.videos = [video]
+    session.videos = [video]  # end_batch asks whether a video was made
     if is_rank_0():
         try:
             log.info(f"{job.target}: decoding the latents of an earlier run")
@@ -2127,8 +2091,10 @@ def make_one(session: Session, job: Job) -> Video:
             video.pixels = decode_latents(session.wan, video.latents, content, job.args)
         except Exception as error:
             session.tell_failure(video, error)
-            with suppress(OSError):
+            with suppress(OSError):  # keep what the record says of the sampling
                 write_record(job.target, record | {"status": video.status})
+            if job.label == STOCK and environment("WORLD_SIZE", 1) > 1:
+                raise BatchEnds from error  # it cannot go on, and other ranks do not know
             return video
     video.status = "finished"
     return video
@@ -2157,8 +2123,6 @@ def end_batch(session: Session, jobs: Sequence[Job]) -> int:
 # ------------------------------------------------------------------------------------ comparison
 # Makes one prompt and seed with several settings: stock, stock with a little noise, and each entry.
 # Writes a table and a picture after each, so that a stopped comparison continues where it was.
-
-NOISE_STD = 1e-4
 
 
 @dataclass(frozen=True)
@@ -2227,13 +2191,17 @@ class Comparison:
                 self.stock = np.load(self.stock_file)
             else:
                 missing.insert(0, self.jobs[0])
-        prompt = self.extended_prompt()
+        # --use_prompt_extend runs once, for all entries: here, or in an earlier run
+        extended = [j for j in self.jobs if j.label in self.rows and j.args.use_prompt_extend]
+        prompt = (read_record(extended[0].target) or {}).get("prompt") if extended else None
         for job in missing:
-            if prompt is not None:  # extended once, for all entries
+            if prompt is not None:
                 job.args.prompt, job.args.use_prompt_extend = prompt, False
             log.info(f"comparison {self.target}: {job.label}")
             video = make_one(self.session, job)
-            prompt = video.prompt if job.args.use_prompt_extend else prompt
+            if job.args.use_prompt_extend:
+                prompt = video.prompt
+            # rank 0 alone writes, and knows
             made = as_rank_0(video.status == "finished", device_of_run())
             if made and video.pixels is not None:  # None on all ranks but 0
                 self.add(job, video)
@@ -2241,21 +2209,19 @@ class Comparison:
             if not made and job.label == STOCK:
                 log.error(f"{self.target}: without stock nothing can be compared")
                 break
+        self.stock = None
         if len(self.rows) == len(self.jobs):
             self.stock_file.unlink(missing_ok=True)
-
-    def extended_prompt(self) -> str | None:
-        """What --use_prompt_extend answered for an entry of an earlier run."""
-        for job in self.jobs:
-            if job.label in self.rows and job.args.use_prompt_extend:
-                return (read_record(job.target) or {}).get("prompt")
-        return None
 
     def add(self, job: Job, video: Video) -> None:
         """Measure a video, and write table and picture."""
         record, pixels = read_record(job.target) or video.record(), video.pixels
         try:
-            self.stock = pixels if job.label == STOCK else self.stock
+            if job.label == STOCK:
+                self.stock = pixels
+                temporary = self.stock_file.with_suffix(".part.npy")
+                np.save(temporary, pixels)
+                temporary.replace(self.stock_file)
             self.rows[job.label] = Row(
                 label=job.label,
                 **{name: record[name] for name in ("computed", "steps", "drift")},
@@ -2263,10 +2229,6 @@ class Comparison:
                 psnr=psnr(pixels, self.stock),
                 ssim=ssim(pixels, self.stock),
             )
-            if job.label == STOCK:
-                temporary = self.stock_file.with_suffix(".part.npy")
-                np.save(temporary, pixels)
-                temporary.replace(self.stock_file)
             self.write()
         except Exception as error:  # the videos exist, and other lines may wait
             self.session.failed = True
@@ -2290,7 +2252,7 @@ class Comparison:
         videos = [read_frames(files[row.label]) for row in rows]
         picture(rows, videos).save(self.json_file.with_suffix(".png"))
         if len(videos[0]) > 1:
-            fps = self.session.wan.task_config(self.jobs[0].args.task)["sample_fps"]
+            fps = self.session.wan.fps(self.jobs[0].args)
             write_side_by_side(rows, videos, self.json_file.with_suffix(".mp4"), fps)
 
 
@@ -2300,7 +2262,7 @@ def read_frames(file: Path) -> np.ndarray:
         return np.stack([np.asarray(frame)[..., :3] for frame in reader])
 
 
-def shown(frame: np.ndarray) -> np.ndarray:
+def thumbnail(frame: np.ndarray) -> np.ndarray:
     """A frame [H, W, 3] 480 pixels wide, but at most three times its size; even sides."""
     height, width = frame.shape[:2]
     scale = min(480 / width, 3)
@@ -2330,7 +2292,7 @@ def picture(rows: Sequence[Row], videos: Sequence[np.ndarray]) -> Image.Image:
     stock = videos[0][middle].astype(int)
     for row, video in zip(rows, videos, strict=True):
         difference = np.minimum(8 * np.abs(video[middle] - stock), 255).astype(np.uint8)
-        frames = np.hstack([shown(video[middle]), shown(difference)])
+        frames = np.hstack([thumbnail(video[middle]), thumbnail(difference)])
         below = max(110 - frames.shape[0], 0)  # room for the caption
         frames = np.pad(frames, ((0, below), (0, 0), (0, 0)), constant_values=255)
         lines.append(np.hstack([caption(row, 360, frames.shape[0]), frames]))
@@ -2341,7 +2303,7 @@ def write_side_by_side(
     rows: Sequence[Row], videos: Sequence[np.ndarray], file: Path, fps: float
 ) -> None:
     """All videos in one, at most 4,096 pixels wide: in several rows if needed."""
-    height, width = shown(videos[0][0]).shape[:2]
+    height, width = thumbnail(videos[0][0]).shape[:2]
     columns = min(len(rows), max(1, 4096 // width))
     heads = [caption(row, width, 110) for row in rows]
     blank = np.full((height + 110, width, 3), 255, np.uint8)
@@ -2350,7 +2312,7 @@ def write_side_by_side(
     options = {"fps": fps, "macro_block_size": 2, "quality": 8, "ffmpeg_params": params}
     with imageio.get_writer(file, **options) as writer:
         for frames in zip(*videos, strict=True):
-            cells = [np.vstack([h, shown(f)]) for h, f in zip(heads, frames, strict=True)]
+            cells = [np.vstack([h, thumbnail(f)]) for h, f in zip(heads, frames, strict=True)]
             cells += [blank] * (-len(cells) % columns)
             lines = [np.hstack(cells[i : i + columns]) for i in range(0, len(cells), columns)]
             writer.append_data(np.vstack(lines))
@@ -2359,16 +2321,13 @@ def write_side_by_side(
 
 def run_comparisons(session: Session, jobs_by_line: Sequence[Sequence[Job]]) -> int:
     """Compare each line of the jobs file, or the one command; print the table of all."""
-    count, rows_by_line = sum(map(len, jobs_by_line)), []
+    count, comparisons = sum(map(len, jobs_by_line)), []
     log.info(f"{count} videos, {2 * len(jobs_by_line)} of them stock")
-    for jobs in jobs_by_line:
-        comparison = Comparison(session, jobs)
-        try:
-            comparison.run()
-        except BatchEnds:
-            break
-        finally:
-            rows_by_line += [rows] if (rows := comparison.sorted_rows()) else []
+    with suppress(BatchEnds):
+        for jobs in jobs_by_line:
+            comparisons.append(Comparison(session, jobs))
+            comparisons[-1].run()
+    rows_by_line = [rows for comparison in comparisons if (rows := comparison.sorted_rows())]
     with suppress(BrokenPipeError):  # `... | head`: the exit status still shows a failure
         if rows_by_line and is_rank_0():
             print("\n".join(comparison_table(rows_by_line)))
@@ -2383,10 +2342,11 @@ def comparison_table(rows_by_line: Sequence[Sequence[Row]]) -> list[str]:
     width = max(map(len, by_label))
     table = [("", ["computed", "sampling", "speed-up", "drift", "PSNR", "SSIM"])]
     forms = {"seconds": "{:.1f} s", "speedup": "{:.2f}x", "drift": "{:.1%}", "psnr": "{:.1f}"}
+    forms["ssim"] = "{:.3f}"
     for label, rows in by_label.items():
         computed = np.mean([len(row.computed) for row in rows])
         cells = [f"{computed:.0f}/{rows[0].steps}"]
-        for name, form in (forms | {"ssim": "{:.3f}"}).items():
+        for name, form in forms.items():
             known = [value for row in rows if (value := getattr(row, name)) is not None]
             cells.append(form.format(np.mean(known)) if known else "")
         table.append((label, cells))
@@ -2410,10 +2370,12 @@ FOR_ALL_LINES = (
 # Flags that change how a video is made, not what it shows.
 NOT_IN_SETTINGS = (
     "save_file", "offload_model", "t5_cpu", "t5_fsdp", "dit_fsdp", "ulysses_size", "ring_size",
+    "base_seed",  # compared by itself
 )  # fmt: skip
 NOT_IN_A_LINE = (
     "teacache_plan", "teacache_compare", "teacache_decode", "teacache_jobs", "wan_repo",
 )  # fmt: skip
+SPACE = "\x1f"  # stands for a space, see our_flags
 OLD_FLAGS = {
     "--teacache_model": "use --teacache_rule NAME",
     "--teacache_coefficients": "use --teacache_rule FILE",
@@ -2422,10 +2384,14 @@ OLD_FLAGS = {
 
 
 class Amount(NamedTuple):
-    """How much to skip: a threshold, or the speed-up to find one for."""
+    """How much to skip: a threshold, or the speed-up to find one for. One value of two flags: the
+    one of a line or an entry overrides the other of the command line."""
 
     value: float
     is_speedup: bool = False
+
+    def __str__(self) -> str:
+        return f"--teacache_{'speedup' if self.is_speedup else 'thresh'} {self.value:g}"
 
 
 def number_from(low: float, allowed: str, high: float = math.inf) -> Callable[[str], float]:
@@ -2479,33 +2445,33 @@ def our_parser() -> Parser:
     return parser
 
 
-def our_flags(*parts: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def our_flags(*parts: Sequence[str]) -> tuple[Namespace, list[str]]:
     """Our flags, and what is left for generate.py.
 
     parts: the command line; a line of a jobs file and an entry of a comparison, which override it.
     No part may have both a threshold and a speed-up.
     """
-    parser, ours, left = our_parser(), argparse.Namespace(), []
+    parser, ours, left = our_parser(), Namespace(), []
     for flag in itertools.chain(*parts):
         name = flag.split("=")[0]
         require(name not in OLD_FLAGS, f"{name}: is gone: {OLD_FLAGS.get(name)}")
     for part in parts:
         # argparse would take "--prompt=a b", unknown here, for another entry of --teacache_compare:
         # because of the space it does not look like a flag. So spaces are hidden while it parses.
-        hidden = [flag.replace(" ", "\x1f") if flag.startswith("--") else flag for flag in part]
+        hidden = [flag.replace(" ", SPACE) if flag.startswith("--") else flag for flag in part]
         ours, rest = parser.parse_known_args(hidden, ours)
-        left += [flag.replace("\x1f", " ") for flag in rest]
+        left += [flag.replace(SPACE, " ") for flag in rest]
     for name, value in vars(ours).items():
         check_named(name, value)
         if isinstance(value, str):
-            setattr(ours, name, value.replace("\x1f", " "))
+            setattr(ours, name, value.replace(SPACE, " "))
     return ours, left
 
 
 # The rule of a run
 
 
-def choose_rule(ours: argparse.Namespace, args: argparse.Namespace) -> Rule:
+def choose_rule(ours: Namespace, args: Namespace) -> Rule:
     """As asked, the checkpoint's teacache.json, the task's published rule, or "sigma"."""
     asked, own_file = ours.teacache_rule, Path(args.ckpt_dir) / "teacache.json"
     if asked in RULES:
@@ -2558,7 +2524,7 @@ def read_rule(file: Path) -> Rule:
 
 
 def config_of(
-    ours: argparse.Namespace, args: argparse.Namespace, rule: Rule, steps_by_model: Sequence[int]
+    ours: Namespace, args: Namespace, rule: Rule, steps_by_model: Sequence[int]
 ) -> TeaCacheConfig:
     """The settings of a run, at the rule's default threshold if none is given."""
     amount, forced, max_skipped = ours.amount, None, None
@@ -2567,8 +2533,8 @@ def config_of(
         forced = first_steps(steps_by_model, shares)
     thresh = amount.value if amount and not amount.is_speedup else None
     if thresh is None and rule.is_sigma:
-        thresh = 0.0  # plan_of finds one
-    # at threshold 0, as in stock, the unconditional branch runs at a scale of 1 too
+        thresh = 0.0  # until plan_of finds one
+    # stock, asked for by a threshold of 0, runs the unconditional branch at a scale of 1 too
     scale = None if amount == Amount(0.0) else args.sample_guide_scale
     return TeaCacheConfig.from_rule(
         rule,
@@ -2587,54 +2553,50 @@ def plan_of(
 ) -> Schedule:
     """The plan of a run: at its threshold, or for its speed-up. By default "sigma" computes half of
     the steps, or as few as its forced steps allow; --teacache_guide_until saves passes on top."""
-    if amount is None and rule.is_sigma:
+    if amount is None and rule.is_sigma:  # half of the steps, whatever guidance saves
         half = preview.plan_speedup(replace(config, guided_steps=None), 2.0)
         return preview.plan(replace(config, thresh=half.config.thresh))
     if amount is None or not amount.is_speedup:
         return preview.plan(config)
-    what = f"--teacache_speedup {amount.value:g}"
     try:
         planned = preview.plan_speedup(config, amount.value)
     except ValueError as error:
         cure = "no threshold can be trusted: use --teacache_rule sigma"
-        raise Refused(f"{what}: with {rule} {error}, and {cure}") from error
+        raise Refused(f"{amount}: with {rule} {error}, and {cure}") from error
     fewest = preview.plan(replace(config, thresh=LARGE_THRESH))
     if fewest.passes > math.ceil(2 * config.steps / amount.value - 1e-9):
         raise Refused(
-            f"{what}: no threshold reaches it; the most is {fewest.speedup:.3g}, at "
+            f"{amount}: no threshold reaches it; the most is {fewest.speedup:.3g}, at "
             f"--teacache_thresh {planned.config.thresh:.4g}"
         )
     return planned
 
 
-def check_plan(
-    wan: Wan, planned: Schedule, args: argparse.Namespace, rule: Rule, flag: str
-) -> None:
+def check_plan(wan: Wan, job: Job, amount: Amount) -> None:
     """Refuse a schedule that skips too many steps in a row, unless it is as published or forced.
-    Warn where a polynomial is used away from its fit. flag: the one that gave the threshold."""
-    away = []
+    Warn where a polynomial is used away from its fit. amount: as asked."""
+    rule, planned, args, away = job.rule, job.planned, job.args, []
     if not rule.is_sigma and planned.config.thresh > 0:
         now = {"steps": args.sample_steps, "shift": args.sample_shift, "solver": args.sample_solver}
         fit = {name: getattr(rule, name) for name in now}
         away = [f"{n} {now[n]} (fitted at {fit[n]})" for n in now if now[n] != fit[n]]
-    notes = list(away)
+    notes = [*away]
     if planned.negative_steps:
         notes.append(f"increments are negative at steps {ranges(planned.negative_steps)}")
     if planned.longest_skip > max(6, len(planned.decisions) / 4):
         notes.append(f"{planned.longest_skip} steps in a row are skipped")
-        cures = f"use a lower {flag.split()[0]}, --teacache_thresh 0, --teacache_rule sigma"
+        cures = f"use a lower {str(amount).split()[0]}, --teacache_thresh 0, --teacache_rule sigma"
         if rule.name in RULES:
             cures += f", or --teacache_rule {rule.name} to run it all the same"
-        what = f"{flag}: {rule} would compute {planned.summary()}: {'; '.join(notes)}"
+        what = f"{amount}: {rule} would compute {planned.summary()}: {'; '.join(notes)}"
         require(rule.forced or not away, f"{what}: {cures}")
     if notes:
         wan.warn(f"{rule}: {'; '.join(notes)}: check the video")
 
 
-def settings_of(
-    args: argparse.Namespace, config: TeaCacheConfig, rule: Rule, noise: float
-) -> dict[str, Any]:
-    """What makes two videos the same: generate.py's flags, a fork's too, and ours as resolved."""
+def settings_of(args: Namespace, config: TeaCacheConfig, rule: Rule) -> dict[str, Any]:
+    """What makes two videos with one seed the same: generate.py's flags, a fork's too, and ours as
+    resolved."""
 
     def resolved(name: str, value: Any) -> Any:
         if name == "prompt" or not isinstance(value, str):
@@ -2645,15 +2607,17 @@ def settings_of(
         return value
 
     flags = {n: resolved(n, v) for n, v in vars(args).items() if n not in NOT_IN_SETTINGS}
-    settings = flags | {"rule": rule.name, "noise": noise, **asdict(config)}
+    settings = flags | {"rule": rule.name, **asdict(config)}
     return json.loads(json.dumps(settings, default=str))  # as a record holds it
 
 
 def job_of(wan: Wan, *parts: Sequence[str], label: str = "", checked: bool = True) -> Job:
     """One video: its flags parsed and checked, its schedule planned. label: of a comparison."""
     ours, rest = our_flags(*parts)
-    args = parse_and_check(wan, ours, rest) if checked else wan.parse(rest)
-    rule, noise = choose_rule(ours, args), NOISE_STD if label == NOISE else 0.0
+    args = wan.parse(rest)
+    if checked:
+        check_args(wan, args, all_files=not ours.teacache_plan)
+    rule = choose_rule(ours, args)
     require(
         not (ours.use_ret_steps and rule.is_sigma),
         f"--use_ret_steps: {rule} has no such steps: leave it out, or give --teacache_rule, one of "
@@ -2662,33 +2626,32 @@ def job_of(wan: Wan, *parts: Sequence[str], label: str = "", checked: bool = Tru
     steps_by_model = split_by_model(wan.timesteps(args), wan.task_config(args.task))
     config = config_of(ours, args, rule, steps_by_model)
     planned = plan_of(ours.amount, config, rule, preview_of(wan, args, config.measure))
-    config, amount = planned.config, ours.amount or Amount(planned.config.thresh)
+    settings, default = settings_of(args, planned.config, rule), ours.amount is None
+    job = Job(args, rule, planned, settings, parts, label, by_default=default)
     if checked and not ours.teacache_plan:
-        name = "speedup" if amount.is_speedup else "thresh"
-        check_plan(wan, planned, args, rule, f"--teacache_{name} {amount.value:g}")
-    settings, default = settings_of(args, config, rule, noise), ours.amount is None
-    return Job(args, config, rule, planned, settings, parts, label, noise, by_default=default)
+        check_plan(wan, job, ours.amount or Amount(job.config.thresh))
+    return job
 
 
-def parse_and_check(wan: Wan, ours: argparse.Namespace, argv: Sequence[str]) -> argparse.Namespace:
-    """generate.py's flags, and the checkpoint and inputs that they name, checked."""
-    args = wan.parse(argv)
+def check_args(wan: Wan, args: Namespace, all_files: bool) -> None:
+    """Check generate.py's flags, the checkpoint and, if all_files, the inputs that they name."""
     for name in ("ckpt_dir", "save_file", *INPUTS):
         check_named(name, getattr(args, name))
     check_numbers(wan, args)
-    check_checkpoint(wan, args, all_files=not ours.teacache_plan)
-    if not ours.teacache_plan:
+    check_checkpoint(wan, args, all_files)
+    if all_files:
         check_inputs(wan, args)
         warn_of_scores(wan, args)
     if args.prompt and os.path.isfile(args.prompt):
         wan.warn(f"--prompt {args.prompt}: is a file: --teacache_jobs reads its lines")
-    return args
 
 
 def announce(jobs: Sequence[Job]) -> None:
     """Log what will be computed, before anything is loaded: equal plans once."""
     texts = Counter[str]()
     for job in jobs:
+        if job.label in (STOCK, NOISE) or job.todo == SKIP:
+            continue
         config, planned, default = job.config, job.planned, " (default)" * job.by_default
         if job.by_default and job.rule.is_sigma and 2 * len(planned.computed_steps) > config.steps:
             default = " (default: as near to half of the steps as its limits allow)"
@@ -2696,9 +2659,8 @@ def announce(jobs: Sequence[Job]) -> None:
         if planned.passes == 2 * config.steps:
             does = f"all {config.steps} steps, as stock does"
         label, order = f"{job.label}: " if job.label else "", ", order 1" * config.order
-        text = f"{label}{job.rule}, threshold {config.thresh:.4g}{default}{order}: computes {does}"
-        if job.label not in (STOCK, NOISE) and job.todo != SKIP:
-            texts[text] += 1
+        settings = f"{job.rule}, threshold {config.thresh:.4g}{default}{order}"
+        texts[f"{label}{settings}: computes {does}"] += 1
     for text, count in texts.items():
         log.info(f"{f'{count:,} videos: ' if count > 1 else ''}{text}")
 
@@ -2747,7 +2709,7 @@ def check_line(flags: Sequence[str]) -> None:
     require(not given, f"--{' --'.join(given)}: give it on the command line, not in a line")
 
 
-def check_same_model(args: argparse.Namespace, first: argparse.Namespace) -> None:
+def check_same_model(args: Namespace, first: Namespace) -> None:
     """Refuse a line that needs another model than the first one."""
     for name in FOR_ALL_LINES:
         value, of_all = getattr(args, name, None), getattr(first, name, None)
@@ -2758,7 +2720,7 @@ def check_same_model(args: argparse.Namespace, first: argparse.Namespace) -> Non
 # From a command to jobs
 
 
-def jobs_of(wan: Wan, ours: argparse.Namespace, argv: Sequence[str]) -> list[list[Job]]:
+def jobs_of(wan: Wan, ours: Namespace, argv: Sequence[str]) -> list[list[Job]]:
     """The videos of each line of the jobs file, or of the one command.
 
     Refused: each error once, with the numbers of its lines, or without if all lines have it.
@@ -2774,19 +2736,19 @@ def jobs_of(wan: Wan, ours: argparse.Namespace, argv: Sequence[str]) -> list[lis
             for message in error.args:
                 errors[message].append(i)
 
-    def located(message: str, found: list[int]) -> str:
-        if found == [0] or len(found) == len(lines) > 1:
-            return message
-        return f"--teacache_jobs {ours.teacache_jobs}: line {ranges(found)}: {message}"
-
-    if errors:
-        raise Refused(*itertools.starmap(located, errors.items()))
+    messages = []
+    for message, found in errors.items():
+        of_all = found == [0] or len(found) == len(lines) > 1
+        where = "" if of_all else f"--teacache_jobs {ours.teacache_jobs}: line {ranges(found)}: "
+        messages.append(f"{where}{message}")
+    if messages:
+        raise Refused(*messages)
     return jobs
 
 
 def jobs_of_line(
     wan: Wan,
-    ours: argparse.Namespace,
+    ours: Namespace,
     parts: Sequence[Sequence[str]],
     taken: dict[Path, str],
     line: int,
@@ -2795,11 +2757,11 @@ def jobs_of_line(
 
     taken: targets of the command so far, without endings, and what has them.
     """
+    # generate.py draws a seed where none is given, at each parse: so look before
     parser = Parser(add_help=False)  # abbreviates flags as generate.py does
     parser.add_argument("--base_seed", type=int, default=-1)
     has_seed = parser.parse_known_args(our_flags(*parts)[1])[0].base_seed >= 0
-    if not has_seed:  # generate.py would draw one at each parse
-        parts = [*parts, [f"--base_seed={int.from_bytes(os.urandom(4), 'big')}"]]
+    continues = bool(ours.teacache_jobs or ours.teacache_compare)
     jobs = []
     for label, flags in entries_of(ours):
         try:
@@ -2807,8 +2769,8 @@ def jobs_of_line(
         except Refused as error:
             what = f"--teacache_compare {label}: " if label else ""
             raise Refused(*(f"{what}{message}" for message in error.args)) from error
-    name_jobs(wan, ours, jobs, taken)
-    seeds = []
+    name_jobs(wan, jobs, taken, continues)
+    records = []
     for job in jobs:
         key = job.target.resolve().with_suffix("")
         other = taken.get(key)
@@ -2817,25 +2779,22 @@ def jobs_of_line(
         if is_rank_0():
             check_target(wan, job.args)
         if not job.needs_free_name:
-            continues = bool(ours.teacache_jobs or ours.teacache_compare)
-            seeds += decide_todo(job, continues)
-    if seeds and not has_seed:  # all of a comparison have one seed
+            records.append(decide_todo(job, continues))
+    if not has_seed:  # all entries have the recorded seed, or that of the first
+        recorded = [record["seed"] for record in records if record]
         for job in jobs:
-            job.args.base_seed = job.settings["base_seed"] = seeds[0]
+            job.args.base_seed = (recorded or [jobs[0].args.base_seed])[0]
     return jobs
 
 
-def name_jobs(
-    wan: Wan, ours: argparse.Namespace, jobs: Sequence[Job], taken: dict[Path, str]
-) -> None:
+def name_jobs(wan: Wan, jobs: Sequence[Job], taken: dict[Path, str], continues: bool) -> None:
     """Give each job its target; without --save_file it gets a default name."""
-    first = jobs[0]
-    given, several = first.args.save_file, ours.teacache_jobs or ours.teacache_compare
-    target = Path(given or default_name(wan, first, with_digest=bool(several)))
+    first, given = jobs[0], jobs[0].args.save_file
+    target = Path(given or default_name(wan, first, with_digest=continues))
     if not given and not first.has_seed:  # two equal lines without a seed are two videos
         free = (name for name in numbered(target) if name.resolve().with_suffix("") not in taken)
         target = next(free)
-    first.needs_free_name = not given and not several
+    first.needs_free_name = not given and not continues
     for job in jobs:
         if job.label:
             taken[target.resolve().with_suffix("")] = "a comparison"
@@ -2853,14 +2812,14 @@ def default_name(wan: Wan, job: Job, with_digest: bool) -> str:
     words = "_".join(re.findall(r"\w+", example if args.prompt is None else args.prompt))[:50]
     mark = f"{job.config.thresh:.4g}_{args.base_seed}_{time.strftime('%Y%m%d_%H%M%S')}"
     if with_digest:
-        settings = {k: v for k, v in job.settings.items() if job.has_seed or k != "base_seed"}
+        settings = job.settings | {"seed": args.base_seed if job.has_seed else None}
         mark = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     ending = ".png" if makes_image(args) else ".mp4"
     return f"{args.task}_{args.size.replace('*', 'x')}_{words}_{mark}{ending}"
 
 
-def decide_todo(job: Job, continues: bool) -> list[int]:
-    """Set job.todo from the record beside its target; return the recorded seed, if any.
+def decide_todo(job: Job, continues: bool) -> dict[str, Any] | None:
+    """Set job.todo from the record beside its target; return the record if the job continues it.
 
     continues: a batch or a comparison, which resumes; a single video is made again, as by
     generate.py.
@@ -2869,12 +2828,13 @@ def decide_todo(job: Job, continues: bool) -> list[int]:
     if record is None:
         what = f"--save_file {target}: exists without a record"
         require(not (continues and target.exists()), f"{what}: delete it, or give another name")
-        return []
-    same = same_settings(job, record)
+        return None
+    same_seed = not job.has_seed or record["seed"] == job.args.base_seed
+    same = same_seed and record["settings"] == job.settings
     if not continues:
         if not same:
             log.info(f"{target} was made with other settings: it will be overwritten")
-        return []
+        return None
     what = f"--save_file {target}: exists, made with other settings, see its {RECORD}"
     require(same, f"{what}: give another name")
     if record["status"] == "finished":
@@ -2885,24 +2845,15 @@ def decide_todo(job: Job, continues: bool) -> list[int]:
         with suppress(Refused):  # they cannot be decoded: sample again
             read_latents(Path(record["latents"]))
             job.todo = DECODE
-    return [record["seed"]]
+    return record
 
 
-def same_settings(job: Job, record: dict[str, Any]) -> bool:
-    """Whether a record is of a job; a job without a seed matches any recorded one."""
-    seed = job.settings["base_seed"] if job.has_seed else record["settings"].get("base_seed")
-    return job.settings | {"base_seed": seed} == record["settings"]
-
-
-def entries_of(ours: argparse.Namespace) -> list[tuple[str, list[str]]]:
+def entries_of(ours: Namespace) -> list[tuple[str, list[str]]]:
     """The videos of one prompt and seed: label and flags."""
     if not ours.teacache_compare:
         return [("", [])]
-    flag = "speedup" if ours.amount and ours.amount.is_speedup else "thresh"
-    require(
-        ours.amount is None,
-        f"--teacache_{flag} beside --teacache_compare: give it as an entry, such as 0.08 or 2x",
-    )
+    what = f"{ours.amount} beside --teacache_compare"
+    require(ours.amount is None, f"{what}: give it as an entry, such as 0.08 or 2x")
     with refusing("--teacache_compare: its picture cannot be drawn", "pip install 'pillow>=10.1'"):
         caption(Row("", [], 1, 1.0, None, 1.0, None), 64, 110)
     stock = ["--teacache_thresh", "0", "--teacache_order", "0", "--teacache_guide_until", "1"]
@@ -2924,7 +2875,7 @@ def entry_flags(entry: str) -> list[str]:
 # What a command runs
 
 
-def print_plan(wan: Wan, ours: argparse.Namespace, argv: Sequence[str]) -> None:
+def print_plan(wan: Wan, ours: Namespace, argv: Sequence[str]) -> None:
     """For --teacache_plan: the schedule at the current threshold, the rule's, and some around."""
     job = job_of(wan, argv)
     config, preview = job.config, preview_of(wan, job.args, job.config.measure)
@@ -2944,13 +2895,12 @@ def print_plan(wan: Wan, ours: argparse.Namespace, argv: Sequence[str]) -> None:
         )
     print("speed-up: of the transformer, if a skipped step took no time")
     try:
-        flag = f"--teacache_thresh {config.thresh:.4g}"
-        check_plan(wan, job.planned, job.args, job.rule, flag)
+        check_plan(wan, job, Amount(config.thresh))
     except Refused as error:
         print(f"a run would be refused: {error}")
 
 
-def run_decode(ours: argparse.Namespace, argv: Sequence[str]) -> None:
+def run_decode(ours: Namespace, argv: Sequence[str]) -> None:
     """For --teacache_decode."""
     parser = Parser(allow_abbrev=False, add_help=False)
     parser.add_argument("--save_file")
@@ -2963,7 +2913,7 @@ def run_decode(ours: argparse.Namespace, argv: Sequence[str]) -> None:
     require(environment("WORLD_SIZE", 1) == 1, f"{what}: start one process, without torchrun")
     content = read_latents(file)
     given = {name: value for name, value in vars(flags).items() if value}
-    args = argparse.Namespace(**(content | given))
+    args = Namespace(**(content | given))
     wan = import_wan(ours.wan_repo, generates=False)  # works without a GPU, slowly
     require(
         args.task in wan.generate_py.WAN_CONFIGS,
@@ -2975,7 +2925,7 @@ def run_decode(ours: argparse.Namespace, argv: Sequence[str]) -> None:
     log.info(f"wrote {args.save_file} and deleted {file}")
 
 
-def runs_a_queue(ours: argparse.Namespace, argv: Sequence[str]) -> bool:
+def runs_a_queue(ours: Namespace, argv: Sequence[str]) -> bool:
     """Whether each process of torchrun makes its own videos."""
     parser = Parser(add_help=False)
     for name in ("ulysses_size", "ring_size"):
@@ -2999,14 +2949,13 @@ def runs_a_queue(ours: argparse.Namespace, argv: Sequence[str]) -> bool:
     return bool(ours.teacache_jobs)
 
 
-def jobs_of_queue(
-    wan: Wan, ours: argparse.Namespace, argv: Sequence[str], queue: Queue
-) -> list[list[Job]]:
+def jobs_of_queue(wan: Wan, ours: Namespace, argv: Sequence[str], queue: Queue) -> list[list[Job]]:
     """The jobs of a queue: rank 0 checks, names and seeds them; the others parse its commands."""
     if queue.rank:
         logging.getLogger().setLevel(logging.WARNING)
         log.setLevel(logging.INFO)
-        shared = queue.receive()
+        queue.wait(lambda: queue.store.check(["jobs"]))
+        shared = json.loads(queue.store.get("jobs"))
         if shared is None:
             raise Refused()  # rank 0 says why
         return [[replace(job_of(wan, *parts, checked=False), todo=todo)] for parts, todo in shared]
@@ -3016,7 +2965,7 @@ def jobs_of_queue(
         fixed = [[f"--base_seed={j.args.base_seed}", f"--save_file={j.target}"] for (j,) in jobs]
         shared = [((*job.parts, f), job.todo) for (job,), f in zip(jobs, fixed, strict=True)]
     finally:
-        queue.share(shared)
+        queue.store.set("jobs", json.dumps(shared))
     return jobs
 
 
@@ -3040,7 +2989,7 @@ def command(argv: Sequence[str]) -> int:
     jobs = [job for line in jobs_by_line for job in line]
     if queue is None or queue.rank == 0:
         announce(jobs)
-    session = Session(wan, keeps_pixels=bool(ours.teacache_compare))
+    session = Session(wan)
     with session.patches(uses_xfuser(jobs[0].args)):
         if ours.teacache_compare:
             return run_comparisons(session, jobs_by_line)
@@ -3050,7 +2999,7 @@ def command(argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command line; ``argv`` is what follows the program's name. Exits with 2 for what was
     refused, 1 for what failed, 128 + its number for a signal; returns otherwise."""
-    status, local_rank = 0, environment("LOCAL_RANK", 0)
+    status, local_rank = 0, environment("LOCAL_RANK", 0)  # before the queue sets it to 0
     alone = environment("LOCAL_WORLD_SIZE", 1) == 1  # then LOCAL_RANK is a left-over
     try:
         # a log line to a closed pipe must not print a traceback
@@ -3067,9 +3016,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # of `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as error:
-        number_ = error.args[0] if error.args else signal.SIGINT
-        log.error(f"stopped by {signal.Signals(number_).name}")
-        status = 128 + number_
+        number = error.args[0] if error.args else signal.SIGINT
+        log.error(f"stopped by {signal.Signals(number).name}")
+        status = 128 + number
     except BatchEnds:
         status = 1
     except Exception as error:
