@@ -384,6 +384,17 @@ def test_comparison_needs_stock_and_does_without_noise(compare, made):
     assert [row["label"] for row in rows()] == ["stock", "1.5x"]
 
 
+def test_ranks_do_not_go_on_after_stock_fails_to_decode(compare, made, monkeypatch):
+    """Rank 0 alone decodes kept latents: the others take stock for made."""
+    made.then = {0: out_of_memory, 1: out_of_memory}
+    first, second = "--save_file a.mp4", "--save_file b.mp4"
+    compare("1.5x", lines=[first])
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    code, said = compare("1.5x", "--ulysses_size", 2, lines=[first, second])
+    assert (code, len(made.sampled), Path("b.stock.json").exists()) == (1, 1, False), said
+
+
 def test_model_that_cannot_be_loaded_ends_the_comparison(compare, monkeypatch):
     load = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
     monkeypatch.setattr("wan.pipeline.WanModel.from_pretrained", load)
