@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import PUBLISHED
 
 from teacache_generate import (
     EMBEDDING,
@@ -18,33 +19,15 @@ from teacache_generate import (
     Schedule,
     TeaCacheConfig,
     count_guided_steps,
-    first_steps,
     residual_norm,
 )
 
-# Published by TeaCache's authors, highest power first: plain, then with --use_ret_steps; then their
-# thresholds (the last is the default), and the settings of the fit: generate.py's defaults.
-PUBLISHED = {
-    "t2v-1.3B": (
-        "2.39676752e+03, -1.31110545e+03, 2.01331979e+02, -8.29855975e+00, 1.37887774e-01",
-        "-5.21862437e+04, 9.23041404e+03, -5.28275948e+02, 1.36987616e+01, -4.99875664e-02",
-        ((0.05, 0.07, 0.08), (0.05, 0.1), (50, 5, "unipc")),
-    ),
-    "t2v-14B": (
-        "-5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404",
-        "-3.03318725e+05, 4.90537029e+04, -2.65530556e+03, 5.87365115e+01, -3.15583525e-01",
-        ((0.14, 0.15, 0.2), (0.1, 0.2), (50, 5, "unipc")),
-    ),
-    "i2v-14B-480P": (
-        "-3.02331670e+02, 2.23948934e+02, -5.25463970e+01, 5.87348440e+00, -2.01973289e-01",
-        "2.57151496e+05, -3.54229917e+04, 1.40286849e+03, -1.35890334e+01, 1.32517977e-01",
-        ((0.13, 0.19, 0.26), (0.2, 0.3), (40, 3, "unipc")),
-    ),
-    "i2v-14B-720P": (
-        "-114.36346466, 65.26524496, -18.82220707, 4.91518089, -0.23412683",
-        "8.10705460e+03, 2.13393892e+03, -3.72934672e+02, 1.66203073e+01, -4.17769401e-02",
-        ((0.18, 0.2, 0.3), (0.2, 0.3), (40, 5, "unipc")),
-    ),
+# Of each fit the published thresholds, plain and with --use_ret_steps, then steps and shift.
+FITS = {
+    "t2v-1.3B": ((0.05, 0.07, 0.08), (0.05, 0.1), 50, 5),
+    "t2v-14B": ((0.14, 0.15, 0.2), (0.1, 0.2), 50, 5),
+    "i2v-14B-480P": ((0.13, 0.19, 0.26), (0.2, 0.3), 40, 3),
+    "i2v-14B-720P": ((0.18, 0.2, 0.3), (0.2, 0.3), 40, 5),
 }
 NORMS = json.loads(Path(__file__).with_name("wan_residual_norms.json").read_text())["tables"]
 LINE = (1.0, 0.0)  # the increment is the distance
@@ -77,19 +60,17 @@ def sigma(timesteps, thresh=None, second_model=0, speedup=2.0, **others) -> Sche
 # Rules and settings
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-@pytest.mark.parametrize("ret", [False, True])
-def test_rules_have_the_published_coefficients(name, ret):
-    rule, values = RULES[name], tuple(map(float, PUBLISHED[name][ret].split(",")))
-    thresholds = PUBLISHED[name][2][ret]
-    assert (rule.steps, rule.shift, rule.solver) == PUBLISHED[name][2][2]
-    assert rule.polynomial(ret).coefficients == values
-    assert rule.polynomial(ret).thresholds == thresholds
+@pytest.mark.parametrize("line", PUBLISHED.strip().splitlines())
+def test_rules_have_the_published_coefficients(line):
+    method, name, default, *coefficients = line.split()
+    rule, ret, (plain, retention, *fit) = RULES[name], method == "ret", FITS[name]
+    assert (rule.steps, rule.shift, rule.solver) == (*fit, "unipc")
+    assert rule.polynomial(ret).thresholds == (retention if ret else plain)
     config = TeaCacheConfig.from_rule(rule, 50, ret=ret)
-    assert (config.coefficients, config.thresh) == (values, thresholds[-1])
+    assert (config.coefficients, config.thresh) == (tuple(map(float, coefficients)), float(default))
     assert config.measure == (PROJECTION if ret else EMBEDDING)
     assert (config.order, config.guided_steps, config.max_skipped) == (0, None, 50)
-    assert set(RULES) == {*PUBLISHED, "sigma"}
+    assert set(RULES) == {*FITS, "sigma"}
 
 
 WRONG = [("steps", 0), ("guided_steps", -1), ("measure", "embeding"), ("order", 2)]
@@ -121,14 +102,6 @@ def test_a_wrong_setting_is_an_error_that_names_it(name, value):
 )
 def test_steps_are_computed_by_sum_force_and_limit(distances, settings, schedule):
     assert planned(distances, **settings).as_text() == schedule
-
-
-def test_decisions_hold_the_numbers_behind_them():
-    plan = planned([0.25, 0.25, 0.25, -0.5, 0.25], thresh=0.5)
-    assert [d.increment for d in plan.decisions] == [None, 0.25, 0.25, 0.25, -0.5, None]
-    assert [d.accumulated for d in plan.decisions] == [0, 0.25, 0.5, 0.25, -0.25, 0]
-    assert [d.distance for d in plan.decisions] == [None, 0.25, 0.25, 0.25, -0.5, 0.25]
-    assert plan.negative_steps == [4]
 
 
 @pytest.mark.parametrize(("guided", "passes"), [(None, 8), (6, 8), (4, 6), (2, 5), (0, 4)])
@@ -178,20 +151,6 @@ def test_sigma_forces_a_fifth_and_limits_skips_to_a_tenth(steps, first, limit):
     assert plan.computed_steps == sorted(computed)
 
 
-@pytest.mark.parametrize(
-    ("steps", "shares", "forced"),
-    [
-        ((10,), (0.2,), (0, 1, 9)),
-        ((13, 27), (1.0, 0.1), (*range(16), 39)),
-        ((14, 26), (0.4, 0.4), (*range(6), *range(14, 25), 39)),  # of t2v-A14B
-        ((0, 5), (1.0, 0.1), (0, 4)),
-        ((5, 0), (1.0, 0.1), (0, 1, 2, 3, 4)),
-    ],
-)
-def test_first_steps_of_each_model_are_rounded_up(steps, shares, forced):
-    assert first_steps(steps, shares) == forced
-
-
 def test_guidance_at_scale_1_needs_no_second_branch():
     for scale, until, guided in ((5.0, 1.0, None), (5.0, 0.6, 24), (1.0, 1.0, 0)):
         assert count_guided_steps(scale, (40,), until) == guided
@@ -204,13 +163,6 @@ def test_sigma_reaches_every_count_its_limit_allows():
     for count in (9, 16, *range(fewest, 51)):  # 100 / (50 / 29) exceeds 58 by a rounding error
         plan = sigma(timesteps, speedup=50 / count)
         assert len(plan.computed_steps) == max(count, fewest)
-
-
-def test_sigma_with_less_guidance_has_39_of_100_passes():
-    whole = sigma(wan_timesteps(50, 5))
-    assert whole.as_text() == "##########.....#....#...#...#..#..#..#.#.#.#.#####"
-    guided = sigma(wan_timesteps(50, 5), whole.config.thresh, guided_steps=30)
-    assert guided.summary() == "25 of 50 steps, 39 of 100 passes (about 2.6x)"
 
 
 # The threshold for a speed-up, compared with a search of all thresholds

@@ -59,13 +59,14 @@ class Toy(nn.Module):
         self.time_projection = Projection(2, 12, bias=False)
         nn.init.normal_(self.time_projection.weight, generator=torch.Generator().manual_seed(0))
         self.blocks, self.head = nn.ModuleList(map(Block, SHARES)), Head()
-        self.residual, self.loop, self.now, self.vace_runs = residual, loop, (0, 0), 0
+        self.residual, self.loop, self.now = residual, loop, (0, 0)
+        self.requires_grad_(False)
 
     def forward(self, x, t, context=None, seq_len=None):
         """The toy's own docstring."""
         self.e0, x = self.time_projection(self.embed(t)), x[0].bfloat16()
         if hasattr(self, "forward_vace"):
-            self.hints = self.forward_vace(x)
+            self.forward_vace(x)
         return [self.head(self.loop(self.blocks, x, self.residual(*self.now)), self.e0)]
 
     def embed(self, t):
@@ -79,7 +80,6 @@ class Toy(nn.Module):
 
 class ToyVace(Toy):
     def forward_vace(self, x):
-        self.vace_runs += 1
         return [x]
 
 
