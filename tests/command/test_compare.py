@@ -10,7 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from PIL import Image
 from skimage.metrics import structural_similarity
 from stand_in import Made, out_of_memory, record, run_two, wrap
 
-from teacache_generate import Row, caption, comparison_table, main, write_side_by_side
+from teacache_generate import Row, as_rank_0, caption, comparison_table, main, write_side_by_side
 
 FEW = ["--frame_num", "5", "--sample_steps", "10", "--teacache_rule", "sigma"]
 BALL = ["--prompt", "a red ball moves right", "--base_seed", "42"]
@@ -230,12 +230,9 @@ WRONG = {
     "fast": "fast must be 0 (stock)",
     "x": "--teacache_compare x",
     "0.5x": "0.5 must be 1 or more",
-    "-0.1": "-0.1",
-    "nan": "nan must be 0 (stock)",
     "infx": "inf must be 1 or more",
     "2x@2": "--teacache_compare 2x@2",
     "nobody:2x": "--teacache_rule nobody: cannot be used",
-    "sigma:": "--teacache_compare sigma:",
     "1.2x 0.1 1.2x": "entry 1.2x",
     "": "--teacache_compare: expected at least one argument",
     "1.5x 9x": "--teacache_compare 9x: --teacache_speedup 9: no threshold reaches it",
@@ -410,51 +407,21 @@ def test_failure_is_in_the_exit_status_behind_a_closed_pipe(compare, made, monke
     assert compare("1.5x")[0] == 1
 
 
-def test_image_to_video_is_compared(compare, made, i2v_ckpt, picture):
-    flags = ["--task", "i2v-nano", "--ckpt_dir", i2v_ckpt, "--image", picture]
-    code, said = compare("sigma:1.5x", *flags)
-    assert code == 0, said
-    assert rows()[2]["psnr"] == pytest.approx(psnr_of(made.decoded[2], made.decoded[0]))
-
-
 def test_success_of_rank_0_is_broadcast_on_the_device_of_the_run(compare, monkeypatch):
     """NCCL refuses a flag on the CPU."""
-    devices, device = [], torch.device("cpu", 0)  # not torch.device("cpu"), where the model is
+    device = torch.device("cpu", 0)  # not torch.device("cpu"), where the model is
+    broadcast = Mock(wraps=as_rank_0)
     monkeypatch.setattr("teacache_generate.device_of_run", lambda: device)
-    wrap(
-        monkeypatch,
-        "teacache_generate.as_rank_0",
-        lambda stock, flag, device: devices.append(device) or stock(flag, device),
-    )
+    monkeypatch.setattr("teacache_generate.as_rank_0", broadcast)
     assert compare("1.5x")[0] == 0
-    assert devices.count(device) == 3
+    assert broadcast.call_args_list.count(call(True, device)) == 3
 
 
-RECORDING = """
-import atexit, torch
-from wan.modules.model import WanModel
-seen, predict, rank = [], WanModel.predict, __import__("os").environ["RANK"]
-def recorded(model, x, *args, **kwargs):
-    seen.append(x[0].clone())
-    return predict(model, x, *args, **kwargs)
-WanModel.predict = recorded
-atexit.register(lambda: torch.save(seen, f"seen.{rank}"))
-"""
-
-
-@pytest.mark.parametrize("flags", [["--ulysses_size", "2"], ["--dit_fsdp"]], ids=" ".join)
-def test_two_processes_compare_with_one_load_and_one_noise(ckpt, tmp_path, monkeypatch, flags):
+def test_two_processes_compare_with_one_load_and_one_table(ckpt, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    argv = ["--ckpt_dir", ckpt, *FEW, "--sample_steps", "5", *BALL, *flags, "--save_file", "x.mp4"]
-    done = run_two(tmp_path, RECORDING, *argv, "--teacache_compare", "1.5x")
+    argv = ["--ckpt_dir", ckpt, *FEW, "--sample_steps", "5", *ONE, "--ulysses_size", "2"]
+    done = run_two(tmp_path, "", *argv, "--teacache_compare", "1.5x")
     assert (done.returncode, done.stdout.count("Creating WanModel")) == (0, 1), done.stderr
     assert done.stdout.count("The floor is the PSNR") == 1
-    seen, other = (torch.load(f"seen.{rank}") for rank in (0, 1))
-    assert all(torch.equal(*pair) for pair in zip(seen, other, strict=True))
-    noise = seen[10] - seen[0]  # at the first step all begin with the same latents
-    assert noise.std() == pytest.approx(1e-4, rel=0.05)
-    assert torch.equal(seen[11] - seen[1], noise)
-    assert torch.equal(seen[20], seen[0])
     assert [row["label"] for row in rows()] == ["stock", "noise 1e-4", "1.5x"]
     assert 10 < rows()[2]["psnr"] < rows()[1]["psnr"]
-    assert len(frames(Path("x.compare.mp4"))) == 5

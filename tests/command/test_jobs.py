@@ -9,8 +9,8 @@ import shutil
 import signal
 import weakref
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from unittest.mock import Mock
+from types import ModuleType
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
@@ -122,9 +122,6 @@ def test_every_line_is_checked_before_loading(batch, asked):
         "--teacache_decode x.pt": "--teacache_decode: give it on the command line",
         "--teacache_thresh 0.1 --teacache_speedup 2": "not allowed with --teacache_thresh",
         "--teacache_speedup 5": "--teacache_speedup 5: no threshold reaches it",
-        "--teacache_rule none.json": "--teacache_rule none.json: cannot be used",
-        '--teacache_rule ""': '--teacache_rule "": is empty',
-        "--teacache_model sigma": "use --teacache_rule",
     }
     code, said = batch(expected)
     errors = re.findall("error: .*: line ([0-9]+): (.*)", said)
@@ -218,11 +215,9 @@ def test_batch_loads_once_and_equals_single_runs(batch, made):
     ]
     code, said = batch(lines, "--teacache_speedup", "1.5")
     assert (code, said.count("Creating WanModel")) == (0, 1), said
-    made_so = [(record(name), record(name)["settings"]) for name in ("one", "two", "three")]
-    assert [(r["steps"], len(r["computed"]), r["frames"], r["order"]) for r, _ in made_so] == [
-        *((10, 7, 5, 0), (12, 8, 9, 1), (5, 5, 5, 0))
-    ]
-    assert [settings["sample_solver"] for _, settings in made_so] == ["unipc", "dpm++", "unipc"]
+    records = map(record, ("one", "two", "three"))
+    made_so = [(r["steps"], len(r["computed"]), r["order"]) for r in records]
+    assert made_so == [(10, 7, 0), (12, 8, 1), (5, 5, 0)]
     for line in lines:
         _, prompt, rest = line.split('"')
         argv = ["--prompt", prompt, "--teacache_speedup", "1.5", *rest.split()]
@@ -304,20 +299,18 @@ def test_pipeline_is_put_back_after_a_failed_decode(batch, made, wan, monkeypatc
 
 def test_peak_memory_is_of_one_video_and_the_cache_is_emptied(batch, made, monkeypatch):
     """torch.cuda is a stand-in, which the script alone sees: Wan stays on the CPU."""
-    events, cuda, seen = [], SimpleNamespace(peak=0), ModuleType("torch")
-    for name in ("is_available", "is_initialized", "synchronize", "device_count"):
-        setattr(cuda, name, lambda: 1)
-    cuda.get_device_capability = lambda *device: (9, 0)
-    cuda.empty_cache = lambda: events.append("empty")
-    cuda.reset_peak_memory_stats = lambda: (events.append("reset"), setattr(cuda, "peak", 0))
-    cuda.max_memory_allocated = lambda: cuda.peak
-    seen.cuda, seen.__getattr__ = cuda, lambda name: getattr(torch, name)
+    seen = ModuleType("torch")
+    seen.cuda, seen.__getattr__ = MagicMock(), lambda name: getattr(torch, name)
+    seen.cuda.device_count.return_value = 1
+    seen.cuda.get_device_capability.return_value = (9, 0)
+    peak = seen.cuda.max_memory_allocated = Mock(return_value=0)
     monkeypatch.setattr("teacache_generate.torch", seen)
     monkeypatch.setattr("teacache_generate.device_of_run", lambda: torch.device("cpu"))
-    made.then = {i: lambda i=i: setattr(cuda, "peak", (900, 7)[i]) for i in (0, 1)}
+    made.then = {i: lambda i=i: setattr(peak, "return_value", (900, 7)[i]) for i in (0, 1)}
     assert batch(THREE[:2])[0] == 0
     assert [record(name)["peak_bytes"] for name in ("one", "two")] == [900, 7]
-    assert events == ["reset", "empty", "reset", "empty"]
+    each = ["reset_peak_memory_stats", "empty_cache"]
+    assert [call[0] for call in seen.cuda.mock_calls if call[0] in each] == each * 2
 
 
 # ------------------------------------------------------------------------------ started again
@@ -444,10 +437,6 @@ def test_processes_sharing_a_video_go_on_after_a_failure(batch, made, ckpt, tmp_
     assert done.stdout.count("one.mp4 failed: 'NoneType'") == 1
     assert done.stdout.count("TeaCache: video 3 of 3") == 1
     assert (videos(), Path("one.latents.pt").is_file()) == (["three.mp4", "two.mp4"], True)
-    both, steps = frames(Path("three.mp4")), record("three")["computed"]
     assert done.stdout.count("three.mp4: computed 3 of 5 steps") == 1
     code, said = batch(THREE)  # by one process, the same names and videos
     assert (code, made.sampled, said.count("skipped")) == (0, [], 2), said
-    alone = ["--prompt", "a green box moves up", "--base_seed", "3", "--save_file", "alone.mp4"]
-    assert (batch(None, *alone)[0], record("alone")["computed"]) == (0, steps)
-    assert np.abs(both - frames(Path("alone.mp4"))).mean() < 1

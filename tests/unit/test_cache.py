@@ -13,13 +13,7 @@ import torch
 from torch import nn
 from toys import Toy, config_of, numbers, sample, scripted
 
-from teacache_generate import (
-    EMBEDDING,
-    NOISE_LEVEL,
-    PROJECTION,
-    sdpa_attention,
-    teacache,
-)
+from teacache_generate import EMBEDDING, NOISE_LEVEL, PROJECTION, sdpa_attention, teacache
 
 # Order 1
 

@@ -49,11 +49,10 @@ def wan_timesteps(steps: int, shift: float) -> list[int]:
     return (1000 * noise_levels(0.999, steps, shift)).astype(int).tolist()
 
 
-def sigma(timesteps, thresh=None, second_model=0, speedup=2.0, **others) -> Schedule:
+def sigma(timesteps, thresh=None, speedup=2.0, **others) -> Schedule:
     """The plan of "sigma" at a threshold, or else for a speed-up."""
-    steps = len(timesteps)
-    config = TeaCacheConfig(steps, thresh or 0.0, measure=NOISE_LEVEL, **others)
-    preview = Preview(timesteps, [None if i in (0, second_model) else 0.0 for i in range(steps)])
+    config = TeaCacheConfig(len(timesteps), thresh or 0.0, measure=NOISE_LEVEL, **others)
+    preview = Preview(timesteps, [None, *[0.0] * (len(timesteps) - 1)])
     return preview.plan(config) if thresh else preview.plan_speedup(config, speedup)
 
 
@@ -139,16 +138,6 @@ def test_sigma_adds_changes_since_the_last_computed_step():
     assert plan.as_text() == "##.#.#.#.#"
     grows = sigma([500, 600, 400, 500, 0], 9.0, max_skipped=3)  # norms: .66 .726 .594 .66
     assert [d.increment for d in grows.decisions[1:4]] == pytest.approx([0.1, 0.1, 0.0])
-
-
-@pytest.mark.parametrize(
-    ("steps", "first", "limit"),
-    [(1, 1, 1), (5, 1, 1), (6, 2, 1), (10, 2, 1), (11, 3, 2), (30, 6, 3), (50, 10, 5), (51, 11, 6)],
-)
-def test_sigma_forces_a_fifth_and_limits_skips_to_a_tenth(steps, first, limit):
-    plan = sigma(wan_timesteps(steps, 5), 1e6)
-    computed = {*range(first), *range(first + limit, steps, limit + 1), steps - 1}
-    assert plan.computed_steps == sorted(computed)
 
 
 def test_guidance_at_scale_1_needs_no_second_branch():

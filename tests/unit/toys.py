@@ -64,10 +64,8 @@ class Toy(nn.Module):
 
     def forward(self, x, t, context=None, seq_len=None):
         """The toy's own docstring."""
-        self.e0, x = self.time_projection(self.embed(t)), x[0].bfloat16()
-        if hasattr(self, "forward_vace"):
-            self.forward_vace(x)
-        return [self.head(self.loop(self.blocks, x, self.residual(*self.now)), self.e0)]
+        e0, x = self.time_projection(self.embed(t)), x[0].bfloat16()
+        return [self.head(self.loop(self.blocks, x, self.residual(*self.now)), e0)]
 
     def embed(self, t):
         """[1, 2]; for a timestep a token [1, tokens], as in Wan2.2's ti2v, [1, tokens, 2]."""
@@ -76,11 +74,6 @@ class Toy(nn.Module):
     @property
     def runs(self) -> int:
         return self.blocks[0].runs
-
-
-class ToyVace(Toy):
-    def forward_vace(self, x):
-        return [x]
 
 
 def config_of(steps, thresh=1.5, measure=EMBEDDING, **others) -> TeaCacheConfig:
