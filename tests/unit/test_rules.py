@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import PUBLISHED
+from cases import published
 
 from teacache_generate import (
     EMBEDDING,
@@ -22,12 +22,11 @@ from teacache_generate import (
     residual_norm,
 )
 
-# Of each fit the published thresholds, plain and with --use_ret_steps, then steps and shift.
-FITS = {
-    "t2v-1.3B": ((0.05, 0.07, 0.08), (0.05, 0.1), 50, 5),
-    "t2v-14B": ((0.14, 0.15, 0.2), (0.1, 0.2), 50, 5),
-    "i2v-14B-480P": ((0.13, 0.19, 0.26), (0.2, 0.3), 40, 3),
-    "i2v-14B-720P": ((0.18, 0.2, 0.3), (0.2, 0.3), 40, 5),
+FITS = {  # the settings of the published fits: generate.py's defaults
+    "t2v-1.3B": (50, 5, "unipc"),
+    "t2v-14B": (50, 5, "unipc"),
+    "i2v-14B-480P": (40, 3, "unipc"),
+    "i2v-14B-720P": (40, 5, "unipc"),
 }
 NORMS = json.loads(Path(__file__).with_name("wan_residual_norms.json").read_text())["tables"]
 LINE = (1.0, 0.0)  # the increment is the distance
@@ -59,14 +58,16 @@ def sigma(timesteps, thresh=None, speedup=2.0, **others) -> Schedule:
 # Rules and settings
 
 
-@pytest.mark.parametrize("line", PUBLISHED.strip().splitlines())
-def test_rules_have_the_published_coefficients(line):
-    method, name, default, *coefficients = line.split()
-    rule, ret, (plain, retention, *fit) = RULES[name], method == "ret", FITS[name]
-    assert (rule.steps, rule.shift, rule.solver) == (*fit, "unipc")
-    assert rule.polynomial(ret).thresholds == (retention if ret else plain)
+@pytest.mark.parametrize("name", FITS)
+@pytest.mark.parametrize("ret", [False, True])
+def test_rules_have_the_published_coefficients(name, ret):
+    rule = RULES[name]
+    thresholds, values = map(tuple, published("ret" if ret else "plain", name))
+    assert (rule.steps, rule.shift, rule.solver) == FITS[name]
+    assert rule.polynomial(ret).coefficients == values
+    assert rule.polynomial(ret).thresholds == thresholds
     config = TeaCacheConfig.from_rule(rule, 50, ret=ret)
-    assert (config.coefficients, config.thresh) == (tuple(map(float, coefficients)), float(default))
+    assert (config.coefficients, config.thresh) == (values, thresholds[-1])
     assert config.measure == (PROJECTION if ret else EMBEDDING)
     assert (config.order, config.guided_steps, config.max_skipped) == (0, None, 50)
     assert set(RULES) == {*FITS, "sigma"}
