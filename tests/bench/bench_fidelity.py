@@ -1,6 +1,6 @@
 """How near videos come to stock's, and how much sooner, on the trained miniature of Wan2.1.
 
-    python tests/bench/bench_fidelity.py [--pairs 8] [--computed 40 33 ...]
+    python tests/bench/bench_fidelity.py [--pairs 8] [--check 100] [--out assets]
 
 Each prompt and seed is sampled by stock and by every setting in turn, in one process with one
 thread; the prompts are none of the training or of any choice. Seconds are the thread's own, of the
@@ -17,29 +17,24 @@ Guidance on the first steps only is measured on more prompts and seeds, for the 
 
 import argparse
 import csv
-import functools
 import json
-import multiprocessing
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import sampling
 import torch
-from sampling import ASSETS, Sampling, Scene
+from common import machine, scripted, table
+from sampling import ASSETS, Sampling, Scene, load, preview_of
 from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm import tqdm
 
-from teacache_generate import Preview, TeaCacheConfig
+from teacache_generate import TeaCacheConfig
 
-SAMPLING = Sampling()
-STEPS, FRAMES, AREA, FIRST_SEED = SAMPLING.steps, 17, (8, 8), 1000
+STEPS, FRAMES, AREA, FIRST_SEED = Sampling().steps, 17, (8, 8), 1000
 COMPUTED, GUIDED_SHARES = (40, 33, 25, 17, 13), (0.8, 0.6, 0.4)
 METHODS = {"plain": "TeaCache, plain", "retention": "TeaCache, retention steps", "sigma": "sigma"}
 GUIDED_SIGMA = "sigma, guidance until"
@@ -67,15 +62,10 @@ FLOOR = [  # stock with changes too small to see
 ]
 
 
-@functools.cache
-def preview_of(mode: str) -> Preview:
-    return sampling.preview_of(sampling.load(), mode, SAMPLING)
-
-
-def cached_settings(mode: str, targets: Sequence[int]) -> list[Setting]:
+def cached_settings(mode: str, targets: Sequence[int] = COMPUTED) -> list[Setting]:
     """The different schedules of a mode that compute the targets' steps, with orders 0 and 1."""
-    config = sampling.config_of(mode, STEPS)
-    plans = [preview_of(mode).plan_speedup(config, STEPS / n) for n in targets]
+    config, preview = sampling.config_of(mode, STEPS), preview_of(load(), mode)
+    plans = [preview.plan_speedup(config, STEPS / n) for n in targets]
     configs = {plan.as_text(): plan.config for plan in plans}.values()
     return [
         Setting(METHODS[mode], f"thresh {config.thresh:.4g}", replace(config, order=order))
@@ -84,21 +74,21 @@ def cached_settings(mode: str, targets: Sequence[int]) -> list[Setting]:
     ]
 
 
-def other_settings(targets: Sequence[int]) -> list[Setting]:
+def other_settings() -> list[Setting]:
     """Settings of the same cost that need no distances."""
     settings = []
     for order in (0, 1):
-        for n in targets:
-            config = sampling.scripted(STEPS, sampling.spaced(n, STEPS), order)
+        for n in COMPUTED:
+            config = scripted(STEPS, sampling.spaced(n, STEPS), order)
             settings.append(Setting("evenly spaced", f"every {STEPS / n:.3g} steps", config))
-    for n in targets:
+    for n in COMPUTED:
         settings.append(Setting("fewer steps", f"{n} sampling steps", TeaCacheConfig(n, 0.0)))
     return settings
 
 
 def guided_settings(half: TeaCacheConfig) -> list[Setting]:
     """Guidance on the first steps only, without a cache and with that of ``half``."""
-    settings = [Setting(GUIDED_SIGMA, "1 of steps", half)]
+    settings = []
     for method, config in (("guidance until", STOCK.config), (GUIDED_SIGMA, half)):
         for share in GUIDED_SHARES:
             guided = replace(config, guided_steps=round(share * STEPS))
@@ -113,26 +103,20 @@ def pairs_of(count: int) -> list[tuple[Scene, int]]:
 
 
 def first_latents(seed: int, noise: float = 0.0) -> Tensor:
-    latents = sampling.load().noise(FRAMES, AREA, seed)
+    latents = load().noise(FRAMES, AREA, seed)
     return latents + noise * torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-
-
-def warm_up() -> None:
-    sampling.sample(sampling.load(), "", first_latents(0), STOCK.config)
 
 
 def measure(settings: Sequence[Setting], pair: tuple[Scene, int]) -> list[dict[str, Any]]:
     """Sample one scene and seed with each setting in turn; the first is stock."""
-    (scene, seed), measured, stock_seconds = pair, [], 0.0
-    videos = {setting.against: np.empty(0) for setting in settings}
+    (scene, seed), measured, videos, stock_seconds = pair, [], {}, 0.0
     for setting in settings:
         config, latents = setting.config, first_latents(seed, setting.noise)
         video, cache, seconds = sampling.sample(
-            sampling.load(), scene.prompt, latents, config, bfloat16=setting.bfloat16
+            load(), scene.prompt, latents, config, bfloat16=setting.bfloat16
         )
         stock_seconds = stock_seconds or seconds
-        if setting.name in videos:
-            videos[setting.name] = video
+        videos[setting.name] = video
         psnr, ssim = sampling.fidelity(videos[setting.against], video)
         measured.append(
             {
@@ -152,10 +136,9 @@ def measure(settings: Sequence[Setting], pair: tuple[Scene, int]) -> list[dict[s
 def row(setting: Setting, measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A line of the table, over the pairs: medians of times, means and deviations of fidelity."""
     found = {name: [video[name] for video in measured] for name in measured[0]}
-    drifts = [drift for drift in found["drift"] if drift is not None]
 
-    def rounded(statistic: Callable, values: Sequence[float]) -> float:
-        return round(float(statistic(values)), 4)
+    def rounded(statistic: Callable, name: str) -> float:
+        return round(float(statistic(found[name])), 4)
 
     return {
         "method": setting.method,
@@ -163,13 +146,13 @@ def row(setting: Setting, measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "setting": setting.name,
         "computed": found["computed"][0],
         "passes": found["passes"][0],
-        "seconds": rounded(np.median, found["seconds"]),
-        "speedup": rounded(np.median, found["speedup"]),
-        "drift": rounded(np.mean, drifts) if drifts else None,
-        "psnr": rounded(np.mean, found["psnr"]),
-        "psnr_std": rounded(np.std, found["psnr"]),
-        "ssim": rounded(np.mean, found["ssim"]),
-        "ssim_std": rounded(np.std, found["ssim"]),
+        "seconds": rounded(np.median, "seconds"),
+        "speedup": rounded(np.median, "speedup"),
+        "drift": None if found["drift"][0] is None else rounded(np.mean, "drift"),
+        "psnr": rounded(np.mean, "psnr"),
+        "psnr_std": rounded(np.std, "psnr"),
+        "ssim": rounded(np.mean, "ssim"),
+        "ssim_std": rounded(np.std, "ssim"),
         "against": setting.against,
         "shown": sum(found["shown"]),
         "videos": len(measured),
@@ -186,23 +169,21 @@ def drift_against_psnr(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"settings": len(found), "spearman": round(float(correlation), 3)}
 
 
-def bench(pair_count: int, targets: Sequence[int], checked: int, processes: int) -> dict[str, Any]:
-    """All measurements. targets: how many steps to compute. checked: pairs for less guidance."""
-    cached = [setting for mode in METHODS for setting in cached_settings(mode, targets)]
-    half = preview_of("sigma").plan_speedup(sampling.config_of("sigma", STEPS), 2.0).config
-    spawn, rows = multiprocessing.get_context("spawn"), []
-    with ProcessPoolExecutor(processes, spawn, initializer=warm_up) as pool:
-        for settings, count in (
-            ([STOCK, *FLOOR, *cached, *other_settings(targets)], pair_count),
-            ([STOCK, *guided_settings(half)], checked),
-        ):
-            of_pairs = pool.map(measure, repeat(settings), pairs_of(count))
-            by_setting = zip(*tqdm(of_pairs, total=count, unit="pair"), strict=True)
-            rows += map(row, settings, by_setting)
-    plain = preview_of("plain").plan(sampling.config_of("plain", STEPS))
+def bench(pair_count: int, checked: int) -> dict[str, Any]:
+    """All measurements. checked: pairs for less guidance."""
+    cached = [setting for mode in METHODS for setting in cached_settings(mode)]
+    (half, _) = cached_settings("sigma", [STEPS // 2])
+    rows = []
+    for settings, count in (
+        ([STOCK, *FLOOR, *cached, *other_settings()], pair_count),
+        ([STOCK, *guided_settings(half.config)], checked),
+    ):
+        of_pairs = [measure(settings, pair) for pair in tqdm(pairs_of(count), unit="pair")]
+        rows += map(row, settings, zip(*of_pairs, strict=True))
+    plain = preview_of(load(), "plain").plan(sampling.config_of("plain", STEPS))
     steps = [asdict(decision) for decision in plain.decisions]
     return {
-        "machine": sampling.machine(),
+        "machine": machine(),
         "rows": rows,
         "drift_against_psnr": drift_against_psnr(rows),
         "schedules": {"plain": {"thresh": plain.config.thresh, "steps": steps}},
@@ -211,23 +192,17 @@ def bench(pair_count: int, targets: Sequence[int], checked: int, processes: int)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--pairs", type=int, default=8, help="prompts, a seed each")
-    add("--computed", type=int, nargs="+", default=COMPUTED, help="steps that settings compute")
-    add("--check", type=int, default=100, help="prompts for less guidance")
-    add("--processes", type=int, default=2, help="of one thread each")
-    add("--json", type=Path, default=ASSETS / "fidelity.json", help="for assets/draw.py")
-    add("--csv", type=Path, default=ASSETS / "fidelity.csv", help="the table")
+    parser.add_argument("--pairs", type=int, default=8, help="prompts, a seed each")
+    parser.add_argument("--check", type=int, default=100, help="prompts for less guidance")
+    parser.add_argument("--out", type=Path, default=ASSETS, help="for fidelity.json, fidelity.csv")
     args = parser.parse_args()
-    began = time.perf_counter()
-    found = bench(args.pairs, args.computed, args.check, args.processes)
-    args.json.write_text(json.dumps(found, indent=1) + "\n")
-    with open(args.csv, "w", newline="") as file:
+    found = bench(args.pairs, args.check)
+    (args.out / "fidelity.json").write_text(json.dumps(found, indent=1) + "\n")
+    with (args.out / "fidelity.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, found["rows"][0])
         writer.writeheader()
         writer.writerows(found["rows"])
-    print(f"{found['machine']}, took {(time.perf_counter() - began) / 60:.0f} min")
-    print(sampling.table(found["rows"]))
+    print(f"{found['machine']}\n{table(found['rows'])}")
     print(f"drift against PSNR, rank correlation: {found['drift_against_psnr']}")
 
 

@@ -10,21 +10,20 @@ numbers of steps, shifts and guidance scales, and eight schedules:
 D2Cache predicts new + (new - old) * accumulated / accumulated at the last trigger, the quotient
 capped at 1. After a forced step the divisor is 0: here the last residual is then held, as at order
 0 (published: divided by 1e-8). In schedules of no threshold the plain polynomial accumulates, and
-the first fifth is forced. Prints the table, means by schedule, and the worst cells.
+the first fifth is forced. Gains are over order 0.
 """
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import sampling
 import torch
-from sampling import Sampling
+from common import machine, scripted, table
+from sampling import Sampling, load
 from torch import Tensor
 from tqdm import tqdm
 
@@ -44,8 +43,7 @@ SETTINGS = (
     Sampling(40, "dpm++", 3.0, 6.0),
     Sampling(60, "dpm++", 8.0, 4.0),
 )
-FIGURES = ("order 0", "order 1", "D2Cache", "gain", "over D2Cache")
-Pairs = list[tuple[str, Tensor]]  # prompts and first latents
+FIGURES = ("order 0", "order 1", "D2Cache", "gain", "D2Cache's gain")
 
 
 @dataclass(frozen=True)
@@ -91,79 +89,69 @@ def every(steps: int, stride: int, first: int = 0) -> list[int]:
 
 def cases(setting: Sampling) -> Iterator[Case]:
     """The eight schedules at a setting."""
-    steps, wan, config_of = setting.steps, sampling.load(), sampling.config_of
-    previews = {mode: sampling.preview_of(wan, mode, setting) for mode in ("plain", "retention")}
-    for mode, preview in previews.items():
+    steps = setting.steps
+    for mode in ("plain", "retention"):
         for n in (2, 3):
-            plan = preview.plan_speedup(config_of(mode, steps, 1.0), n)
+            preview = sampling.preview_of(load(), mode, setting)
+            plan = preview.plan_speedup(sampling.config_of(mode, steps), n)
             found, config = plan.computed_steps, plan.config
             sums = accumulate(plan, found, config.forced_steps)
             yield Case(f"{mode} 1/{n}", config, len(found), sums)
     # at a threshold that is never reached every step but the forced ones has an increment
-    increments = previews["plain"].plan(config_of("plain", steps, 1e9))
+    preview = sampling.preview_of(load(), "plain", setting)
+    increments = preview.plan(sampling.config_of("plain", steps, 1e9))
     for family, first, strides in (("even", 0, (2, 4)), ("early", steps // 5, (3, 6))):
         for stride in strides:
             script = every(steps, stride, first)
-            config = sampling.scripted(steps, script)
+            config = scripted(steps, script)
             sums = accumulate(increments, script, range(first))
             yield Case(f"{family} every {stride}", config, len(script), sums)
 
 
-def pairs_of(count: int, seed: int) -> Pairs:
+def pairs_of(count: int, seed: int) -> list[tuple[str, Tensor]]:
+    """Prompts and first latents."""
     generator = torch.Generator().manual_seed(seed)
     prompts = [scene.prompt for scene in sampling.pick(count, generator, unseen=True)]
     noise = torch.randn(count, 16, 5, 8, 8, generator=generator)
     return list(zip(prompts, noise, strict=True))
 
 
-def videos(pairs: Pairs, setting: Sampling, config: TeaCacheConfig) -> list[np.ndarray]:
-    return [sampling.sample(sampling.load(), *pair, config, setting)[0] for pair in pairs]
-
-
-def cells(pairs: Pairs, settings: Sequence[Sampling]) -> Iterator[dict[str, Any]]:
+def cells(pairs: Sequence[Any], settings: Sequence[Sampling]) -> Iterator[dict[str, Any]]:
     """The table, row by row: each schedule at each setting."""
+
+    def videos(setting: Sampling, config: TeaCacheConfig) -> list[np.ndarray]:
+        return [sampling.sample(load(), *pair, config, setting)[0] for pair in pairs]
+
     for setting in settings:
-        stock = videos(pairs, setting, TeaCacheConfig(setting.steps, 0.0))
+        stock = videos(setting, TeaCacheConfig(setting.steps, 0.0))
         for case in cases(setting):
             line = partial(D2Cache, accumulated=case.accumulated)
             means = []
             for order, residuals in ((0, ResidualCache), (1, ResidualCache), (1, line)):
                 with patched(teacache_generate, ResidualCache=residuals):
-                    found = videos(pairs, setting, replace(case.config, order=order))
+                    found = videos(setting, replace(case.config, order=order))
                 means.append(np.mean([*map(sampling.psnr, stock, found)]))
             order_0, order_1, d2cache = means
-            psnr = [order_0, order_1, d2cache, order_1 - order_0, order_1 - d2cache]
+            psnr = [order_0, order_1, d2cache, order_1 - order_0, d2cache - order_0]
             row = asdict(setting) | {"schedule": case.name, "computed": case.computed}
             yield row | dict(zip(FIGURES, map(float, psnr), strict=True))
 
 
-def means_by_schedule(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    found = []
-    for schedule in [*dict.fromkeys(row["schedule"] for row in rows), "all"]:
-        part = [row for row in rows if schedule in (row["schedule"], "all")]
-        means = {name: float(np.mean([row[name] for row in part])) for name in FIGURES}
-        found.append({"schedule": schedule, **means})
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--pairs", type=int, default=8)
-    add("--seed", type=int, default=2024, help="of prompts and noise")
-    add("--settings", type=int, default=len(SETTINGS), help="only the first ones")
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=2024, help="of prompts and noise")
+    parser.add_argument("--settings", type=int, default=len(SETTINGS), help="only the first ones")
     args = parser.parse_args()
     pairs, settings = pairs_of(args.pairs, args.seed), SETTINGS[: args.settings]
-    rows = []
-    for row in tqdm(cells(pairs, settings), total=8 * len(settings)):
-        rows.append(row)
-        tqdm.write(sampling.table([row]), file=sys.stderr)
-    print(f"PSNR in dB to stock, mean of {args.pairs} prompts and seeds; {sampling.machine()}")
-    print(sampling.table(rows))
-    print("\nmeans over the settings\n" + sampling.table(means_by_schedule(rows)))
-    for name in ("gain", "over D2Cache"):
-        worst = min(rows, key=itemgetter(name))
-        print(f"\nleast {name}\n{sampling.table([worst])}")
+    rows = list(tqdm(cells(pairs, settings), total=8 * len(settings)))
+    print(f"PSNR in dB to stock, mean of {args.pairs} prompts and seeds; {machine()}")
+    print(table(rows))
+    summary = []
+    for name, statistic in (("mean", np.mean), ("least", np.min)):
+        found = {figure: float(statistic([row[figure] for row in rows])) for figure in FIGURES}
+        summary.append({"": name, **found})
+    print("\n" + table(summary))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Predict TeaCache's memory and time on full-size Wan models, without a GPU and without weights.
 
-    python tests/bench/bench_scale.py [--wan_repo DIR] [--model NAME ...] [--layers N] [--json FILE]
+    python tests/bench/bench_scale.py [--wan_repo DIR] [--layers N] [--json FILE]
 
 Runs a pipeline's own generate() on a fake GPU, see fake_gpu.py. ``COMPUTED`` says which steps are
 computed. Stand-ins: T5, CLIP, VAE and flash-attn's kernel. Not measured: workspaces of cuDNN and
@@ -15,13 +15,10 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
-import importlib.util
 import json
 import math
-import os
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +31,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS / "real_wan")]
 
-from harness import Absent, prepare_torchvision  # noqa: E402
+from cases import WAN21  # noqa: E402
+from common import scripted, table  # noqa: E402
+from harness import Absent, model_config, new_model, prepare_imports  # noqa: E402
 
 from teacache_generate import TeaCacheConfig, teacache  # noqa: E402
 
-WAN = Path(os.getenv("WAN_REPO", "~/.cache/teacache4wan/Wan2.1")).expanduser()
 PIPELINES = {"t2v": "WanT2V", "i2v": "WanI2V", "vace": "WanVace", "ti2v": "WanTI2V"}
 GIB = 2**30
 ORDERS = ("order 0", "order 1")
@@ -64,15 +62,6 @@ PUBLISHED = {
     "i2v-480P": (40, {"stock": 735, 0.13: 464, 0.19: 372, 0.26: 300}),
     "i2v-720P-61": (40, {"stock": 1740, 0.18: 1020, 0.2: 900, 0.3: 720}),
 }
-
-
-def prepare_imports(repo: Path) -> None:
-    """Let ``import wan`` of the folder ``repo`` work without packages that are not used here."""
-    prepare_torchvision()
-    for name in ("dashscope", "decord", "ftfy", "librosa", "peft"):
-        if importlib.util.find_spec(name) is None:
-            sys.modules[name] = Absent(name)
-    sys.path.insert(0, str(repo))
 
 
 def config_of(task: str) -> Any:
@@ -123,16 +112,8 @@ def make_pipeline(task: str, device: torch.device, models: dict[str, nn.Module])
 
 def make_model(task: str, device: torch.device, **sizes: int) -> nn.Module:
     """A new WanModel or VaceWanModel in float32. sizes: replace the task's."""
-    config, kind, channels = config_of(task), kind_of(task), 48 if "ti2v" in task else 16
-    names = ("dim", "ffn_dim", "freq_dim", "num_heads", "num_layers")
-    sizes = {name: config[name] for name in names} | sizes
-    sizes |= {"out_dim": channels, "in_dim": 36 if kind == "i2v" else channels}
-    module, name = "wan.modules.model", "WanModel"
-    if kind == "vace":  # a second stack has a block for every second one of the first
-        module, name = "wan.modules.vace_model", "VaceWanModel"
-        sizes |= {"vace_in_dim": 96, "vace_layers": list(range(0, sizes["num_layers"], 2))}
     with device:
-        model = getattr(sys.modules[module], name)(model_type=kind, **sizes)
+        model = new_model(**model_config(task, config_of(task)) | sizes)
     return model.eval().requires_grad_(False)
 
 
@@ -182,7 +163,7 @@ def simulate(name: str, layers: int | None, config: TeaCacheConfig) -> Meter:
             model.freqs = model.freqs.cpu()  # a loaded model has it there until its first call
             model.to = model.cpu = lambda *_: None  # it stays on the GPU
             stacks = [(model.blocks, depth)]
-            if kind_of(task) == "vace":
+            if kind_of(task) == "vace":  # a block for every second one of the first stack
                 stacks.append((model.vace_blocks, depth // 2))
             meter.watch(model, stacks)
         pipeline = make_pipeline(task, GPU, models)
@@ -195,39 +176,28 @@ def simulate(name: str, layers: int | None, config: TeaCacheConfig) -> Meter:
 def figures(name: str, layers: int | None) -> dict[str, Any]:
     """Measurements of a case by their title, for stock and for both orders."""
     stock = simulate(name, layers, TeaCacheConfig(STEPS, 0.0))
-    slowest = max(stock.passes, key=lambda one: one.seconds)
+    slowest = max(one.seconds for one in stock.passes)
     found = {
-        "weights, GiB": stock.weights / GIB,
         "stock's peak, GiB": (stock.weights + stock.peak) / GIB,
-        "computed pass, TFLOP": slowest.flops / 1e12,
-        "computed pass, GB": slowest.bytes / 1e9,
-        "computed pass, launches": slowest.launches,
-        "computed pass, s": slowest.seconds,
-        "stock's host syncs by step": stock.syncs,
+        "computed pass, s": slowest,
     }
     for order, title in enumerate(ORDERS):
-        # increments of 0: only the forced steps are computed
-        config = TeaCacheConfig(STEPS, 1.0, (0.0,), order=order, forced_steps=COMPUTED)
-        run = simulate(name, layers, config)
-        skipped = max(one.seconds for one in run.passes[1:] if not one.computed)
+        run = simulate(name, layers, scripted(STEPS, COMPUTED, order))
+        skipped = max(one.seconds for one in run.passes[5:7])  # of step 2
         of_order = {
-            "computed steps": [step for step, one in enumerate(run.passes[1::2]) if one.computed],
             "peak above stock, GiB": (run.peak - stock.peak) / GIB,
             "above stock at the VAE, GiB": (run.alive_at_vae - stock.alive_at_vae) / GIB,
             "skipped pass, ms": 1000 * skipped,
-            "skipped/computed pass, %": 100 * skipped / slowest.seconds,
+            "skipped/computed pass, %": 100 * skipped / slowest,
             "host syncs above stock": [a - b for a, b in zip(run.syncs, stock.syncs, strict=True)],
-            "input of the head": sorted({one.head_dtype for one in run.passes[1:]}),
         }
         found |= {f"{title}: {what}": value for what, value in of_order.items()}
     return found
 
 
-def latencies(name: str, found: dict[str, Any]) -> list[list[Any]]:
-    """[case, threshold, published seconds, predicted seconds, steps computed] by threshold.
-
-    steps computed: the number that explains the published speed-up.
-    """
+def latencies(name: str, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """By threshold the published seconds, the steps that explain them, and the seconds predicted
+    for so many."""
     steps, published = PUBLISHED[name]
     computed = 2 * found["computed pass, s"]  # a step has two passes
     skipped = 2 * found["order 0: skipped pass, ms"] / 1000
@@ -235,34 +205,28 @@ def latencies(name: str, found: dict[str, Any]) -> list[list[Any]]:
     for thresh, seconds in published.items():
         on_this_machine = seconds / published["stock"] * steps * computed
         count = round((on_this_machine - steps * skipped) / (computed - skipped))
-        rows.append([name, thresh, seconds, count * computed + (steps - count) * skipped, count])
+        predicted = count * computed + (steps - count) * skipped
+        row = {"model": name, "threshold": thresh, "published": seconds, "predicted": predicted}
+        rows.append({**row, "steps computed": count})
     return rows
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table."""
-    texts = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in r] for r in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *texts])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--wan_repo", type=Path, default=WAN, help="Wan2.1 or Wan2.2 checkout")
-    parser.add_argument("--model", nargs="+", choices=CASES, help="default: all of the checkout")
+    parser.add_argument("--wan_repo", type=Path, default=WAN21, help="Wan2.1 or Wan2.2 checkout")
     parser.add_argument("--layers", type=int, help="run only N blocks, at the cost of all")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     prepare(args.wan_repo.resolve())
     tasks = sys.modules["wan.configs"].WAN_CONFIGS
-    names = args.model or [name for name, (task, *_) in CASES.items() if task in tasks]
+    names = [name for name, (task, *_) in CASES.items() if task in tasks]
     found = {name: figures(name, args.layers) for name in names}
     sampling = [row for name in names if name in PUBLISHED for row in latencies(name, found[name])]
     titles = found[names[0]]
-    print(table(["", *names], [[title, *(found[n][title] for n in names)] for title in titles]))
+    print(table([{"": title} | {name: found[name][title] for name in names} for title in titles]))
     if sampling:
-        print("\nSampling on an A800, in seconds\n")
-        print(table(["model", "threshold", "published", "predicted", "steps computed"], sampling))
+        print(f"\nSampling on an A800, in seconds\n{table(sampling)}")
     if args.json:
         args.json.write_text(json.dumps({"figures": found, "sampling": sampling}, indent=1))
 

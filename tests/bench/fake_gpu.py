@@ -103,12 +103,13 @@ class Op:
         is_view = self.func.is_view or self.func is aten._unsafe_view.default
         return not is_view and "empty" not in self.func.name()
 
-    def cost(self, out: Any) -> tuple[int, int, torch.dtype]:
-        """FLOPs, bytes read and written, and the dtype of the arithmetic."""
+    def seconds(self, out: Any) -> float:
+        """As long as the slowest resource needs."""
         formula = flop_registry.get(self.func.overloadpacket, lambda *_, **__: 0)
-        touched = [*self.inputs, *tensors(out)]
         flops = formula(*self.args, **self.kwargs, out_val=out)
-        return flops, sum(map(nbytes, touched)), (self.inputs or touched)[-1].dtype
+        touched = [*self.inputs, *tensors(out)]
+        rate = FLOPS_PER_SECOND.get((self.inputs or touched)[-1].dtype, OTHER_FLOPS_PER_SECOND)
+        return max(flops / rate, sum(map(nbytes, touched)) / BYTES_PER_SECOND, LAUNCH_SECONDS)
 
 
 def tensors(tree: Any) -> list[Tensor]:
@@ -143,11 +144,6 @@ def nbytes(tensor: Tensor) -> int:
 class Pass:
     """One call of a model. ``syncs`` counts the host's waits until the next call."""
 
-    computed: bool = False  # whether the first block ran
-    head_dtype: str = ""
-    flops: int = 0
-    bytes: int = 0
-    launches: int = 0
     seconds: float = 0.0
     syncs: int = 0
 
@@ -179,16 +175,8 @@ class Meter(TorchDispatchMode):
             self.hold(output.untyped_storage())
         self.passes[-1].syncs += op.is_blocking_copy(out)
         if self.in_pass and any(map(on_gpu, outputs)) and op.is_kernel():
-            self.add(*op.cost(out))
+            self.passes[-1].seconds += self.times * op.seconds(out)
         return out
-
-    def add(self, flops: int, moved: int, dtype: torch.dtype) -> None:
-        """Add an op, which takes as long as the slowest resource needs."""
-        now, rate = self.passes[-1], FLOPS_PER_SECOND.get(dtype, OTHER_FLOPS_PER_SECOND)
-        now.seconds += self.times * max(flops / rate, moved / BYTES_PER_SECOND, LAUNCH_SECONDS)
-        now.flops += self.times * flops
-        now.bytes += self.times * moved
-        now.launches += self.times
 
     def hold(self, storage: torch.UntypedStorage) -> None:
         """Count a storage as alive until it is freed."""
@@ -215,8 +203,6 @@ class Meter(TorchDispatchMode):
         self.weights = sum(map(nbytes, model.parameters()))
         model.register_forward_pre_hook(self.begin_pass)
         model.register_forward_hook(self.end_pass)
-        model.blocks[0].self_attn.register_forward_pre_hook(self.note_block)
-        model.head.norm.register_forward_pre_hook(self.note_head)
         for blocks, depth in stacks:
             missing = depth - len(blocks)
             self.weights += missing * sum(map(nbytes, blocks[-1].parameters()))
@@ -229,12 +215,6 @@ class Meter(TorchDispatchMode):
 
     def end_pass(self, *_: Any) -> None:
         self.in_pass = False
-
-    def note_block(self, *_: Any) -> None:
-        self.passes[-1].computed = True
-
-    def note_head(self, norm: nn.Module, args: tuple[Tensor]) -> None:
-        self.passes[-1].head_dtype = str(args[0].dtype)
 
     def count_times(self, times: int, *_: Any) -> None:
         self.times = times

@@ -2,7 +2,8 @@
 # What has to be seen on a GPU, in 8 minutes on one, without network and without checkpoints:
 #   bash tests/bench/gpu.sh [--only N] [--out FOLDER]
 # Parts, see bench_gpu.py: 1 the stand-in, 2 the real Wan code with tiny models, 3 t2v-1.3B of full
-# size, 4 attention, 5 t2v-14B of full size. Writes FOLDER/gpu.json after each part, then a table.
+# size, 4 attention, 5 t2v-14B of full size. Their rows are in FOLDER/gpu.txt as they come, what else
+# they print in gpu.log.
 # Without a GPU all sizes are small: that tries this command and measures nothing.
 #
 # Needs, beside the repository without its .git (13 MiB):

@@ -1,14 +1,9 @@
 """Samples the miniature with any settings and measures the videos: shared by the benchmarks."""
 
 import functools
-import json
 import logging
-import os
-import platform
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +27,10 @@ from teacache_generate import (  # noqa: E402
     NOISE_LEVEL,
     PROJECTION,
     RULES,
-    Polynomial,
     Preview,
-    Rule,
     TeaCacheConfig,
     patched,
+    read_rule,
     teacache,
 )
 
@@ -81,11 +75,12 @@ def sample(
         return decode(latents)
 
     dtype = torch.bfloat16 if bfloat16 else torch.float32
-    with ExitStack() as stack:
-        stack.enter_context(patched(pipeline, tqdm=lambda timesteps: timesteps))
-        stack.enter_context(patched(wan, noise=lambda *_: noise, param_dtype=dtype))
-        stack.enter_context(patched(wan.vae, decode=timed_decode))
-        cache = stack.enter_context(teacache(wan.model, config))
+    with (
+        patched(pipeline, tqdm=iter),
+        patched(wan, noise=lambda *_: noise, param_dtype=dtype),
+        patched(wan.vae, decode=timed_decode),
+        teacache(wan.model, config) as cache,
+    ):
         began = time.thread_time()
         video = wan.generate(
             prompt,
@@ -116,33 +111,8 @@ def config_of(mode: str, steps: int, thresh: float | None = None) -> TeaCacheCon
     """Settings for a mode: the polynomials of the miniature's teacache.json, or "sigma"."""
     if mode == "sigma":
         return TeaCacheConfig.from_rule(RULES["sigma"], steps, thresh or 0.0)
-    content = json.loads((NANO / "teacache.json").read_text())
-    polynomials = [Polynomial(**content[name]) for name in ("plain", "retention")]
-    return TeaCacheConfig.from_rule(Rule("nano", *polynomials), steps, thresh, mode == "retention")
-
-
-def machine() -> str:
-    """What seconds and rounding depend on."""
-    cores, date = os.cpu_count(), time.strftime("%Y-%m-%d")
-    return f"{platform.machine()}, {cores} cores, torch {torch.__version__}, {date}"
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as text, with aligned columns and 4 digits."""
-    lines = [list(rows[0]), *([text(cell) for cell in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
-
-
-def text(cell: Any) -> str:
-    if isinstance(cell, float):
-        return f"{cell:.4g}"
-    return "" if cell is None else str(cell)
-
-
-def scripted(steps: int, script: Sequence[int], order: int = 0) -> TeaCacheConfig:
-    """Settings that compute the steps of the script: every increment is 0."""
-    return TeaCacheConfig(steps, 1.0, coefficients=(0.0,), order=order, forced_steps=tuple(script))
+    rule = read_rule(NANO / "teacache.json")
+    return TeaCacheConfig.from_rule(rule, steps, thresh, mode == "retention")
 
 
 def spaced(count: int, steps: int) -> list[int]:
@@ -150,6 +120,7 @@ def spaced(count: int, steps: int) -> list[int]:
     return [i * (steps - 1) // (count - 1) for i in range(count)]
 
 
+@functools.cache
 def preview_of(wan: WanT2V, mode: str, sampling: Sampling = Sampling()) -> Preview:
     """Timesteps and distances of a mode, from a run that computes every step."""
     every = range(sampling.steps)

@@ -32,23 +32,17 @@ def measured() -> dict[tuple, tuple[dict, ...]]:
     return dict(zip(names, by_setting, strict=True))
 
 
-def test_the_miniature_is_as_near_to_stock_as_measured(measured):
-    found = {name: np.mean([video["psnr"] for video in measured[name]]) for name in MEASURED}
-    below = {name: found[name] for name in MEASURED if found[name] < MEASURED[name] - ALLOWED}
-    assert not below, found
+@pytest.mark.parametrize("name", MEASURED)
+def test_half_of_the_steps_are_as_near_to_stock_as_measured(measured, name):
+    assert {(video["computed"], video["passes"]) for video in measured[name]} == {(25, 50)}
+    assert all(0 < video["drift"] < 1 for video in measured[name])
+    assert MEASURED[name] - ALLOWED < np.mean([video["psnr"] for video in measured[name]]) < 100
 
 
 def test_stock_equals_itself_without_drift(measured):
     for video in measured["stock", 0]:
         assert (video["computed"], video["passes"], video["speedup"]) == (50, 100, 1.0)
         assert (video["drift"], video["psnr"], video["ssim"]) == (None, 100.0, 1.0)
-
-
-def test_every_mode_and_order_computes_half(measured):
-    cached = [video for name in MEASURED for video in measured[name]]
-    assert len(cached) == 12
-    assert {(video["computed"], video["passes"]) for video in cached} == {(25, 50)}
-    assert all(video["psnr"] < 100 and 0 < video["drift"] < 1 for video in cached)
 
 
 def test_a_known_error_has_its_psnr():

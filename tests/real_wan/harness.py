@@ -63,11 +63,19 @@ def prepare(repo: str | Path) -> None:
         setattr(torch.cuda, name, lambda device=None: None)  # torch wants no two names of one
     torch.amp.autocast, torch.layer_norm, F.linear = Autocast, layer_norm, linear
     torch.cuda.amp.autocast = functools.partial(Autocast, "cuda")
-    prepare_torchvision()
     sys.modules |= {"flash_attn": None, "flash_attn_interface": None}  # "not installed"
-    for name in ("librosa", "peft", "dashscope", "scipy.stats"):  # not used here, some slow
-        sys.modules[name] = Absent(name)
+    prepare_imports(repo)
     prepare_distributed()
+
+
+def prepare_imports(repo: str | Path) -> None:
+    """Let ``wan`` of a folder be imported without packages that are slow and not used here, or not
+    installed."""
+    prepare_torchvision()
+    unused = ["librosa", "peft", "dashscope", "scipy.stats"]
+    unused += [name for name in ("decord", "ftfy") if importlib.util.find_spec(name) is None]
+    for name in unused:
+        sys.modules[name] = Absent(name)
     sys.path.insert(0, str(repo))
 
 
@@ -219,10 +227,26 @@ class CLIP:
         return torch.stack([u.T @ seeded(3, 1280) for u in tokens])
 
 
+def model_config(task: str, cfg: Any) -> dict[str, Any]:
+    """What config.json says of a task's transformer, whose Wan's config is ``cfg``."""
+    config = {name: cfg[name] for name in ("dim", "ffn_dim", "freq_dim", "num_heads", "num_layers")}
+    kind = task.split("-")[0].replace("t2i", "t2v")
+    channels = 48 if kind == "ti2v" else 16
+    in_dim = 36 if kind in ("i2v", "flf2v") else channels
+    return config | {"model_type": kind, "in_dim": in_dim, "out_dim": channels}
+
+
+def new_model(model_type: str, **sizes: Any) -> nn.Module:
+    """A WanModel or VaceWanModel."""
+    if model_type == "vace":
+        models = importlib.import_module("wan.modules.vace_model")
+        return models.VaceWanModel(vace_in_dim=96, **sizes)
+    return importlib.import_module("wan.modules.model").WanModel(model_type, **sizes)
+
+
 def make_model(config: dict[str, Any], seed: int) -> nn.Module:
-    """A small WanModel or VaceWanModel for a checkpoint's config.json: no weights of zero, which
-    would undo a block's work, and a time embedding of which the polynomials skip about half."""
-    models = importlib.import_module("wan.modules.model")
+    """A small model for a checkpoint's config.json: no weights of zero, which would undo a block's
+    work, and a time embedding of which the polynomials skip about half."""
     e_std, e0_bias_std = (0.05, 1.0) if config["dim"] < 2000 else (0.25, 4.0)
     size = dict(dim=DIM, ffn_dim=2 * DIM, num_heads=4, num_layers=2, text_dim=64)
     size |= {name: config[name] for name in ("model_type", "in_dim", "out_dim")}
@@ -230,11 +254,7 @@ def make_model(config: dict[str, Any], seed: int) -> nn.Module:
         size["text_len"] = TEXT
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if config["model_type"] == "vace":
-            kind = importlib.import_module("wan.modules.vace_model").VaceWanModel
-            model = kind(vace_in_dim=96, **size)
-        else:
-            model = models.WanModel(**size)
+        model = new_model(**size)
         if hasattr(model, "img_emb"):  # of CLIP's 1280, narrow in between
             model.img_emb.proj[1], model.img_emb.proj[3] = nn.Linear(1280, 32), nn.Linear(32, DIM)
         stds = {"time_embedding.2.weight": e_std, "time_embedding.2.bias": 1.0}
@@ -260,10 +280,7 @@ def make_checkpoint(folder: Path, task: str, cfg: Any) -> None:
         (folder / cfg[part] / "tokenizer.json").write_text("{}")
     for part in {"t5_checkpoint", "vae_checkpoint", "clip_checkpoint"} & cfg.keys():
         torch.save({"weight": torch.zeros(4)}, folder / cfg[part])
-    config = {name: cfg[name] for name in ("dim", "ffn_dim", "freq_dim", "num_heads", "num_layers")}
-    config["model_type"] = task.split("-")[0].replace("t2i", "t2v")
-    config["out_dim"] = 48 if config["model_type"] == "ti2v" else 16
-    config["in_dim"] = 36 if config["model_type"] in ("i2v", "flf2v") else config["out_dim"]
+    config = model_config(task, cfg)
     for name in [v for k, v in cfg.items() if k.endswith("_noise_checkpoint")] or [""]:
         (folder / name).mkdir(exist_ok=True)
         (folder / name / "config.json").write_text(json.dumps(config))
@@ -413,8 +430,7 @@ class Run:
     def __init__(self, job: dict[str, Any], out: Path):
         self.job, self.out = job, out
         self.steps_asked = self.constructed = self.decoded = 0
-        # by call of a model: did its first block compute, and VACE's, and which of the pipeline's?
-        self.ran, self.vace_ran, self.which = [], [], []
+        self.ran, self.vace_ran = [], []  # by call of a model: did its first block, VACE's compute?
         self.patched: list[bool] = []  # by video: was a model patched when it was decoded?
         self.models, self.before = [], []
         self.reference: Reference | None = None
@@ -426,15 +442,15 @@ class Run:
         models = [vars(pipeline)[name] for name in names if name in vars(pipeline)]
         self.constructed, self.models = self.constructed + 1, models
 
-        def called(which: int, *_: Any) -> None:
-            for calls, value in ((self.ran, False), (self.vace_ran, False), (self.which, which)):
-                calls.append(value)
+        def called(*_: Any) -> None:
+            self.ran.append(False)
+            self.vace_ran.append(False)
 
         def computed(ran: list[bool], *_: Any) -> None:
             ran[-1] = True
 
-        for i, model in enumerate(models):
-            model.register_forward_pre_hook(functools.partial(called, i))
+        for model in models:
+            model.register_forward_pre_hook(called)
             for name, ran in (("blocks", self.ran), ("vace_blocks", self.vace_ran)):
                 for block in getattr(inner(model), name, [])[:1]:
                     block.self_attn.register_forward_pre_hook(functools.partial(computed, ran))
@@ -454,7 +470,7 @@ class Run:
 
     def result(self) -> dict[str, Any]:
         has_vace = any(hasattr(inner(model), "vace_blocks") for model in self.models)
-        seen = ("ran", "which", "constructed", "decoded", "patched")
+        seen = ("ran", "constructed", "decoded", "patched")
         return {name: vars(self)[name] for name in seen} | {
             "vace_ran": self.vace_ran if has_vace else self.ran,
             "restored": [state(model) for model in self.models] == self.before,

@@ -138,9 +138,6 @@ def done(request, tmp_path_factory) -> Iterator[Callable[[str], Done]]:
         yield lambda run: begin(run).result()
 
 
-# -------------------------------------------------------------------------------- the tests
-
-
 @pytest.mark.parametrize(
     ("run", "name"), [(run, name) for run, table in TABLES.items() for name in table]
 )
