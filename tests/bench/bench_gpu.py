@@ -114,15 +114,6 @@ def try_real_wan(folder: Path) -> Rows:
 
 def put_harness_on_gpu() -> None:
     """Let real_wan/harness.py have its models, stand-ins and inputs on the GPU."""
-    seeded, small_model = harness.seeded, harness.make_model
-
-    class Run(harness.Run):
-        def decode(self, decode: Callable) -> list[Tensor]:
-            return super().decode(lambda: [video.cpu() for video in decode()])
-
-    class Reference(harness.Reference):
-        def decide_by_embedding(self, module: Any, args: Any, output: Tensor) -> None:
-            super().decide_by_embedding(module, args, output.cpu())
 
     class Autocast(torch.autocast):
         """Wan's own, unless the job is in float32."""
@@ -132,10 +123,7 @@ def put_harness_on_gpu() -> None:
             super().__init__("cuda", dtype=dtype, enabled=enabled and not float32)
 
     torch.amp.autocast = torch.cuda.amp.autocast = Autocast
-    harness.prepare, harness.CPU = harness.prepare_imports, DEVICE
-    harness.seeded = lambda *shape: seeded(*shape).to(DEVICE)
-    harness.make_model = lambda *args, **kwargs: small_model(*args, **kwargs).to(DEVICE)
-    harness.Run, harness.Reference = Run, Reference
+    harness.prepare, harness.DEVICE = harness.prepare_imports, DEVICE
 
 
 SIZE, FRAMES = (832, 480) if CUDA else (160, 96), 81

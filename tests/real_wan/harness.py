@@ -41,14 +41,14 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cpu")  # bench_gpu.py sets another
 DIM, TEXT = 48, 64  # width of the small models; bytes of a prompt
 RANK = int(os.getenv("RANK", "0"))  # the script's queue changes the environment
 
 
 def seeded(*shape: int) -> Tensor:
     """The same random numbers at every call."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
 # ------------------------------------------------------------------------ before Wan is imported
@@ -196,7 +196,7 @@ class VAE:
 
     def __init__(self, *, vae_pth: str, **_: Any) -> None:
         torch.load(vae_pth)
-        self.device, self.dtype = CPU, torch.float32
+        self.device, self.dtype = DEVICE, torch.float32
         self.model = SimpleNamespace(z_dim=self.z_dim)
 
     @torch.autocast("cpu", enabled=False)
@@ -263,7 +263,7 @@ def make_model(config: dict[str, Any], seed: int) -> nn.Module:
             std = DIM**-0.5 if "er_proj." in name else stds.get(name)  # before_proj, after_proj
             if std:
                 nn.init.normal_(parameter, std=std)
-    return model.eval().requires_grad_(False)
+    return model.to(DEVICE).eval().requires_grad_(False)
 
 
 def from_pretrained(folder: str | Path, subfolder: str = "") -> nn.Module:
@@ -351,7 +351,7 @@ class Reference:
     def decide_by_embedding(self, module: nn.Module, args: Any, output: Tensor) -> None:
         if self.branch == 1:
             return
-        m = (output[:, -1] if output.dim() == 3 else output).double().numpy()
+        m = (output[:, -1] if output.dim() == 3 else output).double().cpu().numpy()
         previous = m if self.step == 0 else self.previous
         self.previous = m
         self.decide(self.p(np.abs(m - previous).mean() / np.abs(previous).mean()))
@@ -463,7 +463,7 @@ class Run:
         if self.job.get("fails") == "decode":
             raise torch.OutOfMemoryError("CUDA out of memory, says the test")
         (video,) = decode()
-        np.save(self.out / f"{self.job['name']}.rank{RANK}.{self.decoded}.npy", video)
+        np.save(self.out / f"{self.job['name']}.rank{RANK}.{self.decoded}.npy", video.cpu())
         self.decoded += 1
         self.patched.append([state(model) for model in self.models] != self.before)
         return [video]
@@ -504,7 +504,7 @@ class Harness:
             self.run.watch(pipeline)
 
         for kind in [value for value in vars(wan).values() if hasattr(value, "generate")]:
-            kind.device = property(lambda pipeline: CPU, lambda pipeline, device: None)
+            kind.device = property(lambda pipeline: DEVICE, lambda pipeline, device: None)
             kind.__init__ = functools.partialmethod(construct, kind.__init__)
             if hasattr(kind, "prepare_source"):
                 stock = kind.prepare_source
@@ -517,7 +517,7 @@ class Harness:
 
         def shard(model: nn.Module, **_: Any) -> nn.Module:
             """Wan's own, but without syncing, which FSDP has on GPUs only: all ranks' are equal."""
-            return shard_model(model, CPU, sync_module_states=False)
+            return shard_model(model, DEVICE, sync_module_states=False)
 
         small = {"T5EncoderModel": TextEncoder, "CLIPModel": CLIP, "shard_model": shard}
         small |= {"WanVAE": VAE, "Wan2_1_VAE": VAE, "Wan2_2_VAE": VAE48}
@@ -538,10 +538,10 @@ class Harness:
 
     @staticmethod
     def prepare_source(vace: Any, stock: Callable, *sources: Any) -> Any:
-        """VACE's own: reads its sources at the small sizes, onto the CPU."""
+        """VACE's own: reads its sources at the small sizes, onto the device."""
         reader = vace.vid_proc
         reader.set_area = lambda area: type(reader).set_area(reader, area // 256)
-        return stock(vace, *sources[:-1], CPU)
+        return stock(vace, *sources[:-1], DEVICE)
 
     def do(self, run: Run) -> None:
         """Run a job as if it were the first one."""
