@@ -53,12 +53,9 @@ def test_a_known_error_has_its_psnr():
     assert ssim < 1
 
 
-@pytest.mark.parametrize(
-    ("count", "steps", "expected"),
-    [(5, 10, [0, 2, 4, 6, 9]), (4, 10, [0, 3, 6, 9]), (5, 50, [0, 12, 24, 36, 49])],
-)
-def test_even_spacing_has_first_and_last_step(count, steps, expected):
-    assert spaced(count, steps) == expected
+def test_even_spacing_has_first_and_last_step():
+    assert spaced(5, 10) == [0, 2, 4, 6, 9]
+    assert spaced(4, 10) == [0, 3, 6, 9]
 
 
 def test_a_row_has_median_times_and_mean_fidelity():
