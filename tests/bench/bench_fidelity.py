@@ -88,7 +88,7 @@ def other_settings() -> list[Setting]:
 
 def guided_settings(half: TeaCacheConfig) -> list[Setting]:
     """Guidance on the first steps only, without a cache and with that of ``half``."""
-    settings = []
+    settings = [Setting(GUIDED_SIGMA, "1 of steps", half)]
     for method, config in (("guidance until", STOCK.config), (GUIDED_SIGMA, half)):
         for share in GUIDED_SHARES:
             guided = replace(config, guided_steps=round(share * STEPS))
