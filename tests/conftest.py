@@ -7,10 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 # a shell's `&` has one ignored and nohup the other, and so would the runs that tests interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -26,20 +24,6 @@ def ckpt(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ckpt") / "t2v-nano"
     python(NANO / "make_checkpoint.py", folder).check_returncode()
     return folder
-
-
-@pytest.fixture(scope="session")
-def i2v_ckpt(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("ckpt") / "i2v-nano"
-    python(NANO / "make_checkpoint.py", folder, "--task", "i2v-nano").check_returncode()
-    return folder
-
-
-@pytest.fixture(scope="session")
-def picture(tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("picture") / "picture.png"
-    Image.fromarray(np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)).save(file)
-    return file
 
 
 @pytest.fixture(scope="module", autouse=True)

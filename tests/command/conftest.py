@@ -1,5 +1,7 @@
 """What the tests of the command line share."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,30 @@ def refusal(capsys, ckpt):
 
 
 @pytest.fixture
+def tasks(wan, monkeypatch):
+    """The stand-in's generate.py has Wan's tasks and sizes, each with the one model."""
+    generate, package = wan
+    sizes = "832*480 480*832 1280*720 720*1280 960*544 1024*704"
+    for size in sizes.split():
+        monkeypatch.setitem(generate.SIZE_CONFIGS, size, tuple(map(int, size.split("*"))))
+    for name in ["t2v-1.3B", "t2v-14B", "t2i-14B", "i2v-14B", "anime-1.3B"]:
+        monkeypatch.setitem(generate.WAN_CONFIGS, name, generate.WAN_CONFIGS["t2v-nano"])
+        monkeypatch.setitem(generate.EXAMPLE_PROMPT, name, {"prompt": "a ball"})
+        monkeypatch.setitem(generate.SUPPORTED_SIZES, name, tuple(sizes.split()))
+    # without it i2v has 81 frames, as in Wan2.1's first release
+    monkeypatch.setattr(package, "WanFLF2V", package.WanT2V, raising=False)
+
+
+@pytest.fixture
+def i2v_ckpt(ckpt, tmp_path) -> Path:
+    """A checkpoint that says that it is of i2v."""
+    folder = Path(shutil.copytree(ckpt, tmp_path / "i2v-ckpt"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "i2v"}))
+    return folder
+
+
+@pytest.fixture
 def made(wan, monkeypatch):
     return Made(monkeypatch)
 
@@ -58,5 +84,4 @@ def no_loading(wan, monkeypatch):
     def load(self, *args, **kwargs):
         raise KeyError("the pipeline is loaded")
 
-    for pipeline in (wan[1].WanT2V, wan[1].WanI2V):
-        monkeypatch.setattr(pipeline, "__init__", load)
+    monkeypatch.setattr(wan[1].WanT2V, "__init__", load)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from nano import PROMPT, RULE, attempt
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from stand_in import RunsCode
 
@@ -115,13 +116,6 @@ def test_damaged_file_is_refused_by_name_with_its_cure(refusal, copy, name):
     assert expected in line
 
 
-def test_files_that_only_i2v_needs_are_checked(refusal, i2v_ckpt, picture, tmp_path):
-    folder = Path(shutil.copytree(i2v_ckpt, tmp_path / "copy"))
-    write("models_clip_nano.pth", POINTER)(folder)
-    line = refusal("--task", "i2v-nano", "--image", picture, "--ckpt_dir", folder)
-    assert f"models_clip_nano.pth: {LFS}" in line
-
-
 # ----------------------------------------------------------------------------- good checkpoints
 
 
@@ -187,12 +181,14 @@ def test_pickle_that_runs_code_is_not_run(refusal, copy, tmp_path, legacy):
 # --------------------------------------------------------------------------- inputs and targets
 
 
-def test_image_that_cannot_be_read_is_refused(refusal, i2v_ckpt, tmp_path, picture):
-    content = picture.read_bytes()
-    for name, bad in (("half.png", content[: len(content) // 2]), ("page.png", PAGE.encode())):
-        (tmp_path / name).write_bytes(bad)
-    for image in ("none.png", __file__, "half.png", "page.png", tmp_path):
-        line = refusal("--task", "i2v-nano", "--image", image, "--ckpt_dir", i2v_ckpt)
+def test_image_that_cannot_be_read_is_refused(refusal, tasks, i2v_ckpt, tmp_path):
+    picture = tmp_path / "half.png"
+    Image.new("RGB", (64, 64), "red").save(picture)
+    picture.write_bytes(picture.read_bytes()[:-40])
+    (tmp_path / "page.png").write_bytes(PAGE.encode())
+    for image in ("none.png", __file__, picture, tmp_path / "page.png", tmp_path):
+        flags = ["--task", "i2v-14B", "--size", "832*480", "--ckpt_dir", i2v_ckpt]
+        line = refusal(*flags, "--image", image)
         assert f"--image {image}: cannot be read" in line
 
 

@@ -41,21 +41,6 @@ def schedule_of(text: str) -> str:
 # ------------------------------------------------------------------------------------- which rule
 
 
-@pytest.fixture
-def tasks(wan, monkeypatch):
-    """The stand-in's generate.py has Wan's tasks and sizes."""
-    generate = wan[0]
-    names = "t2v-1.3B t2v-14B t2i-14B i2v-14B anime-1.3B"
-    sizes = "832*480 480*832 1280*720 720*1280 960*544 1024*704"
-    for size in sizes.split():
-        monkeypatch.setitem(generate.SIZE_CONFIGS, size, tuple(map(int, size.split("*"))))
-    for name in names.split():
-        nano = "i2v-nano" if name == "i2v-14B" else "t2v-nano"
-        monkeypatch.setitem(generate.WAN_CONFIGS, name, generate.WAN_CONFIGS[nano])
-        monkeypatch.setitem(generate.EXAMPLE_PROMPT, name, {"prompt": "a ball"})
-        monkeypatch.setitem(generate.SUPPORTED_SIZES, name, tuple(sizes.split()))
-
-
 @pytest.mark.parametrize(
     ("task", "expected"),
     [

@@ -17,24 +17,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import wan
-from PIL import Image
 from torch import Tensor
-from wan.configs import MAX_AREA_CONFIGS, SIZE_CONFIGS, SUPPORTED_SIZES, WAN_CONFIGS
+from wan.configs import SIZE_CONFIGS, SUPPORTED_SIZES, WAN_CONFIGS
 from wan.utils.utils import cache_image, cache_video, str2bool
 
 __all__ = ["EXAMPLE_PROMPT", "cache_image", "cache_video", "generate"]
 
-EXAMPLE_PROMPT = {
-    "t2v-nano": {"prompt": "A red ball rolls to the left over a blue floor."},
-    "i2v-nano": {"prompt": "The ball rolls away.", "image": "examples/i2v_input.png"},
-}
+EXAMPLE_PROMPT = {"t2v-nano": {"prompt": "A red ball rolls to the left over a blue floor."}}
 
 
 def _parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Generate a small video from a prompt or an image")
+    parser = argparse.ArgumentParser(description="Generate a small video from a prompt")
     add = parser.add_argument
     add("--task", default="t2v-nano", choices=list(WAN_CONFIGS), help="what to make of what")
-    add("--size", default="64*64", choices=list(SIZE_CONFIGS), help="width*height; i2v: the area")
+    add("--size", default="64*64", choices=list(SIZE_CONFIGS), help="width*height")
     add("--frame_num", type=int, help="4n+1; default: 17")
     add("--ckpt_dir", help="folder of the checkpoint")
     add("--offload_model", type=str2bool, help="move models to the CPU; default: if one process")
@@ -44,19 +40,16 @@ def _parse_args() -> argparse.Namespace:
     add("--t5_cpu", action="store_true", help="leave the text encoder on the CPU")
     add("--dit_fsdp", action="store_true", help="spread the transformer over the processes")
     add("--save_file", help="where to write the video")
-    for name in ("src_video", "src_mask", "src_ref_images"):
-        add(f"--{name}", help="for VACE, which is not in the miniature")
+    for name in ("src_video", "src_mask", "src_ref_images", "image", "first_frame", "last_frame"):
+        add(f"--{name}", help="of other tasks, which are not in the miniature")
     add("--prompt", help="what is to be seen")
     add("--use_prompt_extend", action="store_true", help="not in the miniature")
     add("--prompt_extend_method", default="local_qwen", choices=["dashscope", "local_qwen"])
     add("--prompt_extend_model")
     add("--prompt_extend_target_lang", default="zh", choices=["zh", "en"])
     add("--base_seed", type=int, default=-1, help="of the noise; negative: any")
-    add("--image", help="i2v: the first frame")
-    for name in ("first_frame", "last_frame"):
-        add(f"--{name}", help="for FLF2V, which is not in the miniature")
     add("--sample_solver", default="unipc", choices=["unipc", "dpm++"])
-    add("--sample_steps", type=int, help="default: 50; i2v: 40")
+    add("--sample_steps", type=int, help="default: 50")
     add("--sample_shift", type=float, help="default: 5")
     add("--sample_guide_scale", type=float, default=5.0)
     args = parser.parse_args()
@@ -70,8 +63,7 @@ def _validate_args(args: argparse.Namespace) -> None:
     assert args.task in WAN_CONFIGS and args.task in EXAMPLE_PROMPT, f"Unsupported {args.task=}"
     sizes = SUPPORTED_SIZES[args.task]
     assert args.size in sizes, f"Unsupported {args.size=}: one of {', '.join(sizes)}"
-    steps = 40 if "i2v" in args.task else 50
-    defaults = {"sample_steps": steps, "sample_shift": 5.0, "frame_num": 17}
+    defaults = {"sample_steps": 50, "sample_shift": 5.0, "frame_num": 17}
     for name, value in defaults.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     args.base_seed = args.base_seed if args.base_seed >= 0 else random.randrange(2**63)
@@ -150,12 +142,7 @@ def _run_pipeline(args: argparse.Namespace, device_id: int, rank: int) -> Tensor
         "seed": args.base_seed,
         "offload_model": args.offload_model,
     }
-    if "t2v" in args.task:
-        return wan.WanT2V(**load).generate(args.prompt, size=SIZE_CONFIGS[args.size], **options)
-    args.image = args.image or EXAMPLE_PROMPT[args.task]["image"]
-    image = Image.open(args.image).convert("RGB")
-    max_area = MAX_AREA_CONFIGS[args.size]
-    return wan.WanI2V(**load).generate(args.prompt, image, max_area=max_area, **options)
+    return wan.WanT2V(**load).generate(args.prompt, size=SIZE_CONFIGS[args.size], **options)
 
 
 def _file_name(args: argparse.Namespace) -> str:

@@ -1,6 +1,6 @@
 """Make a checkpoint folder for the miniature, laid out like one of Wan2.1, its weights random.
 
-    python make_checkpoint.py CKPT [--task t2v-nano | i2v-nano] [--seed 0]
+    python make_checkpoint.py CKPT [--seed 0]
 
 The pictures mean nothing, but they depend on the prompt, and the blocks' residuals change from step
 to step. What the timestep embedding does is set so that the distances between its steps lie where
@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from wan.configs import WAN_CONFIGS
-from wan.modules.clip import PatchEncoder
 from wan.modules.model import WanModel
 from wan.modules.t5 import TEXT_DIM, WORD_DIM, WordEncoder
 from wan.modules.tokenizers import WordTokenizer
@@ -34,23 +33,21 @@ static blurred worst quality
 """
 
 
-def new_transformer(task: str) -> WanModel:
-    """A WanModel of the task's sizes, about to be trained, on words without the zeros behind."""
-    config = WAN_CONFIGS[task]
-    i2v = "i2v" in task
+def new_transformer() -> WanModel:
+    """A WanModel about to be trained, on words without the zeros behind."""
+    config = WAN_CONFIGS["t2v-nano"]
     names = ("text_len", "dim", "ffn_dim", "freq_dim", "num_heads", "num_layers")
     return WanModel(
-        model_type="i2v" if i2v else "t2v",
-        in_dim=2 * Z_DIM + config.vae_stride[0] if i2v else Z_DIM,
+        in_dim=Z_DIM,
         text_dim=WORD_DIM,
         out_dim=Z_DIM,
         **{name: config[name] for name in names},
     )
 
 
-def random_transformer(task: str) -> WanModel:
+def random_transformer() -> WanModel:
     """A WanModel in which every part has a say, unlike in one that is about to be trained."""
-    model = new_transformer(task)
+    model = new_transformer()
     for layer in (model.text_embedding[0], model.text_embedding[2]):
         nn.init.xavier_uniform_(layer.weight)
     for block in model.blocks:  # sharp enough attention for one word to matter among many
@@ -77,24 +74,20 @@ def write_vocabulary(folder: Path, words: Sequence[str]) -> None:
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
 
 
-def make_checkpoint(folder: Path, task: str = "t2v-nano", seed: int = 0) -> None:
-    """Write all that ``task`` loads into ``folder``; the same bytes for the same seed."""
-    config = WAN_CONFIGS[task]
+def make_checkpoint(folder: Path, seed: int) -> None:
+    """Write a checkpoint into ``folder``; the same bytes for the same seed."""
+    config = WAN_CONFIGS["t2v-nano"]
     torch.manual_seed(seed)
     write_vocabulary(folder / config.t5_tokenizer, VOCABULARY.split())
     words = WordTokenizer(folder / config.t5_tokenizer, config.text_len).vocab_size
-    save_transformer(random_transformer(task), folder)
+    save_transformer(random_transformer(), folder)
     torch.save(WordEncoder(words, config.text_len).state_dict(), folder / config.t5_checkpoint)
     torch.save(VAE().state_dict(), folder / config.vae_checkpoint)
-    if "clip_checkpoint" in config:
-        write_vocabulary(folder / config.clip_tokenizer, VOCABULARY.split())
-        torch.save(PatchEncoder().state_dict(), folder / config.clip_checkpoint)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Make a checkpoint folder with random weights")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--task", default="t2v-nano", choices=list(WAN_CONFIGS))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    make_checkpoint(args.folder, args.task, args.seed)
+    make_checkpoint(args.folder, args.seed)

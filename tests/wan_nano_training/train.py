@@ -115,7 +115,7 @@ class TextToLatent(nn.Module):
     def __init__(self, tokenizer: WordTokenizer):
         super().__init__()
         self.text_encoder = WordEncoder(tokenizer.vocab_size, tokenizer.seq_len)
-        self.transformer = new_transformer("t2v-nano")
+        self.transformer = new_transformer()
 
     def forward(self, x: Tensor, t: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
         """The flow at x [B, 16, n + 1, h, w], timesteps t [B], prompts ids [B, text_len]."""

@@ -1,11 +1,10 @@
 """Tasks and sizes, under the names that Wan2.1 gives them."""
 
-from .nano import i2v_nano, t2v_nano
+from .nano import t2v_nano
 
-WAN_CONFIGS = {"t2v-nano": t2v_nano, "i2v-nano": i2v_nano}
+WAN_CONFIGS = {"t2v-nano": t2v_nano}
 
 SIZE_CONFIGS = {"64*64": (64, 64), "96*64": (96, 64), "64*96": (64, 96)}  # (width, height)
-MAX_AREA_CONFIGS = {name: width * height for name, (width, height) in SIZE_CONFIGS.items()}
 SUPPORTED_SIZES = {task: tuple(SIZE_CONFIGS) for task in WAN_CONFIGS}
 
-__all__ = ["MAX_AREA_CONFIGS", "SIZE_CONFIGS", "SUPPORTED_SIZES", "WAN_CONFIGS"]
+__all__ = ["SIZE_CONFIGS", "SUPPORTED_SIZES", "WAN_CONFIGS"]

@@ -1,4 +1,4 @@
-"""The networks: transformer, text encoder, image encoder, VAE."""
+"""The networks: transformer, text encoder, VAE."""
 
 from .attention import flash_attention
 from .model import WanModel

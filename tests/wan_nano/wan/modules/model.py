@@ -19,9 +19,6 @@ from torch import Tensor, nn
 
 from .attention import flash_attention
 
-TEXT_TOKENS = 512  # i2v: so many tokens at the end of the context are text, the others image
-IMAGE_DIM = 1280  # channels of the CLIP features
-
 Grid = tuple[int, int, int]  # tokens along frames, height, width
 
 
@@ -103,34 +100,14 @@ class WanSelfAttention(nn.Module):
 class WanT2VCrossAttention(WanSelfAttention):
     def forward(self, x: Tensor, context: Tensor, context_lens: Tensor | None) -> Tensor:
         """x [B, L, dim] attends to context [B, text_len, dim]."""
-        return self.o(self.to_text(self.queries(x), context, context_lens).flatten(2))
-
-    def queries(self, x: Tensor) -> Tensor:
-        return self.heads(self.norm_q(self.q(x)))
-
-    def to_text(self, q: Tensor, context: Tensor, context_lens: Tensor | None) -> Tensor:
+        q = self.heads(self.norm_q(self.q(x)))
         k, v = self.heads(self.norm_k(self.k(context))), self.heads(self.v(context))
-        return flash_attention(q, k, v, k_lens=context_lens)
-
-
-class WanI2VCrossAttention(WanT2VCrossAttention):
-    def __init__(self, dim: int, num_heads: int, qk_norm: bool = True, eps: float = 1e-6):
-        super().__init__(dim, num_heads, qk_norm, eps)
-        self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.norm_k_img = WanRMSNorm(dim, eps) if qk_norm else nn.Identity()
-
-    def forward(self, x: Tensor, context: Tensor, context_lens: Tensor | None) -> Tensor:
-        """x [B, L, dim] attends to the text and, apart from it, to the image tokens before it."""
-        q, image, text = self.queries(x), context[:, :-TEXT_TOKENS], context[:, -TEXT_TOKENS:]
-        k, v = self.heads(self.norm_k_img(self.k_img(image))), self.heads(self.v_img(image))
-        from_image = flash_attention(q, k, v, k_lens=None)
-        return self.o((self.to_text(q, text, context_lens) + from_image).flatten(2))
+        return self.o(flash_attention(q, k, v, k_lens=context_lens).flatten(2))
 
 
 class WanAttentionBlock(nn.Module):
     def __init__(
         self,
-        cross_attention: type[WanT2VCrossAttention],
         dim: int,
         ffn_dim: int,
         num_heads: int,
@@ -142,7 +119,7 @@ class WanAttentionBlock(nn.Module):
         self.norm1, self.norm2 = WanLayerNorm(dim, eps), WanLayerNorm(dim, eps)
         self.norm3 = WanLayerNorm(dim, eps, True) if cross_attn_norm else nn.Identity()
         self.self_attn = WanSelfAttention(dim, num_heads, qk_norm, eps)
-        self.cross_attn = cross_attention(dim, num_heads, qk_norm, eps)
+        self.cross_attn = WanT2VCrossAttention(dim, num_heads, qk_norm, eps)
         self.ffn = nn.Sequential(
             nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim)
         )
@@ -180,20 +157,8 @@ class Head(nn.Module):
             return self.head(self.norm(x) * (1 + scale) + shift)
 
 
-class MLPProj(nn.Module):
-    """CLIP features [B, 257, in_dim] to context tokens [B, 257, out_dim]."""
-
-    def __init__(self, in_dim: int, out_dim: int):
-        super().__init__()
-        hidden = (nn.Linear(in_dim, in_dim), nn.GELU(), nn.Linear(in_dim, out_dim))
-        self.proj = nn.Sequential(nn.LayerNorm(in_dim), *hidden, nn.LayerNorm(out_dim))
-
-    def forward(self, image_embeds: Tensor) -> Tensor:
-        return self.proj(image_embeds)
-
-
 class WanModel(ModelMixin, ConfigMixin):
-    """The transformer of text-to-video ("t2v") and image-to-video ("i2v")."""
+    """The transformer of text-to-video ("t2v")."""
 
     ignore_for_config = ("patch_size", "cross_attn_norm", "qk_norm", "text_dim", "window_size")
     _no_split_modules = ("WanAttentionBlock",)
@@ -218,7 +183,7 @@ class WanModel(ModelMixin, ConfigMixin):
         eps: float = 1e-6,
     ):
         super().__init__()
-        assert model_type in ("t2v", "i2v"), f"no {model_type} in the miniature"
+        assert model_type == "t2v", f"no {model_type} in the miniature"
         assert window_size == (-1, -1), "no local attention in the miniature"
         self.model_type, self.patch_size, self.text_len = model_type, patch_size, text_len
         self.dim, self.freq_dim, self.out_dim, self.num_heads = dim, freq_dim, out_dim, num_heads
@@ -231,14 +196,11 @@ class WanModel(ModelMixin, ConfigMixin):
             nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim)
         )
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        cross = WanT2VCrossAttention if model_type == "t2v" else WanI2VCrossAttention
         self.blocks = nn.ModuleList(
-            WanAttentionBlock(cross, dim, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps)
+            WanAttentionBlock(dim, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps)
             for _ in range(num_layers)
         )
         self.head = Head(dim, out_dim, patch_size, eps)
-        if model_type == "i2v":
-            self.img_emb = MLPProj(IMAGE_DIM, dim)
         self.init_weights()
 
     def forward(
@@ -252,12 +214,11 @@ class WanModel(ModelMixin, ConfigMixin):
     ) -> list[Tensor]:
         """Predict the flow of each latent.
 
-        x: B latents [in_dim, F, H, W], or, with the conditions y to stack under them, less.
-        t [B]: timesteps. context: B texts [up to text_len, text_dim].
-        seq_len: tokens to pad to. clip_fea [B, 257, 1280]: the first frames; i2v only, like y.
+        x: B latents [in_dim, F, H, W]. t [B]: timesteps. context: B texts [up to text_len,
+        text_dim]. seq_len: tokens to pad to. clip_fea, y: of i2v, not used.
         Returns B flows [out_dim, F, H, W], float32.
         """
-        return self.predict(x, t, context, seq_len, clip_fea, y)
+        return self.predict(x, t, context, seq_len)
 
     def predict(
         self,
@@ -265,15 +226,10 @@ class WanModel(ModelMixin, ConfigMixin):
         t: Tensor,
         context: list[Tensor],
         seq_len: int,
-        clip_fea: Tensor | None = None,
-        y: list[Tensor] | None = None,
         split: Callable[[Tensor], Tensor] = lambda tokens: tokens,
         gather: Callable[[Tensor], Tensor] = lambda tokens: tokens,
     ) -> list[Tensor]:
         """``forward``, with the blocks seeing what ``split`` leaves of [B, L, ...]."""
-        assert self.model_type == "t2v" or not (clip_fea is None or y is None), "i2v needs both"
-        if y is not None:
-            x = [torch.cat(pair) for pair in zip(x, y, strict=True)]
         patches = [self.patch_embedding(u[None])[0] for u in x]
         grids = [tuple(u.shape[1:]) for u in patches]
         seq_lens = torch.tensor([math.prod(grid) for grid in grids])
@@ -286,7 +242,7 @@ class WanModel(ModelMixin, ConfigMixin):
             "e": e0,
             "seq_lens": seq_lens,
             "freqs": split(freqs),
-            "context": self.embed_context(context, clip_fea),
+            "context": self.embed_context(context),
             "context_lens": None,
         }
         x = split(torch.stack([pad(u.flatten(1).T, seq_len) for u in patches]))
@@ -301,10 +257,9 @@ class WanModel(ModelMixin, ConfigMixin):
             e = self.time_embedding(sinusoidal_embedding_1d(self.freq_dim, t).float())
             return e, self.time_projection(e).unflatten(1, (6, self.dim))
 
-    def embed_context(self, context: list[Tensor], clip_fea: Tensor | None) -> Tensor:
-        """Texts, padded with zeros before they are embedded, behind the image tokens if any."""
-        text = self.text_embedding(torch.stack([pad(u, self.text_len) for u in context]))
-        return text if clip_fea is None else torch.cat([self.img_emb(clip_fea), text], dim=1)
+    def embed_context(self, context: list[Tensor]) -> Tensor:
+        """Texts, padded with zeros before they are embedded."""
+        return self.text_embedding(torch.stack([pad(u, self.text_len) for u in context]))
 
     def unpatchify(self, x: Tensor, grid: Grid) -> Tensor:
         """Patches [L, out_dim * patch volume] of a grid, padding behind, to [out_dim, F, H, W]."""
