@@ -1323,7 +1323,7 @@ def check_written(file: str | Path, frames: int) -> None:
             with Image.open(file) as picture:
                 for frame in ImageSequence.Iterator(picture):
                     frame.load()
-            return  # an image, or a GIF, whose equal frames are merged
+            return  # an image, or a GIF, which merges equal frames
         with imageio.get_reader(file) as reader:
             found = sum(1 for _ in reader)
     except Exception as error:  # each decoder has its own
