@@ -114,8 +114,8 @@ class Rule:
     steps, shift, solver: the sampling settings of the fit.
     tasks: Wan's tasks that use this rule by default.
     area: pixels of a frame in the fit, where several rules have one task.
-    why: the reason for choosing it for a run. forced: the user named this one of RULES, so that
-        check_plan warns where it would refuse.
+    Of the choice for a run: why it was chosen; forced: the user named it, so that check_plan warns
+    where it would refuse.
     """
 
     name: str
@@ -312,7 +312,7 @@ class Schedule:
     def decide(self, timestep: float, distance: float | None) -> bool:
         """Decide the next step: True to compute it, False to reuse the last residual.
 
-        distance: None at the first step of a model, which is computed: so below it some step is.
+        distance: None at the first step of a model, which is always computed.
         """
         config, step, done = self.config, len(self.decisions), self.computed_steps
         forced = config.thresh == 0 or step in config.forced_steps or distance is None
@@ -387,11 +387,11 @@ class Preview:
         return schedule
 
     def plan_speedup(self, config: TeaCacheConfig, speedup: float) -> Schedule:
-        """The plan with the fewest passes that has at least 2 * steps / speedup.
+        """The plan at the highest threshold that keeps at least 2 * steps / speedup passes.
 
-        Raising the threshold never adds passes, so bisection finds it. A range of thresholds gives
-        the same plan; its middle is taken, so that rounding on another machine or in bfloat16
-        changes no decision. Forced steps may leave more passes than asked for.
+        A higher threshold never adds passes, so bisection finds it. Of the thresholds that give
+        this plan the middle one is taken: rounding, on another machine or in bfloat16, then changes
+        no decision. No threshold removes the passes of forced steps: there may be more.
         ValueError: an increment is negative; no threshold can be trusted.
         """
         wanted = 2 * config.steps / speedup - 1e-9
@@ -415,8 +415,8 @@ class Preview:
 
 
 def middle_threshold(schedule: Schedule) -> float:
-    """The middle of the thresholds that give a schedule: above each sum that was skipped, not
-    above any that was computed. 0 where it skips nothing."""
+    """The middle of the thresholds that give a schedule. They are above the sum of each skipped
+    step, and not above that of a computed one. 0 if no step is skipped."""
     free = [decision for decision in schedule.decisions if decision.increment is not None]
     skipped = [decision.accumulated for decision in free if not decision.computed]
     reached = [d.accumulated for d in free if d.computed and math.isfinite(d.accumulated)]
@@ -506,10 +506,10 @@ class ResidualCache:
         prediction = new + gain * reach * (new - old)
         reach      = (timestep[step] - timestep[new]) / (timestep[new] - timestep[old])
 
-    It follows the line for as many steps as lie between old and new; then it stays constant. The
-    gain of a branch is measured at each computed step, as the least-squares factor of
-    (actual - new) on reach * (new - old), clipped to 0..1; it starts at 1. D2Cache published a
-    linear prediction for Wan2.1 before this one; the measured gain is this project's.
+    It follows the line for as many steps as lie between old and new; then it stays constant.
+    Each branch has a gain, at first 1. Each computed step measures it: as the factor that brings
+    reach * (new - old) nearest to (actual - new), in least squares, clipped to 0..1. D2Cache
+    published a linear prediction for Wan2.1 before this one; the measured gain is this project's.
 
     timesteps: of each step so far.
     """
@@ -551,19 +551,18 @@ class ResidualCache:
             self.history.append(now)
             return None
         old, new = self.history[0], self.history[-1]  # the same if there is one: the line is 0
-        errors, products = [], []
+        terms = []  # five for each branch
         for branch, probe in now.probe.items():
-            predicted = [self.predict(order, branch, now.step, of="probe") for order in (0, 1)]
-            errors.append(torch.stack([probe, *(probe - guess for guess in predicted)]).abs())
+            error_0 = probe - self.predict(0, branch, now.step, of="probe")  # actual - new
+            error_1 = probe - self.predict(1, branch, now.step, of="probe")
             line = new.probe[branch] - old.probe[branch]
-            products += [(probe - new.probe[branch]) * line, line**2]
-        # one reduction: three sums over both branches, then two for each branch
-        sums = sum_over_ranks([*torch.stack(errors, 1), *products])
+            terms += [probe.abs(), error_0.abs(), error_1.abs(), error_0 * line, line**2]
+        sums = sum_over_ranks(terms).view(-1, 5)
         if reach := self.reach(now.step):
-            for branch, (along, squared) in zip(now.probe, sums[3:].view(-1, 2), strict=True):
+            for branch, (*_, along, squared) in zip(now.probe, sums, strict=True):
                 self.gain[branch] = (along / (reach * squared)).nan_to_num(0.0).clamp(0, 1)
         self.history.append(now)
-        return sums[:3]
+        return sums[:, :3].sum(0)
 
 
 class TeaCache:
@@ -629,8 +628,9 @@ class TeaCache:
             output = self.output
         else:
             output = forward(x, t, *args, **kwargs)
-            decided = len(self.schedule.decisions) == self.step + 1
-            if self.config.thresh > 0 and (self.block_input is not None or not decided):
+            # time_projection must have decided the step, and the head have taken block_input
+            patches_ran = len(self.schedule.decisions) > self.step and self.block_input is None
+            if self.config.thresh > 0 and not patches_ran:
                 raise RuntimeError(
                     f"step {self.step}: this model's forward does not call time_projection, blocks "
                     "and head in this order, which TeaCache needs: use --teacache_thresh 0"
@@ -647,13 +647,13 @@ class TeaCache:
         """
         same = t is self.timestep
         if self.branch == CONDITIONAL and (same or torch.equal(t, self.timestep)):
-            self.branch = UNCONDITIONAL
+            self.branch = UNCONDITIONAL  # the second call of a step
         elif same:
             raise RuntimeError(f"step {self.step}: the model was called three times, not twice")
-        else:
+        else:  # the first call of the next step
             self.check_two_calls()
             self.step, self.branch = self.step + 1, CONDITIONAL
-        if self.step == self.config.steps:
+        if self.step == self.config.steps:  # steps count from 0
             raise RuntimeError(
                 f"the pipeline takes more than {self.step} steps: set TeaCacheConfig.steps to its "
                 "sampling_steps, and enter teacache() for each video"
@@ -700,7 +700,7 @@ class TeaCache:
             )
         self.timesteps.append(timestep)
         if self.computes:
-            # the blocks need the memory; order 1 will need the newest residual again
+            # make room for the blocks; order 1 still needs the newest residual
             self.residuals.free(keep=self.config.order)
             self.storing = ComputedStep(self.step, {}, {})
 
@@ -738,6 +738,7 @@ class TeaCache:
         self.storing.residual[self.branch] = out - h
         if self.branch == UNCONDITIONAL or not self.config.is_guided(self.step):
             sums = self.residuals.add(self.storing)
+            # the drift of skipped steps shows at the computed step after them
             if sums is not None and not self.schedule.decisions[self.step - 1].computed:
                 self.unread.append((self.step, sums))
 
@@ -1159,13 +1160,14 @@ def count_guided_steps(
 ) -> int | None:
     """The number of first steps that need the unconditional branch; None for all.
 
-    scale: Wan's guide_scale, for A14B (low noise, high noise); at 1 the branch is multiplied by 0.
+    scale: Wan's guide_scale; at 1 the branch is multiplied by 0. A14B has two, that of the
+        low-noise model first, although the high-noise model samples first.
     until: the share of all steps to guide.
     """
     steps = sum(steps_by_model)
     low, high = scale if isinstance(scale, (tuple, list)) else (scale, scale)
     guided = steps
-    if low == 1:  # the high-noise model samples first
+    if low == 1:
         guided = steps_by_model[0] if high != 1 else 0
     guided = min(guided, round(until * steps))
     return None if guided == steps else guided
@@ -1286,7 +1288,8 @@ def preview_of(wan: Wan, args: Namespace, measure: str) -> Preview:
     folders, distances, begin = transformer_folders(args.ckpt_dir, task_config), [], 0
     cure = "download it again, or use --teacache_rule sigma, which needs none"
     for folder, steps in zip(folders, split_by_model(timesteps, task_config), strict=True):
-        of_model, begin = tuple(timesteps[begin : begin + steps]), begin + steps
+        of_model = tuple(timesteps[begin : begin + steps])
+        begin += steps
         if of_model:
             with refusing(f"--ckpt_dir {folder}: its time embedding cannot be read", cure):
                 distances += [None, *wan.distances(folder, of_model, measure)]
@@ -1530,12 +1533,12 @@ STOCK, NOISE, NOISE_STD = "stock", "noise 1e-4", 1e-4  # labels of a comparison'
 class Job:
     """One video to make.
 
+    args: generate.py's flags. planned: its schedule.
     settings: what makes two videos the same (``settings_of``).
-    parts: its command line, as ``our_flags`` takes it.
-    label, compared_in: an entry of a comparison has both; the comparison's own files are named
-        after compared_in.
-    has_seed: parts give a seed. by_default: they give neither a threshold nor a speed-up.
-    needs_free_name: its default name must not be another run's.
+    parts: the command line that it was made from (``our_flags``), for the other processes.
+    label, compared_in: of an entry of a comparison; its table is named after compared_in.
+    has_seed: the user gave a seed. by_default: the user gave neither a threshold nor a speed-up.
+    needs_free_name: a default name of a single video, which may be taken when sampling begins.
     """
 
     args: Namespace
@@ -1825,14 +1828,16 @@ class Session:
         video, models = self.begin_video(prompt), models_of(pipeline)
         job, called = video.job, time.perf_counter()
 
+        begin_hooks = ExitStack()
+
         def note_begin(*_: Any) -> None:
             synchronize()
             video.began = time.perf_counter()
             video.seconds["encode"] = video.began - called
-            begin_hooks.close()
+            begin_hooks.close()  # the first call alone
 
         noise = NOISE_STD if job.label == NOISE else 0.0
-        with ExitStack() as begin_hooks, with_noise(models, noise):
+        with begin_hooks, with_noise(models, noise):
             for model in models:
                 begin_hooks.enter_context(model.register_forward_pre_hook(note_begin))
             with teacache(models, job.config) as video.cache:
@@ -1857,7 +1862,7 @@ class Session:
             self.videos.append(Video(self.job, target))
         video = self.videos[-1]
         video.prompt = prompt
-        if self.job.needs_free_name and is_rank_0():
+        if self.job.needs_free_name and is_rank_0():  # its record takes the name
             record = create_new(beside(video.target, RECORD))
             video.target = record.with_suffix(video.target.suffix)
         if torch.cuda.is_available():
@@ -1873,7 +1878,7 @@ class Session:
         synchronize()
         if video.began is not None:
             video.seconds["sampling"] = time.perf_counter() - video.began
-        # after a failure Wan must still reach the barrier of all ranks: write ignores this
+        # after a failure too Wan must reach the barrier where all ranks wait: write ignores this
         decoded = [torch.zeros(3, 1, 16, 16)]
         with video.phase("decode"):
             if not all(latent.isfinite().all() for latent in latents):
@@ -1915,12 +1920,13 @@ class Session:
             self.check_made()
         except Exception as error:
             of_command = isinstance(error, (AssertionError, ValueError, ImportError, OSError))
-            if of_command and not (self.loading or self.pipelines):
+            if of_command and not (self.loading or self.pipelines):  # nothing is loaded
                 raise Refused(f"{type(error).__name__}: {error} (see --help)") from error
-            failed = [video for video in self.videos if video.failure]  # of decoder or writer
-            for video in failed or self.videos[-1:]:
+            undecoded = [video for video in self.videos if video.failure]  # or unwritten
+            for video in undecoded or self.videos[-1:]:
                 self.tell_failure(video, video.failure or error)
-            if self.loading or (across_ranks() and not failed):
+            # without a model, or with ranks that may wait at another place, nothing can follow
+            if self.loading or (across_ranks() and not undecoded):
                 raise BatchEnds from error
         except BaseException:
             video = self.videos[-1]
@@ -2090,8 +2096,8 @@ def make_one(session: Session, job: Job) -> Video:
             content = read_latents(video.latents)
             video.pixels = decode_latents(session.wan, video.latents, content, job.args)
         except Exception as error:
-            session.tell_failure(video, error)
-            with suppress(OSError):  # keep what the record says of the sampling
+            session.tell_failure(video, error)  # writes no record over that of the sampling
+            with suppress(OSError):
                 write_record(job.target, record | {"status": video.status})
             if job.label == STOCK and environment("WORLD_SIZE", 1) > 1:
                 raise BatchEnds from error  # it cannot go on, and other ranks do not know
@@ -2573,8 +2579,8 @@ def plan_of(
 
 
 def check_plan(wan: Wan, job: Job, amount: Amount) -> None:
-    """Refuse a schedule that skips too many steps in a row, unless it is as published or forced.
-    Warn where a polynomial is used away from its fit. amount: as asked."""
+    """Warn where a polynomial is used away from the settings of its fit; there refuse a schedule
+    that skips too many steps in a row, unless the user named the rule. amount: as asked."""
     rule, planned, args, away = job.rule, job.planned, job.args, []
     if not rule.is_sigma and planned.config.thresh > 0:
         now = {"steps": args.sample_steps, "shift": args.sample_shift, "solver": args.sample_solver}
@@ -2738,7 +2744,7 @@ def jobs_of(wan: Wan, ours: Namespace, argv: Sequence[str]) -> list[list[Job]]:
 
     messages = []
     for message, found in errors.items():
-        of_all = found == [0] or len(found) == len(lines) > 1
+        of_all = len(found) == len(lines) and (len(lines) > 1 or found == [0])  # 0: no file
         where = "" if of_all else f"--teacache_jobs {ours.teacache_jobs}: line {ranges(found)}: "
         messages.append(f"{where}{message}")
     if messages:
@@ -2792,8 +2798,8 @@ def name_jobs(wan: Wan, jobs: Sequence[Job], taken: dict[Path, str], continues: 
     first, given = jobs[0], jobs[0].args.save_file
     target = Path(given or default_name(wan, first, with_digest=continues))
     if not given and not first.has_seed:  # two equal lines without a seed are two videos
-        free = (name for name in numbered(target) if name.resolve().with_suffix("") not in taken)
-        target = next(free)
+        names = numbered(target)
+        target = next(name for name in names if name.resolve().with_suffix("") not in taken)
     first.needs_free_name = not given and not continues
     for job in jobs:
         if job.label:
@@ -2961,9 +2967,10 @@ def jobs_of_queue(wan: Wan, ours: Namespace, argv: Sequence[str], queue: Queue) 
         return [[replace(job_of(wan, *parts, checked=False), todo=todo)] for parts, todo in shared]
     shared = None
     try:
-        jobs = jobs_of(wan, ours, argv)
-        fixed = [[f"--base_seed={j.args.base_seed}", f"--save_file={j.target}"] for (j,) in jobs]
-        shared = [((*job.parts, f), job.todo) for (job,), f in zip(jobs, fixed, strict=True)]
+        jobs, shared = jobs_of(wan, ours, argv), []
+        for (job,) in jobs:
+            chosen = [f"--base_seed={job.args.base_seed}", f"--save_file={job.target}"]
+            shared.append(((*job.parts, chosen), job.todo))
     finally:
         queue.store.set("jobs", json.dumps(shared))
     return jobs
