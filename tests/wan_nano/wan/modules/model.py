@@ -30,7 +30,7 @@ def sinusoidal_embedding_1d(dim: int, position: Tensor) -> Tensor:
 
 
 def rotations(grid: Grid, channels: int, length: int, device: torch.device) -> Tensor:
-    """The rotary embedding: unit complex numbers [length, 1, channels / 2] in float64.
+    """The rotary embedding: cos and sin of angles, [length, 1, channels / 2, 2].
 
     Each axis turns its share of the channel pairs. Padding behind the grid's tokens is not turned.
     """
@@ -42,13 +42,14 @@ def rotations(grid: Grid, channels: int, length: int, device: torch.device) -> T
         for place, n in zip(places.unbind(1), shares, strict=True)
     ]
     padded = F.pad(torch.cat(angles, dim=1), (0, 0, 0, length - len(places)))
-    return torch.polar(torch.ones_like(padded), padded)[:, None]
+    return torch.stack([padded.cos(), padded.sin()], dim=-1)[:, None].float()
 
 
 def rotate(x: Tensor, freqs: Tensor) -> Tensor:
-    """x [B, L, N, C] turned by freqs [B, L, 1, C / 2], in float32."""
-    pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * freqs).flatten(-2).float()
+    """x [B, L, N, C] turned by freqs [B, L, 1, C / 2, 2], in float32."""
+    cos, sin = freqs.unbind(-1)
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
 
 
 def float32_region(x: Tensor) -> torch.autocast:
@@ -92,7 +93,7 @@ class WanSelfAttention(nn.Module):
         return rotate(self.heads(q), freqs), rotate(self.heads(k), freqs), self.heads(v)
 
     def forward(self, x: Tensor, seq_lens: Tensor, freqs: Tensor) -> Tensor:
-        """x [B, L, dim], of which seq_lens [B] tokens count, with freqs [B, L, 1, C / 2]."""
+        """x [B, L, dim], of which seq_lens [B] tokens count, with freqs [B, L, 1, C / 2, 2]."""
         q, k, v = self.qkv(x, freqs)
         return self.o(flash_attention(q, k, v, k_lens=seq_lens).flatten(2))
 

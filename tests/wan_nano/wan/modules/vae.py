@@ -49,14 +49,12 @@ class Upsample(nn.Module):
 class VAE(nn.Module):
     """latent_mean and latent_std [Z_DIM, 1, 1, 1]: what makes latents zero-mean, unit-variance."""
 
-    def __init__(self, z_dim: int = Z_DIM, widths: tuple[int, int, int] = (24, 48, 64)):
+    def __init__(self, z_dim: int = Z_DIM, widths: tuple[int, int] = (64, 96)):
         super().__init__()
         self.z_dim = z_dim
-        small, middle, large = widths
+        middle, large = widths
         self.encoder = nn.Sequential(
-            CausalConv3d(3, small, (1, 2, 2)),
-            ResidualBlock(small),
-            CausalConv3d(small, middle, 2),
+            CausalConv3d(3 * 4 * 4, middle, (2, 1, 1)),  # the 4 x 4 pixels of each place
             ResidualBlock(middle),
             CausalConv3d(middle, large, 2),
             ResidualBlock(large),
@@ -67,23 +65,26 @@ class VAE(nn.Module):
             ResidualBlock(large),
             Upsample(large, middle),
             ResidualBlock(middle),
-            Upsample(middle, small),
-            ResidualBlock(small),
-            CausalConv3d(small, 4 * 3),  # the 2 x 2 pixels of each place
+            ResidualBlock(middle),
+            CausalConv3d(middle, 2 * 3 * 4 * 4),  # the 4 x 4 pixels of two frames
         )
         self.register_buffer("latent_mean", torch.zeros(z_dim, 1, 1, 1))
         self.register_buffer("latent_std", torch.ones(z_dim, 1, 1, 1))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Videos [B, 3, 4n + 1, H, W] to mean and log-variance, [B, z_dim, n + 1, H/8, W/8]."""
-        mean, log_variance = self.encoder(x).chunk(2, dim=1)
+        places = F.pixel_unshuffle(x.transpose(1, 2), 4).transpose(1, 2)
+        mean, log_variance = self.encoder(places).chunk(2, dim=1)
         mean = (mean - self.latent_mean) / self.latent_std
         return mean, log_variance - 2 * self.latent_std.log()
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents [B, z_dim, n + 1, H/8, W/8] to videos [B, 3, 4n + 1, H, W]."""
-        pixels = self.decoder(z * self.latent_std + self.latent_mean)
-        return F.pixel_shuffle(pixels.transpose(1, 2), 2).transpose(1, 2)
+        pairs = self.decoder(z * self.latent_std + self.latent_mean).transpose(1, 2)
+        frames = pairs.unflatten(2, (2, -1)).flatten(1, 2)[
+            :, 1:
+        ]  # of the first pair, one is enough
+        return F.pixel_shuffle(frames, 4).transpose(1, 2)
 
 
 class WanVAE:
