@@ -1,6 +1,6 @@
-"""Fits TeaCache's polynomials to the miniature: its teacache.json, and a picture of the fit.
+"""Fits TeaCache's polynomials to the miniature: its teacache.json; draws the fit if asked to.
 
-    python tests/wan_nano_training/fit.py [--ckpt_dir assets/wan_nano] [--picture assets/fit.png]
+    python tests/wan_nano_training/fit.py [--ckpt_dir assets/wan_nano] [--picture fit.png]
 
 A polynomial is fitted with least squares to the change of all blocks' residual from step to step
 (relative L1, both branches, all prompts) over the distance of the timestep embedding. Each default
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
-from sampling import ASSETS, MEASURES, NANO, Sampling, load, preview_of
+from sampling import MEASURES, NANO, Sampling, load, preview_of
 
 from teacache_generate import Preview, TeaCacheConfig, relative_l1
 
@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ckpt_dir", type=Path, default=NANO)
     parser.add_argument("--prompts", type=Path, default=NANO / "prompts.txt")
-    parser.add_argument("--picture", type=Path, default=ASSETS / "fit.png")
+    parser.add_argument("--picture", type=Path, help="of the fit, to draw")
     args = parser.parse_args()
     pipeline, found = load(args.ckpt_dir), []
     previews = {mode: preview_of(pipeline, mode, SAMPLING) for mode in MODES}
@@ -85,8 +85,9 @@ def main() -> None:
         rule[mode] = fit(mode, previews[mode], np.array(found), axes)
     grid[0].set_ylabel("change of the residual")
     (args.ckpt_dir / "teacache.json").write_text(json.dumps(rule, indent=1) + "\n")
-    figure.savefig(args.picture, dpi=200, facecolor="white")
-    print(f"{len(found)} videos: {args.ckpt_dir / 'teacache.json'}, {args.picture}")
+    print(f"{len(found)} videos: {args.ckpt_dir / 'teacache.json'}")
+    if args.picture:
+        figure.savefig(args.picture, dpi=200, facecolor="white")
 
 
 if __name__ == "__main__":
