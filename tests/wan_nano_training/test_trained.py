@@ -85,7 +85,18 @@ def test_training_that_was_stopped_ends_as_one_that_was_not(tmp_path, monkeypatc
 def test_short_training_leaves_a_checkpoint_that_generates(tmp_path, monkeypatch, capsys):
     for name, few in {"VAE_BATCH": 1, "MEASURED": 4, "CHECK_STEPS": 2}.items():
         monkeypatch.setattr(train, name, few)
-    short = ["--vae_steps", "1", "--clips", "16", "--steps", "3", "--check", "2"]
+    short = [
+        "--vae_steps",
+        "1",
+        "--vae_whole_steps",
+        "1",
+        "--clips",
+        "16",
+        "--steps",
+        "3",
+        "--check",
+        "2",
+    ]
     monkeypatch.setattr("sys.argv", ["train.py", str(tmp_path / "ckpt"), *short])
     train.main()
     output = capsys.readouterr().out

@@ -15,6 +15,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,6 @@ from wan.text2video import WanT2V
 CONFIG = WAN_CONFIGS["t2v-nano"]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VAE_BATCH, VAE_RATE, KL_WEIGHT = 4, 1e-3, 1e-4
-CROP = (9, 48, 48)  # frames, height, width that the VAE sees of a clip
 BATCH, RATE, UNGUIDED, SHIFT = 24, 2e-3, 0.1, 3.0
 MEASURED = 128  # clips whose latents give the mean and standard deviation
 CHECK_STEPS = 50
@@ -130,16 +130,16 @@ def minimise(
     return average.module.eval().requires_grad_(False)
 
 
-def vae_loss(vae: nn.Module, generator: torch.Generator) -> Tensor:
+def vae_loss(vae: nn.Module, generator: torch.Generator, crop: tuple[int, int, int]) -> Tensor:
     """Distance of clips to their reconstruction, and of latents to a normal distribution.
 
-    Of each clip a part, in whole latents: four times as many clips in the same time.
+    crop: frames, height and width of the part of a clip to train on, in whole latents.
     """
     clips = clips_of(pick(VAE_BATCH, generator), generator)
     place = torch.rand(3, generator=generator).tolist()
     sizes, units = (FRAMES, SIZE, SIZE), (4, CELL, CELL)
-    for dim, (share, size, crop, unit) in enumerate(zip(place, sizes, CROP, units, strict=True), 2):
-        clips = clips.narrow(dim, unit * int(share * ((size - crop) // unit + 1)), crop)
+    for dim, (share, size, part, unit) in enumerate(zip(place, sizes, crop, units, strict=True), 2):
+        clips = clips.narrow(dim, unit * int(share * ((size - part) // unit + 1)), part)
     clips = clips.to(DEVICE, memory_format=FAST)
     mean, log_variance = vae.encode(clips)
     log_variance = log_variance.clamp(-20, 10)
@@ -149,14 +149,19 @@ def vae_loss(vae: nn.Module, generator: torch.Generator) -> Tensor:
     return F.mse_loss(found, clips) + 0.1 * F.l1_loss(found, clips) + KL_WEIGHT * kl
 
 
-def train_vae(steps: int, state: Path) -> VAE:
+def train_vae(steps: int, whole_steps: int, folder: Path) -> VAE:
+    """First on parts of clips, a third of the work, then on whole clips."""
     torch.manual_seed(0)
     vae = VAE()
     nn.init.constant_(vae.encoder[-1].bias[vae.z_dim :], -4)  # little noise at first
     for weight in vae.parameters():
         if weight.dim() == 5:
             weight.data = weight.data.contiguous(memory_format=FAST)
-    vae = minimise(state, vae, vae_loss, steps, VAE_RATE).to(memory_format=torch.contiguous_format)
+    loss = partial(vae_loss, crop=(9, 48, 48))
+    vae = minimise(folder / "vae.state.pt", vae, loss, steps, VAE_RATE).requires_grad_(True)
+    loss = partial(vae_loss, crop=(FRAMES, SIZE, SIZE))
+    vae = minimise(folder / "vae_whole.state.pt", vae, loss, whole_steps, VAE_RATE)
+    vae = vae.to(memory_format=torch.contiguous_format)
     generator = random("latents")
     latents = vae.encode(clips_of(pick(MEASURED, generator), generator).to(DEVICE))[0]
     vae.latent_mean.copy_(latents.mean((0, 2, 3, 4))[:, None, None, None])
@@ -260,6 +265,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="of the checkpoint")
     parser.add_argument("--vae_steps", type=int, default=3000)
+    parser.add_argument("--vae_whole_steps", type=int, default=2000, help="on whole clips")
     parser.add_argument("--clips", type=int, default=10000, help="of the transformer, at most")
     parser.add_argument("--steps", type=int, default=10000, help="of the transformer")
     parser.add_argument("--check", type=int, default=100, help="videos at the end")
@@ -268,7 +274,7 @@ def main() -> None:
     write_vocabulary(folder / CONFIG.t5_tokenizer, vocabulary())
     tokenizer = WordTokenizer(folder / CONFIG.t5_tokenizer, CONFIG.text_len)
 
-    vae = train_vae(args.vae_steps, folder / "vae.state.pt")
+    vae = train_vae(args.vae_steps, args.vae_whole_steps, folder)
     torch.save(vae.state_dict(), folder / CONFIG.vae_checkpoint)
     clips = encode(vae, args.clips)
     trained = train_transformer(tokenizer, *clips, args.steps, folder / "transformer.state.pt")
