@@ -1,6 +1,6 @@
-"""Fits TeaCache's polynomials to the miniature: its teacache.json; draws the fit if asked to.
+"""Fits TeaCache's polynomials to the miniature: its teacache.json.
 
-    python tests/wan_nano_training/fit.py [--ckpt_dir assets/wan_nano] [--picture fit.png]
+    python tests/wan_nano_training/fit.py [--ckpt_dir assets/wan_nano]
 
 A polynomial is fitted with least squares to the change of all blocks' residual from step to step
 (relative L1, both branches, all prompts) over the distance of the timestep embedding. Each default
@@ -13,13 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display is needed
-
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
@@ -29,7 +23,6 @@ from sampling import MEASURES, NANO, Sampling, load, preview_of
 from teacache_generate import Preview, TeaCacheConfig, relative_l1
 
 SAMPLING, FIRST_SEED = Sampling(), 1
-MODES = {"plain": ("time embedding", "#0072b2"), "retention": ("time projection", "#d55e00")}
 
 
 class Changes(list[float]):
@@ -47,20 +40,15 @@ class Changes(list[float]):
             self.append(relative_l1(self.residuals[-1], self.residuals.pop(0)).item())
 
 
-def fit(mode: str, preview: Preview, changes: np.ndarray, axes: Axes) -> dict[str, Any]:
-    """A polynomial as in teacache.json, and its picture. changes: [video, step, branch]."""
+def fit(mode: str, preview: Preview, changes: np.ndarray) -> dict[str, Any]:
+    """A polynomial as in teacache.json. changes: [video, step, branch]."""
     x = np.broadcast_to(np.array(preview.distances[1:])[:, None], changes.shape).flatten()
-    y, line = changes.flatten(), np.linspace(x.min(), x.max(), 400)
+    y = changes.flatten()
     coefficients = np.polyfit(x, y, 4).tolist()
     r_squared = 1 - np.square(y - np.polyval(coefficients, x)).mean() / y.var()
     config = TeaCacheConfig(SAMPLING.steps, 0.0, coefficients, MEASURES[mode])
     half = preview.plan_speedup(config, 2.0)
     print(f"{mode}: R squared {r_squared:.2f}, {half.summary()} at {half.config.thresh:.4g}")
-    measured, colour = MODES[mode]
-    axes.scatter(x, y, s=10, color="#888888", lw=0)
-    axes.plot(line, np.polyval(coefficients, line), color=colour, linewidth=2)
-    axes.set_title(f"{mode}: R² = {r_squared:.3f}", loc="left")
-    axes.set(xlabel=f"distance of the {measured}", ylim=(0, 1.05 * y.max()))
     return {"coefficients": coefficients, "thresholds": [half.config.thresh]}
 
 
@@ -68,26 +56,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ckpt_dir", type=Path, default=NANO)
     parser.add_argument("--prompts", type=Path, default=NANO / "prompts.txt")
-    parser.add_argument("--picture", type=Path, help="of the fit, to draw")
     args = parser.parse_args()
     pipeline, found = load(args.ckpt_dir), []
-    previews = {mode: preview_of(pipeline, mode, SAMPLING) for mode in MODES}
+    previews = {mode: preview_of(pipeline, mode, SAMPLING) for mode in ("plain", "retention")}
     seen = Changes(pipeline.model.blocks)
     for seed, prompt in enumerate(args.prompts.read_text().splitlines(), FIRST_SEED):
         pipeline.generate(prompt, seed=seed, sampling_steps=SAMPLING.steps)
         found.append(np.reshape(seen, (SAMPLING.steps - 1, 2)))
         seen.clear(), seen.residuals.clear()
-    plt.rcParams.update({"font.size": 12, "figure.constrained_layout.use": True})
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
-    figure, grid = plt.subplots(1, 2, figsize=(9, 4.2), sharey=True)
     rule = {name: getattr(SAMPLING, name) for name in ("steps", "shift", "solver")}
-    for mode, axes in zip(MODES, grid, strict=True):
-        rule[mode] = fit(mode, previews[mode], np.array(found), axes)
-    grid[0].set_ylabel("change of the residual")
+    for mode, preview in previews.items():
+        rule[mode] = fit(mode, preview, np.array(found))
     (args.ckpt_dir / "teacache.json").write_text(json.dumps(rule, indent=1) + "\n")
     print(f"{len(found)} videos: {args.ckpt_dir / 'teacache.json'}")
-    if args.picture:
-        figure.savefig(args.picture, dpi=200, facecolor="white")
 
 
 if __name__ == "__main__":
