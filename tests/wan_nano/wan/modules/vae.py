@@ -81,9 +81,7 @@ class VAE(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Latents [B, z_dim, n + 1, H/8, W/8] to videos [B, 3, 4n + 1, H, W]."""
         pairs = self.decoder(z * self.latent_std + self.latent_mean).transpose(1, 2)
-        frames = pairs.unflatten(2, (2, -1)).flatten(1, 2)[
-            :, 1:
-        ]  # of the first pair, one is enough
+        frames = pairs.unflatten(2, (2, -1)).flatten(1, 2)[:, 1:]  # one of the first pair
         return F.pixel_shuffle(frames, 4).transpose(1, 2)
 
 
