@@ -5,7 +5,8 @@
 compare.png is what the script itself writes:
 
     python teacache_generate.py --wan_repo tests/wan_nano --ckpt_dir assets/wan_nano --prompt \\
-        "a red ball moves right" --base_seed 42 --save_file x.mp4 --teacache_compare 0.08 0.15 0.5
+        "a white triangle bounces over a brown ground" --base_seed 42 --save_file x.mp4 \\
+        --teacache_compare 0.06 0.15 0.6
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python tests/wan_nano_training/train.py CKPT
 
-Writes the checkpoint folder CKPT in an hour or two on 2 CPU cores, then checks 100 videos of unseen
-prompts. Started again, it continues from CKPT/*.state.pt; delete them to start from nothing.
+Writes the checkpoint folder CKPT in two or three hours on 2 CPU cores, then checks 100 videos of
+unseen prompts. Started again, it continues from CKPT/*.state.pt; delete them to start from nothing.
 
 Flow matching, as Wan2.1: x = (1 - sigma) x0 + sigma noise, the model predicts noise - x0 at the
 timestep 1000 sigma. One prompt in ten is left out, for classifier-free guidance.
