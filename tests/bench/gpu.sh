@@ -6,7 +6,7 @@
 # they print in gpu.log.
 # Without a GPU all sizes are small: that tries this command and measures nothing.
 #
-# Needs, beside the repository without its .git (13 MiB):
+# Needs, beside the repository without its .git (15 MiB):
 #   $WAN_REPO, $WAN22_REPO   checkouts of Wan2.1 and Wan2.2: *.py and examples/ (6 MiB)
 #   $WHEELS                  a folder for PYTHONPATH with those of these that the machine lacks:
 #                            diffusers, easydict, einops, imageio, imageio-ffmpeg, safetensors,
