@@ -511,11 +511,11 @@ class ResidualCache:
     reach * (new - old) nearest to (actual - new), in least squares, clipped to 0..1. D2Cache
     published a linear prediction for Wan2.1 before this one; the measured gain is this project's.
 
-    timesteps: of each step so far.
+    decisions: of each step so far, for its timestep.
     """
 
-    def __init__(self, timesteps: Sequence[float]):
-        self.timesteps = timesteps
+    def __init__(self, decisions: Sequence[Decision]):
+        self.decisions = decisions
         self.history: deque[ComputedStep] = deque(maxlen=2)  # old, new
         self.gain: dict[int, Tensor] = {}  # by branch, on the GPU; 1 until it is measured
 
@@ -533,8 +533,8 @@ class ResidualCache:
     def reach(self, step: int) -> float:
         """How far a step lies beyond the newest one, in lengths of the line; 0 without a line."""
         old, new = self.history[0], self.history[-1]  # the same one if there is only one
-        begin, end = self.timesteps[old.step], self.timesteps[new.step]
-        return (self.timesteps[step] - end) / (end - begin) if end != begin else 0.0
+        begin, end, now = (self.decisions[i].timestep for i in (old.step, new.step, step))
+        return (now - end) / (end - begin) if end != begin else 0.0
 
     def free(self, keep: int) -> None:
         """Free the residuals of all but the ``keep`` newest steps; probes stay."""
@@ -590,10 +590,9 @@ class TeaCache:
         self.thread = threading.get_ident()
         self.drifts: list[tuple[int, tuple[float, float]]] = []  # step, relative error by order
         self.unread: list[tuple[int, Tensor]] = []  # step, sums of ResidualCache.add
-        self.timesteps: list[float] = []
         # while one model samples
         self.model: nn.Module | None = None
-        self.residuals = ResidualCache(self.timesteps)
+        self.residuals = ResidualCache(self.schedule.decisions)
         self.embedding: Tensor | None = None  # of the step before
         # during a step
         self.step, self.branch = -1, UNCONDITIONAL  # so that the first call begins step 0
@@ -661,7 +660,7 @@ class TeaCache:
         self.timestep = t
         if model is not self.model:  # its first call
             self.model, self.embedding = model, None
-            self.residuals = ResidualCache(self.timesteps)
+            self.residuals = ResidualCache(self.schedule.decisions)
 
     def check_two_calls(self) -> None:
         """RuntimeError: the step that ends here lacks its unconditional call."""
@@ -698,7 +697,6 @@ class TeaCache:
             self.schedule.decisions[-1] = replace(
                 self.schedule.decisions[-1], computed=self.computes
             )
-        self.timesteps.append(timestep)
         if self.computes:
             # make room for the blocks; order 1 still needs the newest residual
             self.residuals.free(keep=self.config.order)
@@ -761,7 +759,7 @@ class TeaCache:
 
     def release(self) -> None:
         """Free models and tensors; decisions and drifts stay."""
-        self.residuals = ResidualCache(self.timesteps)
+        self.residuals = ResidualCache(self.schedule.decisions)
         self.unread.clear()
         self.model = self.embedding = self.storing = self.output = self.block_input = None
         self.timestep = self.outer_timestep = None

@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import teacache_generate
-from teacache_generate import ResidualCache, Schedule, TeaCacheConfig, patched
+from teacache_generate import Decision, ResidualCache, Schedule, TeaCacheConfig, patched
 
 # Wan2.1's defaults, then one or more of them changed
 SETTINGS = (
@@ -59,8 +59,8 @@ class Case:
 class D2Cache(ResidualCache):
     """D2Cache's payload: a line over the accumulated distance, without a measured gain."""
 
-    def __init__(self, levels: Sequence[float], accumulated: Sequence[float]):
-        super().__init__(levels)
+    def __init__(self, decisions: Sequence[Decision], accumulated: Sequence[float]):
+        super().__init__(decisions)
         self.accumulated = accumulated
 
     def predict(self, order: int, branch: int, step: int, of: str = "residual") -> Tensor:
