@@ -5,8 +5,8 @@
 compare.png is what the script itself writes:
 
     python teacache_generate.py --wan_repo tests/wan_nano --ckpt_dir assets/wan_nano --prompt \\
-        "a white triangle bounces over a brown ground" --base_seed 42 --save_file x.mp4 \\
-        --teacache_compare 0.06 0.15 0.6
+        "a white ball bounces over a black ground" --base_seed 42 --save_file x.mp4 \\
+        --teacache_compare 0.06 0.15 0.8
 """
 
 import argparse
@@ -51,10 +51,10 @@ def schedule(found: dict[str, Any]) -> Figure:
     axes.annotate(
         "reaches the threshold: compute, reset",
         (first, heights[first]),
-        (first + 3, 1.8 * thresh),
+        (first + 5, 1.12 * max(heights)),
         arrowprops={"arrowstyle": "->"},
     )
-    axes.set(xlabel="step", ylabel="accumulated distance", ylim=(0, 2 * thresh))
+    axes.set(xlabel="step", ylabel="accumulated distance", ylim=(0, 1.2 * max(heights)))
     axes.set_title(f"threshold {thresh:.3g}; grey: skipped", loc="right")
     return figure
 

@@ -116,8 +116,8 @@ def test_rule_that_is_asked_for_comes_before_teacache_json(plan, tmp_path, mark)
     file = own_rule(tmp_path / "mine.json", plain={"thresholds": [0.01, 0.02]})
     file.write_bytes(mark + file.read_bytes())
     for flags, expected, thresh in (
-        ([], "rule teacache.json (from wan_nano)", "0.08151"),
-        (["--use_ret_steps"], "rule teacache.json (from wan_nano)", "0.08524"),
+        ([], "rule teacache.json (from wan_nano)", "0.0567"),
+        (["--use_ret_steps"], "rule teacache.json (from wan_nano)", "0.06731"),
         (RULE, "rule t2v-1.3B (as asked)", "0.08"),
         (SIGMA, "rule sigma (as asked)", "0.06094"),
         (["--teacache_rule", file], f"rule mine.json (from {tmp_path.name})", "0.02"),
@@ -218,8 +218,8 @@ def test_distances_are_of_the_model_that_samples(
     assert schedule_of(plan(*argv)[1]) == schedule
 
 
-def test_printed_threshold_keeps_its_schedule_in_bfloat16(plan, tmp_path):
-    """As FSDP holds the time embedding: 4 digits of the threshold are enough for the passes."""
+def test_bfloat16_moves_a_plan_by_a_step_at_most(plan, tmp_path):
+    """FSDP holds the time embedding in it; the threshold has the 4 digits that are printed."""
     rounded = copied(TRAINED, tmp_path / "rounded")
     change_tensors(rounded, "time_", Tensor.bfloat16)
     ret = "--use_ret_steps"
@@ -229,7 +229,9 @@ def test_printed_threshold_keeps_its_schedule_in_bfloat16(plan, tmp_path):
         thresh, computed = lines_of(said)[-1][:2]
         assert 50 / float(speedup) <= int(computed) < 50 / float(speedup) + 2.01
         _, said = plan("--ckpt_dir", rounded, *flags, "--teacache_thresh", thresh)
-        assert lines_of(said)[-1][:2] == [thresh, computed]
+        again, in_bfloat16 = lines_of(said)[-1][:2]
+        assert again == thresh
+        assert abs(int(in_bfloat16) - int(computed)) <= 1
 
 
 # ------------------------------------------------------------------------ the plan and the run
