@@ -402,7 +402,7 @@ class Preview:
         if negative := at(LARGE_THRESH).negative_steps:
             raise ValueError(f"increments are negative at steps {ranges(negative)}")
         enough, too_large = 0.0, LARGE_THRESH
-        for _ in range(100):  # to the last bit
+        for _ in range(70):  # from 1e9 to 1e-12
             middle = (enough + too_large) / 2
             if at(middle).passes >= wanted:
                 enough = middle
@@ -2785,9 +2785,9 @@ def jobs_of_line(
         if not job.needs_free_name:
             records.append(decide_todo(job, continues))
     if not has_seed:  # all entries have the recorded seed, or that of the first
-        recorded = [record["seed"] for record in records if record]
+        seeds = [record["seed"] for record in records if record] or [jobs[0].args.base_seed]
         for job in jobs:
-            job.args.base_seed = (recorded or [jobs[0].args.base_seed])[0]
+            job.args.base_seed = seeds[0]
     return jobs
 
 

@@ -28,8 +28,8 @@ def ckpt(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def young_heap() -> Iterator[None]:
-    """What was there before the tests of a file is not looked through at each of their collections:
-    a quarter of a second for each run of the script, and for each look at what is alive."""
+    """Leave objects from before a file's tests out of each garbage collection: this saves a quarter
+    of a second for each run of the script."""
     gc.collect()
     gc.freeze()
     yield

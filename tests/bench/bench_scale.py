@@ -196,8 +196,8 @@ def figures(name: str, layers: int | None) -> dict[str, Any]:
 
 
 def latencies(name: str, found: dict[str, Any]) -> list[dict[str, Any]]:
-    """By threshold the published seconds, the steps that explain them, and the seconds predicted
-    for so many."""
+    """By threshold: the published seconds, the number of computed steps that explains them, and
+    the seconds predicted for that number."""
     steps, published = PUBLISHED[name]
     computed = 2 * found["computed pass, s"]  # a step has two passes
     skipped = 2 * found["order 0: skipped pass, ms"] / 1000

@@ -228,7 +228,7 @@ class CLIP:
 
 
 def model_config(task: str, cfg: Any) -> dict[str, Any]:
-    """What config.json says of a task's transformer, whose Wan's config is ``cfg``."""
+    """The config.json of a task's transformer. cfg: Wan's config of the task."""
     config = {name: cfg[name] for name in ("dim", "ffn_dim", "freq_dim", "num_heads", "num_layers")}
     kind = task.split("-")[0].replace("t2i", "t2v")
     channels = 48 if kind == "ti2v" else 16

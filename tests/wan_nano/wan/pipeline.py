@@ -1,4 +1,4 @@
-"""What text-to-video and image-to-video have in common: loading, prompts, sampling, decoding."""
+"""The steps of text-to-video: loading, prompts, sampling, decoding."""
 
 import logging
 import math
