@@ -390,8 +390,8 @@ class Preview:
         """The plan at the highest threshold that keeps at least 2 * steps / speedup passes.
 
         A higher threshold never adds passes, so bisection finds it. Of the thresholds that give
-        this plan the middle one is taken: rounding, on another machine or in bfloat16, then changes
-        no decision. No threshold removes the passes of forced steps: there may be more.
+        this plan the middle one is taken: so rounding, on another machine or in bfloat16, seldom
+        changes a decision. No threshold removes the passes of forced steps: there may be more.
         ValueError: an increment is negative; no threshold can be trusted.
         """
         wanted = 2 * config.steps / speedup - 1e-9
