@@ -463,18 +463,9 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def across_ranks() -> bool:
+def is_distributed() -> bool:
     """Whether several processes make one video together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def as_rank_0(decision: bool, device: torch.device) -> bool:
-    """Broadcast rank 0's decision: ranks that decide for themselves may differ, and hang."""
-    if not across_ranks():
-        return decision
-    flag = torch.full((1,), int(decision), device=device)
-    dist.broadcast(flag, src=0)
-    return bool(flag.item())
 
 
 def sum_over_ranks(terms: Sequence[Tensor]) -> Tensor:
@@ -483,7 +474,7 @@ def sum_over_ranks(terms: Sequence[Tensor]) -> Tensor:
     Use ratios of sums only: ranks that hold the same tokens (FSDP without Ulysses) count twice.
     """
     sums = torch.stack([term.sum(dtype=torch.float64) for term in terms])
-    if across_ranks():
+    if is_distributed():
         dist.all_reduce(sums)
     return sums
 
@@ -599,21 +590,16 @@ class TeaCache:
         self.computes = True
         self.storing: ComputedStep | None = None
         self.timestep: Tensor | None = None
-        self.outer_timestep: Tensor | None = None  # before a wrapper such as FSDP casts it
         self.output: Any = None  # of the conditional call
         # during a call
         self.block_input: Tensor | None = None  # h
 
     # Calls of the model
 
-    def note_timestep(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
-        """Forward pre-hook of a wrapper: keep t as it is before FSDP's mixed precision casts it."""
-        self.outer_timestep = kwargs["t"] if "t" in kwargs else args[1]
-
     def forward(
         self, model: nn.Module, forward: Callable, /, x: Any, t: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        """Replaces a model's forward and calls it: stock's, VACE's, or that for Ulysses.
+        """Replaces the forward of a model, or of what wraps it, and calls it.
 
         t: [1], or [1, tokens] in Wan2.2's ti2v.
         RuntimeError: the model is not called twice a step, or called from another thread; its
@@ -621,8 +607,7 @@ class TeaCache:
         """
         if threading.get_ident() != self.thread:
             raise RuntimeError("teacache() serves the thread that entered it: use one per thread")
-        outer, self.outer_timestep = self.outer_timestep, None
-        self.begin_call(model, t if outer is None else outer)
+        self.begin_call(model, t)
         if self.branch == UNCONDITIONAL and not self.config.is_guided(self.step):
             output = self.output
         else:
@@ -684,19 +669,17 @@ class TeaCache:
         return projection(last).expand(*e.shape[:-1], -1)
 
     def decide(self, embedding: Tensor) -> None:
-        """Decide a step for both branches, with one wait for the GPU; with several processes one
-        more, for rank 0's decision."""
+        """Decide a step for both branches, with one wait for the GPU. All ranks decide from rank
+        0's numbers: if they differed, they would wait for each other forever."""
         numbers = [self.timestep.flatten()[-1].double().to(embedding.device)]
         if self.embedding is not None:
             numbers.append(relative_l1(embedding, self.embedding).double())
-        timestep, *distance = torch.stack(numbers).tolist()
+        numbers = torch.stack(numbers)
+        if is_distributed():
+            dist.broadcast(numbers, src=0)
+        timestep, *distance = numbers.tolist()
         self.embedding = embedding.clone()  # a view would keep the embeddings of all tokens
-        decision = self.schedule.decide(timestep, distance[0] if distance else None)
-        self.computes = as_rank_0(decision, embedding.device)
-        if self.computes != decision:  # rank 0's counts
-            self.schedule.decisions[-1] = replace(
-                self.schedule.decisions[-1], computed=self.computes
-            )
+        self.computes = self.schedule.decide(timestep, distance[0] if distance else None)
         if self.computes:
             # make room for the blocks; order 1 still needs the newest residual
             self.residuals.free(keep=self.config.order)
@@ -762,7 +745,7 @@ class TeaCache:
         self.residuals = ResidualCache(self.schedule.decisions)
         self.unread.clear()
         self.model = self.embedding = self.storing = self.output = self.block_input = None
-        self.timestep = self.outer_timestep = None
+        self.timestep = None
 
     @property
     def computed_steps(self) -> list[int]:
@@ -859,12 +842,11 @@ def patched_model(cache: TeaCache, model: nn.Module, inner: nn.Module) -> Iterat
     if "teacache" in vars(inner):
         raise RuntimeError("this model is patched by another teacache(): leave that one first")
     with ExitStack() as stack:
-        if model is not inner:
-            hook = model.register_forward_pre_hook(cache.note_timestep, with_kwargs=True)
-            stack.enter_context(hook)
-        forward = functools.partial(cache.forward, inner, inner.forward)
-        forward = functools.wraps(inner.forward)(forward)  # keeps its signature
-        stack.enter_context(patched(inner, forward=forward, teacache=cache))
+        # the wrapper's: FSDP's mixed precision casts t before it calls the transformer
+        forward = functools.partial(cache.forward, inner, model.forward)
+        forward = functools.wraps(model.forward)(forward)  # keeps its signature
+        stack.enter_context(patched(inner, teacache=cache))
+        stack.enter_context(patched(model, forward=forward))
         if cache.config.thresh > 0:
             for block in inner.blocks:
                 stack.enter_context(patched_call(block, cache.run_block))
@@ -1297,23 +1279,20 @@ def preview_of(wan: Wan, args: Namespace, measure: str) -> Preview:
 # Writing
 
 
-def write_frames(wan: Wan, frames: Tensor, file: str | Path, fps: float | None) -> np.ndarray:
+def write_frames(wan: Wan, frames: Tensor, file: str | Path, fps: float | None) -> None:
     """Write [3, F, H, W] in [-1, 1] as Wan does: a video or, without fps, an image of one frame.
 
-    Reads the file back. Returns uint8 [F, H, W, 3], truncated as by Wan's writer. OSError: the
-    file does not hold all frames.
+    OSError: read back, the file does not hold all frames.
     """
-    levels = (frames.cpu().clamp(-1, 1) + 1) / 2 * 255
-    pixels = levels.byte().permute(1, 2, 3, 0).numpy()
     if fps is None:  # Wan's writer for images hides its errors
         options = {"nrow": 1, "normalize": True, "value_range": (-1, 1)}
         wan.writers[IMAGE_WRITER](tensor=frames.squeeze(1)[None], save_file=str(file), **options)
     else:
+        levels = (frames.cpu().clamp(-1, 1) + 1) / 2 * 255
         with imageio.get_writer(str(file), fps=fps, codec="libx264", quality=8) as writer:
-            for frame in pixels:
+            for frame in levels.byte().permute(1, 2, 3, 0).numpy():  # truncated, as by Wan
                 writer.append_data(frame)
-    check_written(file, len(pixels))
-    return pixels
+    check_written(file, frames.size(1))
 
 
 def check_written(file: str | Path, frames: int) -> None:
@@ -1614,6 +1593,10 @@ def read_record(target: Path) -> dict[str, Any] | None:
     return record
 
 
+def is_finished(record: dict[str, Any] | None) -> bool:
+    return record is not None and record["status"] == "finished"
+
+
 def write_record(target: Path, record: dict[str, Any]) -> None:
     """Write a record as JSON, one key per line."""
     lines = (f" {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in record.items())
@@ -1644,7 +1627,6 @@ class Video:
     cache: TeaCache | None = None  # once sampling begins
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
     frames: int | None = None
-    pixels: np.ndarray | None = None  # uint8 [F, H, W, 3], for a comparison
     latents: Path | None = None  # on disk, until the video is
     failure: Exception | None = None  # of decoder or writer
     status: str = "started"
@@ -1898,10 +1880,10 @@ class Session:
         frames = tensor[0].unsqueeze(1) if is_image else tensor[0]  # [3, F, H, W]
         rate = None if is_image else fps or self.wan.fps(args)
         with video.phase("write"):
-            video.pixels = write_frames(self.wan, frames, video.target, rate)
+            write_frames(self.wan, frames, video.target, rate)
         if video.failure:
             return None
-        video.finish(len(video.pixels))
+        video.finish(frames.size(1))
         return str(video.target)
 
     # A job
@@ -1924,7 +1906,7 @@ class Session:
             for video in undecoded or self.videos[-1:]:
                 self.tell_failure(video, video.failure or error)
             # without a model, or with ranks that may wait at another place, nothing can follow
-            if self.loading or (across_ranks() and not undecoded):
+            if self.loading or (is_distributed() and not undecoded):
                 raise BatchEnds from error
         except BaseException:
             video = self.videos[-1]
@@ -1972,7 +1954,7 @@ class Session:
         for pipeline in self.pipelines.values() if failed else ():
             if hasattr(getattr(pipeline.vae, "model", None), "clear_cache"):
                 pipeline.vae.model.clear_cache()  # Wan's VAE keeps its feature maps until then
-            if job.args.offload_model is not False and not across_ranks():
+            if job.args.offload_model is not False and not is_distributed():
                 encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "clip")]
                 for model in [*models_of(pipeline), *(e.model for e in encoders if e)]:
                     model.cpu()
@@ -1994,10 +1976,10 @@ def read_latents(file: Path) -> dict[str, Any]:
     return content
 
 
-def decode_latents(wan: Wan, file: Path, content: dict[str, Any], args: Namespace) -> np.ndarray:
+def decode_latents(wan: Wan, file: Path, content: dict[str, Any], args: Namespace) -> None:
     """Decode kept latents, write the video (or image), finish its record, delete the latents.
 
-    args: task, ckpt_dir, save_file. Returns the frames, uint8 [F, H, W, 3].
+    args: task, ckpt_dir, save_file.
     """
     # the record is beside the video, or beside the latents where a fork renamed it
     targets = Path(content["save_file"]), Path(str(file).removesuffix(LATENTS) + RECORD)
@@ -2006,13 +1988,13 @@ def decode_latents(wan: Wan, file: Path, content: dict[str, Any], args: Namespac
     with torch.no_grad():
         frames = wan.vae(args, device).decode([u.to(device) for u in content["latents"]])[0]
     fps = None if makes_image(args) else content["fps"]
-    pixels = write_frames(wan, frames, args.save_file, fps)
-    done = {"status": "finished", "latents": None, "frames": len(pixels), "file": args.save_file}
+    write_frames(wan, frames, args.save_file, fps)
+    done = {"status": "finished", "latents": None, "frames": frames.size(1)}
+    done["file"] = args.save_file
     for target, record in records.items():
         if record.get("latents") == str(file.absolute()):
             write_record(target, record | done)
     file.unlink()
-    return pixels
 
 
 # A batch, and its queue
@@ -2063,44 +2045,36 @@ class Queue:
 
 def make_batch(session: Session, jobs: Sequence[Job], queue: Queue | None) -> int:
     """Make one video after the other, then print the table of all. Returns the exit status."""
-    for i in queue.turns(len(jobs)) if queue else range(len(jobs)):
-        job = jobs[i]
-        if job.todo == SKIP:
-            log.info(f"{job.target} is finished: skipped")
-            continue
-        if len(jobs) > 1:
-            log.info(f"video {i + 1} of {len(jobs)}: {job.target}")
-        try:
-            video = make_one(session, job)
-        except BatchEnds:
-            break
-        if queue and queue.rank:
-            log.info(f"{job.target}: {video.status}")
+    with suppress(BatchEnds):
+        for i in queue.turns(len(jobs)) if queue else range(len(jobs)):
+            if len(jobs) > 1 and jobs[i].todo != SKIP:
+                log.info(f"video {i + 1} of {len(jobs)}: {jobs[i].target}")
+            video = make_one(session, jobs[i])
+            if queue and queue.rank:
+                log.info(f"{video.target}: {video.status}")
     end = functools.partial(end_batch, session, jobs)
     return queue.finish(end) if queue else end()
 
 
 def make_one(session: Session, job: Job) -> Video:
-    """Decode what an earlier run has kept, or sample."""
-    record = read_record(job.target) if job.todo == DECODE else None
+    """Make a video, decode what an earlier run has kept of it, or skip it."""
+    record = read_record(job.target) if job.todo != SAMPLE else None
     if record is None:
         return session.make(job)
-    latents, prompt = Path(record["latents"]), record["prompt"]
-    video = Video(job, job.target, prompt, latents=latents)
+    video = Video(job, job.target, record["prompt"], status="finished")
+    if job.todo == SKIP:
+        log.info(f"{job.target} is finished: skipped")
+        return video
+    video.latents = Path(record["latents"])
     session.videos = [video]  # end_batch asks whether a video was made
-    if is_rank_0():
-        try:
+    try:
+        if is_rank_0():
             log.info(f"{job.target}: decoding the latents of an earlier run")
-            content = read_latents(video.latents)
-            video.pixels = decode_latents(session.wan, video.latents, content, job.args)
-        except Exception as error:
-            session.tell_failure(video, error)  # writes no record over that of the sampling
-            with suppress(OSError):
-                write_record(job.target, record | {"status": video.status})
-            if job.label == STOCK and environment("WORLD_SIZE", 1) > 1:
-                raise BatchEnds from error  # it cannot go on, and other ranks do not know
-            return video
-    video.status = "finished"
+            decode_latents(session.wan, video.latents, read_latents(video.latents), job.args)
+    except Exception as error:
+        session.tell_failure(video, error)  # writes no record over that of the sampling
+        with suppress(OSError):
+            write_record(job.target, record | {"status": video.status})
     return video
 
 
@@ -2125,22 +2099,22 @@ def end_batch(session: Session, jobs: Sequence[Job]) -> int:
 
 
 # ------------------------------------------------------------------------------------ comparison
-# Makes one prompt and seed with several settings: stock, stock with a little noise, and each entry.
-# Writes a table and a picture after each, so that a stopped comparison continues where it was.
+# Compares the videos of one prompt and seed: stock, stock with a little noise, and each entry.
+# Reads the written files alone, so that a stopped comparison continues where it was.
 
 
 @dataclass(frozen=True)
 class Row:
-    """One setting of a comparison, measured against stock's frames before the codec."""
+    """One setting of a comparison."""
 
     label: str
+    seconds: float  # of the sampling
+    speedup: float  # over the faster of the two stock runs
     computed: list[int]
     steps: int
-    seconds: float  # of the sampling
     drift: float | None
-    psnr: float  # dB; infinite where the frames are equal
+    psnr: float  # dB, to stock; infinite where the frames are equal
     ssim: float | None  # None without scikit-image
-    speedup: float = 1.0
 
 
 def psnr(frames: np.ndarray, stock: np.ndarray) -> float:
@@ -2160,104 +2134,46 @@ def ssim(frames: np.ndarray, stock: np.ndarray) -> float | None:
     return float(np.mean([similarity(a, b, channel_axis=2, data_range=255) for a, b in pairs]))
 
 
-class Comparison:
-    """The videos of one prompt and seed. jobs: stock, noise, then the entries."""
+def compare(jobs: Sequence[Job], fps: float) -> list[Row]:
+    """Measure the finished videos of one prompt; write table and pictures.
 
-    def __init__(self, session: Session, jobs: Sequence[Job]):
-        self.session, self.jobs = session, jobs
-        self.target = target = jobs[0].compared_in
-        self.stock_file = target.with_name(f"{target.stem}.stock.frames.npy")
-        self.json_file = target.with_name(f"{target.stem}.compare.json")
-        self.rows = self.finished_rows()
-        self.stock: np.ndarray | None = None
+    jobs: stock, noise, then the entries. FileNotFoundError: there is no video of stock.
+    """
+    records = {job.label: (job.target, read_record(job.target)) for job in jobs}
+    finished = {label: found for label, found in records.items() if is_finished(found[1])}
+    if STOCK not in finished:
+        raise FileNotFoundError("without stock nothing can be compared")
+    videos = [read_frames(target) for target, _ in finished.values()]
+    seconds = {label: record["seconds"]["sampling"] for label, (_, record) in finished.items()}
+    # the first run of a process also warms up
+    stock_seconds = min(seconds[label] for label in (STOCK, NOISE) if label in seconds)
+    rows = [
+        Row(
+            label,
+            seconds[label],
+            stock_seconds / seconds[label],
+            **{name: record[name] for name in ("computed", "steps", "drift")},
+            psnr=psnr(video, videos[0]),
+            ssim=ssim(video, videos[0]),
+        )
+        for (label, (_, record)), video in zip(finished.items(), videos, strict=True)
+    ]
+    write_comparison(jobs[0].compared_in, rows, videos, fps)
+    return rows
 
-    def finished_rows(self) -> dict[str, Row]:
-        """Rows of an earlier run, where the video is finished with the same settings."""
-        if not self.json_file.exists():
-            return {}
-        with refusing(f"{self.json_file}: cannot be read", "delete it"):
-            rows = [Row(**row) for row in json.loads(self.json_file.read_text())]
-        done = {job.label for job in self.jobs if job.todo == SKIP}
-        return {
-            row.label: replace(row, psnr=math.inf if row.psnr is None else row.psnr)
-            for row in rows
-            if row.label in done
-        }
 
-    def run(self) -> None:
-        """Make what is missing. Without stock's frames nothing can be measured.
-
-        BatchEnds: see Session.make.
-        """
-        missing = [job for job in self.jobs if job.label not in self.rows]
-        if missing and missing[0].label != STOCK:
-            if self.stock_file.exists():
-                self.stock = np.load(self.stock_file)
-            else:
-                missing.insert(0, self.jobs[0])
-        # --use_prompt_extend runs once, for all entries: here, or in an earlier run
-        extended = [j for j in self.jobs if j.label in self.rows and j.args.use_prompt_extend]
-        prompt = (read_record(extended[0].target) or {}).get("prompt") if extended else None
-        for job in missing:
-            if prompt is not None:
-                job.args.prompt, job.args.use_prompt_extend = prompt, False
-            log.info(f"comparison {self.target}: {job.label}")
-            video = make_one(self.session, job)
-            if job.args.use_prompt_extend:
-                prompt = video.prompt
-            # rank 0 alone writes, and knows
-            made = as_rank_0(video.status == "finished", device_of_run())
-            if made and video.pixels is not None:  # None on all ranks but 0
-                self.add(job, video)
-            video.pixels = None
-            if not made and job.label == STOCK:
-                log.error(f"{self.target}: without stock nothing can be compared")
-                break
-        self.stock = None
-        if len(self.rows) == len(self.jobs):
-            self.stock_file.unlink(missing_ok=True)
-
-    def add(self, job: Job, video: Video) -> None:
-        """Measure a video, and write table and picture."""
-        record, pixels = read_record(job.target) or video.record(), video.pixels
-        try:
-            if job.label == STOCK:
-                self.stock = pixels
-                temporary = self.stock_file.with_suffix(".part.npy")
-                np.save(temporary, pixels)
-                temporary.replace(self.stock_file)
-            self.rows[job.label] = Row(
-                label=job.label,
-                **{name: record[name] for name in ("computed", "steps", "drift")},
-                seconds=record["seconds"]["sampling"],
-                psnr=psnr(pixels, self.stock),
-                ssim=ssim(pixels, self.stock),
-            )
-            self.write()
-        except Exception as error:  # the videos exist, and other lines may wait
-            self.session.failed = True
-            log.error(f"the comparison of {self.target} cannot be written: {error}")
-
-    def sorted_rows(self) -> list[Row]:
-        """In the order of the jobs, with the speed-up over the faster of the two stock runs: the
-        first run of a process also warms up."""
-        rows = [self.rows[job.label] for job in self.jobs if job.label in self.rows]
-        stock = [row.seconds for row in rows if row.label in (STOCK, NOISE)]
-        return [replace(row, speedup=min(stock) / row.seconds) for row in rows] if stock else []
-
-    def write(self) -> None:
-        """NAME.compare.json, .png and, of videos, .mp4 with all side by side."""
-        rows = self.sorted_rows()
-        # JSON has no infinity
-        dicts = [asdict(row) | {"psnr": row.psnr if row.psnr < math.inf else None} for row in rows]
-        text = ",\n ".join(json.dumps(entry) for entry in dicts)
-        write_whole(self.json_file, f"[{text}]\n")
-        files = {job.label: job.target for job in self.jobs}
-        videos = [read_frames(files[row.label]) for row in rows]
-        picture(rows, videos).save(self.json_file.with_suffix(".png"))
-        if len(videos[0]) > 1:
-            fps = self.session.wan.fps(self.jobs[0].args)
-            write_side_by_side(rows, videos, self.json_file.with_suffix(".mp4"), fps)
+def write_comparison(
+    target: Path, rows: Sequence[Row], videos: Sequence[np.ndarray], fps: float
+) -> None:
+    """NAME.compare.json, .png and, of videos, .mp4 with all side by side."""
+    file = target.with_name(f"{target.stem}.compare.json")
+    # JSON has no infinity
+    dicts = [asdict(row) | {"psnr": row.psnr if row.psnr < math.inf else None} for row in rows]
+    text = ",\n ".join(json.dumps(entry) for entry in dicts)
+    write_whole(file, f"[{text}]\n")
+    picture(rows, videos).save(file.with_suffix(".png"))
+    if len(videos[0]) > 1:
+        write_side_by_side(rows, videos, file.with_suffix(".mp4"), fps)
 
 
 def read_frames(file: Path) -> np.ndarray:
@@ -2323,17 +2239,34 @@ def write_side_by_side(
     check_written(file, len(videos[0]))
 
 
+def make_entries(session: Session, jobs: Sequence[Job]) -> None:
+    """Make the videos of one prompt; --use_prompt_extend runs once, for all.
+
+    BatchEnds: see Session.make.
+    """
+    for job in jobs:
+        log.info(f"comparison {job.compared_in}: {job.label}")
+        prompt = make_one(session, job).prompt
+        for other in jobs if prompt is not None else ():
+            other.args.prompt, other.args.use_prompt_extend = prompt, False
+
+
 def run_comparisons(session: Session, jobs_by_line: Sequence[Sequence[Job]]) -> int:
     """Compare each line of the jobs file, or the one command; print the table of all."""
-    count, comparisons = sum(map(len, jobs_by_line)), []
+    count, rows_by_line = sum(map(len, jobs_by_line)), []
     log.info(f"{count} videos, {2 * len(jobs_by_line)} of them stock")
     with suppress(BatchEnds):
         for jobs in jobs_by_line:
-            comparisons.append(Comparison(session, jobs))
-            comparisons[-1].run()
-    rows_by_line = [rows for comparison in comparisons if (rows := comparison.sorted_rows())]
+            make_entries(session, jobs)
+            if not is_rank_0():
+                continue
+            try:
+                rows_by_line.append(compare(jobs, session.wan.fps(jobs[0].args)))
+            except Exception as error:  # the videos exist, and other lines may follow
+                session.failed = True
+                log.error(f"{jobs[0].compared_in}: the comparison cannot be written: {error}")
     with suppress(BrokenPipeError):  # `... | head`: the exit status still shows a failure
-        if rows_by_line and is_rank_0():
+        if rows_by_line:
             print("\n".join(comparison_table(rows_by_line)))
     return int(session.failed)
 
@@ -2841,7 +2774,7 @@ def decide_todo(job: Job, continues: bool) -> dict[str, Any] | None:
         return None
     what = f"--save_file {target}: exists, made with other settings, see its {RECORD}"
     require(same, f"{what}: give another name")
-    if record["status"] == "finished":
+    if is_finished(record):
         with suppress(OSError):
             check_written(target, record["frames"])
             job.todo = SKIP
@@ -2859,7 +2792,7 @@ def entries_of(ours: Namespace) -> list[tuple[str, list[str]]]:
     what = f"{ours.amount} beside --teacache_compare"
     require(ours.amount is None, f"{what}: give it as an entry, such as 0.08 or 2x")
     with refusing("--teacache_compare: its picture cannot be drawn", "pip install 'pillow>=10.1'"):
-        caption(Row("", [], 1, 1.0, None, 1.0, None), 64, 110)
+        caption(Row("", 1.0, 1.0, [], 1, None, 1.0, None), 64, 110)
     stock = ["--teacache_thresh", "0", "--teacache_order", "0", "--teacache_guide_until", "1"]
     asked = [(entry, entry_flags(entry)) for entry in ours.teacache_compare]
     return [(STOCK, stock), (NOISE, stock), *asked]
