@@ -236,7 +236,7 @@ class TeaCacheConfig:
     ) -> TeaCacheConfig:
         """Settings for a rule, such as ``RULES["t2v-1.3B"]``.
 
-        thresh: the rule's default if None; "sigma" has none, see ``Preview.plan_speedup``.
+        thresh: the rule's default if None; "sigma" has none, see ``Schedule.for_speedup``.
         ret: use the polynomial for retention steps.
         """
         polynomial = rule.polynomial(ret)
@@ -260,17 +260,6 @@ class TeaCacheConfig:
     def is_guided(self, step: int) -> bool:
         """Whether the unconditional branch runs on a step."""
         return self.guided_steps is None or step < self.guided_steps
-
-    def passes(self, computed: Sequence[int]) -> int:
-        """How often the blocks run: once or twice a computed step. Stock: twice every step."""
-        return sum(1 + self.is_guided(step) for step in computed)
-
-    def count(self, computed: Sequence[int]) -> str:
-        """Such as "25 of 50 steps", with the passes where guidance ends early."""
-        text = f"{len(computed)} of {self.steps} steps"
-        if (passes := self.passes(computed)) != 2 * len(computed):
-            text += f", {passes} of {2 * self.steps} passes"
-        return text
 
 
 def first_steps(steps_by_model: Sequence[int], shares: Sequence[float]) -> tuple[int, ...]:
@@ -296,7 +285,7 @@ class Decision:
     """The decision of one step, and the numbers behind it."""
 
     timestep: float
-    distance: float | None  # relative L1 to the embedding of the step before; None at the first
+    distance: float | None  # relative L1 to the step before; None at a model's first step
     increment: float | None  # None on a forced step
     accumulated: float  # compared with the threshold; 0 on a forced step
     computed: bool
@@ -312,7 +301,7 @@ class Schedule:
     def decide(self, timestep: float, distance: float | None) -> bool:
         """Decide the next step: True to compute it, False to reuse the last residual.
 
-        distance: None at the first step of a model, which is always computed.
+        distance: None at the first step of a model, which is always computed; not used by "sigma".
         """
         config, step, done = self.config, len(self.decisions), self.computed_steps
         forced = config.thresh == 0 or step in config.forced_steps or distance is None
@@ -332,7 +321,8 @@ class Schedule:
 
     @property
     def passes(self) -> int:
-        return self.config.passes(self.computed_steps)
+        """How often the blocks run: once or twice a computed step. Stock: twice every step."""
+        return sum(1 + self.config.is_guided(step) for step in self.computed_steps)
 
     @property
     def speedup(self) -> float:
@@ -353,9 +343,64 @@ class Schedule:
         """One character per step: # computed, . skipped."""
         return "".join("#" if decision.computed else "." for decision in self.decisions)
 
-    def summary(self) -> str:
-        """Such as "25 of 50 steps (about 2.0x)"."""
-        return f"{self.config.count(self.computed_steps)} (about {self.speedup:.1f}x)"
+    def counts(self) -> str:
+        """Such as "25 of 50 steps", with the passes where guidance ends early."""
+        computed, steps = len(self.computed_steps), self.config.steps
+        text = f"{computed} of {steps} steps"
+        if self.passes != 2 * computed:
+            text += f", {self.passes} of {2 * steps} passes"
+        return text
+
+    @classmethod
+    def planned(
+        cls, config: TeaCacheConfig, timesteps: Sequence[float], distances: Sequence[float | None]
+    ) -> Schedule:
+        """The schedule of a run, decided ahead of it."""
+        schedule = cls(config)
+        for timestep, distance in zip(timesteps, distances, strict=True):
+            schedule.decide(timestep, distance)
+        return schedule
+
+    def again(self, **settings: Any) -> Schedule:
+        """The same run planned with other settings, such as ``thresh=0.1``."""
+        decisions, config = self.decisions, replace(self.config, **settings)
+        timesteps = [decision.timestep for decision in decisions]
+        return Schedule.planned(config, timesteps, [decision.distance for decision in decisions])
+
+    def for_speedup(self, speedup: float) -> Schedule:
+        """The plan at the highest threshold that keeps at least 2 * steps / speedup passes.
+
+        A higher threshold never adds passes, so bisection finds it. Of the thresholds that give
+        this plan the middle one is taken: so rounding, on another machine or in bfloat16, seldom
+        changes a decision. No threshold removes the passes of forced steps: there may be more.
+        ValueError: an increment is negative; no threshold can be trusted.
+        """
+        wanted = 2 * self.config.steps / speedup - 1e-9
+        if negative := self.again(thresh=LARGE_THRESH).negative_steps:
+            raise ValueError(f"increments are negative at steps {ranges(negative)}")
+        enough, too_large = 0.0, LARGE_THRESH
+        for _ in range(70):  # from 1e9 to 1e-12
+            middle = (enough + too_large) / 2
+            if self.again(thresh=middle).passes >= wanted:
+                enough = middle
+            else:
+                too_large = middle
+        best = self.again(thresh=enough)
+        exact = best.middle_threshold()
+        rounded = self.again(thresh=float(f"{exact:.4g}"))  # machines differ in the 9th digit
+        return rounded if rounded.as_text() == best.as_text() else self.again(thresh=exact)
+
+    def middle_threshold(self) -> float:
+        """The middle of the thresholds that give this schedule. They are above the sum of each
+        skipped step, and not above that of a computed one. 0 if no step is skipped."""
+        free = [decision for decision in self.decisions if decision.increment is not None]
+        skipped = [decision.accumulated for decision in free if not decision.computed]
+        reached = [d.accumulated for d in free if d.computed and math.isfinite(d.accumulated)]
+        if not skipped:
+            return 0.0
+        if not reached:
+            return 2 * max(skipped) or 1.0
+        return (max(skipped) + min(reached)) / 2
 
 
 def ranges(steps: Sequence[int]) -> str:
@@ -367,64 +412,6 @@ def ranges(steps: Sequence[int]) -> str:
         else:
             runs.append([step])
     return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
-
-
-@dataclass(frozen=True)
-class Preview:
-    """Runs a schedule ahead of the sampling.
-
-    distances: of each step's embedding to the step before; None at the first step of a model.
-        "sigma" reads only whether it is None.
-    """
-
-    timesteps: Sequence[float]
-    distances: Sequence[float | None]
-
-    def plan(self, config: TeaCacheConfig) -> Schedule:
-        schedule = Schedule(config)
-        for timestep, distance in zip(self.timesteps, self.distances, strict=True):
-            schedule.decide(timestep, distance)
-        return schedule
-
-    def plan_speedup(self, config: TeaCacheConfig, speedup: float) -> Schedule:
-        """The plan at the highest threshold that keeps at least 2 * steps / speedup passes.
-
-        A higher threshold never adds passes, so bisection finds it. Of the thresholds that give
-        this plan the middle one is taken: so rounding, on another machine or in bfloat16, seldom
-        changes a decision. No threshold removes the passes of forced steps: there may be more.
-        ValueError: an increment is negative; no threshold can be trusted.
-        """
-        wanted = 2 * config.steps / speedup - 1e-9
-
-        def at(thresh: float) -> Schedule:
-            return self.plan(replace(config, thresh=thresh))
-
-        if negative := at(LARGE_THRESH).negative_steps:
-            raise ValueError(f"increments are negative at steps {ranges(negative)}")
-        enough, too_large = 0.0, LARGE_THRESH
-        for _ in range(70):  # from 1e9 to 1e-12
-            middle = (enough + too_large) / 2
-            if at(middle).passes >= wanted:
-                enough = middle
-            else:
-                too_large = middle
-        best = at(enough)
-        exact = middle_threshold(best)
-        rounded = at(float(f"{exact:.4g}"))  # machines differ in the 9th digit
-        return rounded if rounded.as_text() == best.as_text() else at(exact)
-
-
-def middle_threshold(schedule: Schedule) -> float:
-    """The middle of the thresholds that give a schedule. They are above the sum of each skipped
-    step, and not above that of a computed one. 0 if no step is skipped."""
-    free = [decision for decision in schedule.decisions if decision.increment is not None]
-    skipped = [decision.accumulated for decision in free if not decision.computed]
-    reached = [d.accumulated for d in free if d.computed and math.isfinite(d.accumulated)]
-    if not skipped:
-        return 0.0
-    if not reached:
-        return 2 * max(skipped) or 1.0
-    return (max(skipped) + min(reached)) / 2
 
 
 # ----------------------------------------------------------------------------------------- cache
@@ -578,6 +565,8 @@ class TeaCache:
 
     def __init__(self, config: TeaCacheConfig):
         self.config, self.schedule = config, Schedule(config)
+        if config.thresh == 0:  # stock: nothing is decided later
+            self.schedule.decisions += [Decision(math.nan, None, None, 0.0, True)] * config.steps
         self.thread = threading.get_ident()
         self.drifts: list[tuple[int, tuple[float, float]]] = []  # step, relative error by order
         self.unread: list[tuple[int, Tensor]] = []  # step, sums of ResidualCache.add
@@ -747,12 +736,6 @@ class TeaCache:
         self.model = self.embedding = self.storing = self.output = self.block_input = None
         self.timestep = None
 
-    @property
-    def computed_steps(self) -> list[int]:
-        """Step numbers; all at threshold 0."""
-        stock = self.config.thresh == 0
-        return list(range(self.config.steps)) if stock else self.schedule.computed_steps
-
     def drift(self, order: int) -> float | None:
         """Mean relative error of the residuals that an order predicts, or None if no step was
         computed after a skipped one."""
@@ -760,8 +743,8 @@ class TeaCache:
 
     def summary(self) -> str:
         """The computed steps and the drift, in one line."""
-        order, steps = self.config.order, self.computed_steps
-        text = f"computed {self.config.count(steps)}"
+        order, steps = self.config.order, self.schedule.computed_steps
+        text = f"computed {self.schedule.counts()}"
         if len(steps) < self.config.steps:
             text += f" ({' '.join(map(str, steps))})"
         if self.drifts:
@@ -1262,18 +1245,19 @@ def embedding_distances(folder: Path, timesteps: Sequence[float], measure: str) 
     return [relative_l1(e[i], e[i - 1]).item() for i in range(1, len(e))]
 
 
-def preview_of(wan: Wan, args: Namespace, measure: str) -> Preview:
-    """A run's timesteps and, from the checkpoint, its distances: none is read for NOISE_LEVEL."""
-    timesteps, task_config = wan.timesteps(args), wan.task_config(args.task)
-    folders, distances, begin = transformer_folders(args.ckpt_dir, task_config), [], 0
+def distances_ahead(
+    wan: Wan, args: Namespace, measure: str, timesteps: Sequence[float]
+) -> list[float | None]:
+    """The distances of a run, from its checkpoint; None at the first step of each model."""
+    distances, task_config = list[float | None](), wan.task_config(args.task)
+    folders = transformer_folders(args.ckpt_dir, task_config)
     cure = "download it again, or use --teacache_rule sigma, which needs none"
     for folder, steps in zip(folders, split_by_model(timesteps, task_config), strict=True):
+        begin = len(distances)
         of_model = tuple(timesteps[begin : begin + steps])
-        begin += steps
-        if of_model:
-            with refusing(f"--ckpt_dir {folder}: its time embedding cannot be read", cure):
-                distances += [None, *wan.distances(folder, of_model, measure)]
-    return Preview(timesteps, distances)
+        with refusing(f"--ckpt_dir {folder}: its time embedding cannot be read", cure):
+            distances += [None, *wan.distances(folder, of_model, measure)] if of_model else []
+    return distances
 
 
 # Writing
@@ -1659,7 +1643,7 @@ class Video:
             "thresh": job.config.thresh,
             "order": job.config.order,
             "frames": self.frames,
-            "computed": cache.computed_steps if cache else [],
+            "computed": cache.schedule.computed_steps if cache else [],
             "steps": job.config.steps,
             "drift": cache.drift(job.config.order) if cache else None,
             "seconds": self.seconds,
@@ -1828,7 +1812,7 @@ class Session:
         if job.label not in (STOCK, NOISE):
             seconds = f", sampling {video.seconds.get('sampling', 0):.1f} s"
             log.info(f"{video.target}: {cache.summary()}{seconds}")
-        if cache.computed_steps != job.planned.computed_steps:
+        if cache.schedule.computed_steps != job.planned.computed_steps:
             log.warning(
                 f"{video.target}: computed {cache.schedule.as_text()}, "
                 f"other steps than planned: {job.planned.as_text()}"
@@ -2470,7 +2454,7 @@ def config_of(
         forced = first_steps(steps_by_model, shares)
     thresh = amount.value if amount and not amount.is_speedup else None
     if thresh is None and rule.is_sigma:
-        thresh = 0.0  # until plan_of finds one
+        thresh = 0.0  # until plan_amount finds one
     # stock, asked for by a threshold of 0, runs the unconditional branch at a scale of 1 too
     scale = None if amount == Amount(0.0) else args.sample_guide_scale
     return TeaCacheConfig.from_rule(
@@ -2485,23 +2469,21 @@ def config_of(
     )
 
 
-def plan_of(
-    amount: Amount | None, config: TeaCacheConfig, rule: Rule, preview: Preview
-) -> Schedule:
+def plan_amount(amount: Amount | None, at_config: Schedule, rule: Rule) -> Schedule:
     """The plan of a run: at its threshold, or for its speed-up. By default "sigma" computes half of
     the steps, or as few as its forced steps allow; --teacache_guide_until saves passes on top."""
     if amount is None and rule.is_sigma:  # half of the steps, whatever guidance saves
-        half = preview.plan_speedup(replace(config, guided_steps=None), 2.0)
-        return preview.plan(replace(config, thresh=half.config.thresh))
+        half = at_config.again(guided_steps=None).for_speedup(2.0)
+        return at_config.again(thresh=half.config.thresh)
     if amount is None or not amount.is_speedup:
-        return preview.plan(config)
+        return at_config
     try:
-        planned = preview.plan_speedup(config, amount.value)
+        planned = at_config.for_speedup(amount.value)
     except ValueError as error:
         cure = "no threshold can be trusted: use --teacache_rule sigma"
         raise Refused(f"{amount}: with {rule} {error}, and {cure}") from error
-    fewest = preview.plan(replace(config, thresh=LARGE_THRESH))
-    if fewest.passes > math.ceil(2 * config.steps / amount.value - 1e-9):
+    fewest = at_config.again(thresh=LARGE_THRESH)
+    if fewest.passes > math.ceil(2 * planned.config.steps / amount.value - 1e-9):
         raise Refused(
             f"{amount}: no threshold reaches it; the most is {fewest.speedup:.3g}, at "
             f"--teacache_thresh {planned.config.thresh:.4g}"
@@ -2525,7 +2507,7 @@ def check_plan(wan: Wan, job: Job, amount: Amount) -> None:
         cures = f"use a lower {str(amount).split()[0]}, --teacache_thresh 0, --teacache_rule sigma"
         if rule.name in RULES:
             cures += f", or --teacache_rule {rule.name} to run it all the same"
-        what = f"{amount}: {rule} would compute {planned.summary()}: {'; '.join(notes)}"
+        what = f"{amount}: {rule} would compute {planned.counts()}: {'; '.join(notes)}"
         require(rule.forced or not away, f"{what}: {cures}")
     if notes:
         wan.warn(f"{rule}: {'; '.join(notes)}: check the video")
@@ -2560,9 +2542,11 @@ def job_of(wan: Wan, *parts: Sequence[str], label: str = "", checked: bool = Tru
         f"--use_ret_steps: {rule} has no such steps: leave it out, or give --teacache_rule, one of "
         f"{', '.join(name for name in RULES if name != 'sigma')}",
     )
-    steps_by_model = split_by_model(wan.timesteps(args), wan.task_config(args.task))
+    timesteps = wan.timesteps(args)
+    steps_by_model = split_by_model(timesteps, wan.task_config(args.task))
     config = config_of(ours, args, rule, steps_by_model)
-    planned = plan_of(ours.amount, config, rule, preview_of(wan, args, config.measure))
+    distances = distances_ahead(wan, args, config.measure, timesteps)
+    planned = plan_amount(ours.amount, Schedule.planned(config, timesteps, distances), rule)
     settings, default = settings_of(args, planned.config, rule), ours.amount is None
     job = Job(args, rule, planned, settings, parts, label, by_default=default)
     if checked and not ours.teacache_plan:
@@ -2592,7 +2576,7 @@ def announce(jobs: Sequence[Job]) -> None:
         config, planned, default = job.config, job.planned, " (default)" * job.by_default
         if job.by_default and job.rule.is_sigma and 2 * len(planned.computed_steps) > config.steps:
             default = " (default: as near to half of the steps as its limits allow)"
-        does = planned.summary()
+        does = f"{planned.counts()} (about {planned.speedup:.1f}x)"
         if planned.passes == 2 * config.steps:
             does = f"all {config.steps} steps, as stock does"
         label, order = f"{job.label}: " if job.label else "", ", order 1" * config.order
@@ -2815,7 +2799,7 @@ def entry_flags(entry: str) -> list[str]:
 def print_plan(wan: Wan, ours: Namespace, argv: Sequence[str]) -> None:
     """For --teacache_plan: the schedule at the current threshold, the rule's, and some around."""
     job = job_of(wan, argv)
-    config, preview = job.config, preview_of(wan, job.args, job.config.measure)
+    config = job.config
     polynomial = job.rule.polynomial(ours.use_ret_steps)
     tried = list(polynomial.thresholds) if polynomial else [config.thresh or 0.1]
     ladder = [tried[-1] * factor for factor in (0.25, 0.5, 0.75, 1.5, 2.0, 3.0)]
@@ -2824,7 +2808,7 @@ def print_plan(wan: Wan, ours: Namespace, argv: Sequence[str]) -> None:
     print(f"TeaCache plan: {job.rule}, {config.steps} steps")
     print("   thresh  computed  skipped  speed-up  longest skip  schedule (# computed, . skipped)")
     for thresh in sorted(by_text.values()):
-        schedule = preview.plan(replace(config, thresh=thresh))
+        schedule = job.planned.again(thresh=thresh)
         computed, mark = len(schedule.computed_steps), ">" if thresh == config.thresh else " "
         print(
             f"{mark} {thresh:7.4g}  {computed:8}  {config.steps - computed:7}  "

@@ -27,7 +27,7 @@ import numpy as np
 import sampling
 import torch
 from common import machine, scripted, table
-from sampling import ASSETS, Sampling, Scene, load, preview_of
+from sampling import ASSETS, Sampling, Scene, load, plan
 from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm import tqdm
@@ -64,8 +64,8 @@ FLOOR = [  # stock with changes too small to see
 
 def cached_settings(mode: str, targets: Sequence[int] = COMPUTED) -> list[Setting]:
     """The different schedules of a mode that compute the targets' steps, with orders 0 and 1."""
-    config, preview = sampling.config_of(mode, STEPS), preview_of(load(), mode)
-    plans = [preview.plan_speedup(config, STEPS / n) for n in targets]
+    stock = plan(load(), sampling.config_of(mode, STEPS))
+    plans = [stock.for_speedup(STEPS / n) for n in targets]
     configs = {plan.as_text(): plan.config for plan in plans}.values()
     return [
         Setting(METHODS[mode], f"thresh {config.thresh:.4g}", replace(config, order=order))
@@ -120,8 +120,8 @@ def measure(settings: Sequence[Setting], pair: tuple[Scene, int]) -> list[dict[s
         psnr, ssim = sampling.fidelity(videos[setting.against], video)
         measured.append(
             {
-                "computed": len(cache.computed_steps),
-                "passes": sum(1 + config.is_guided(step) for step in cache.computed_steps),
+                "computed": len(cache.schedule.computed_steps),
+                "passes": sum(1 + config.is_guided(step) for step in cache.schedule.computed_steps),
                 "seconds": seconds,
                 "speedup": stock_seconds / seconds,
                 "drift": cache.drift(config.order),
@@ -180,7 +180,7 @@ def bench(pair_count: int, checked: int) -> dict[str, Any]:
     ):
         of_pairs = [measure(settings, pair) for pair in tqdm(pairs_of(count), unit="pair")]
         rows += map(row, settings, zip(*of_pairs, strict=True))
-    plain = preview_of(load(), "plain").plan(sampling.config_of("plain", STEPS))
+    plain = plan(load(), sampling.config_of("plain", STEPS))
     steps = [asdict(decision) for decision in plain.decisions]
     return {
         "machine": machine(),

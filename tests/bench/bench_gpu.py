@@ -165,7 +165,7 @@ def observe(pipeline: Any, config: TeaCacheConfig) -> Run:
     with teacache(pipeline.model, config) as cache:
         pipeline.generate("a prompt", SIZE, FRAMES, **options)
     hook.remove()
-    return Run(np.diff(marks), cache.computed_steps, *memory)
+    return Run(np.diff(marks), cache.schedule.computed_steps, *memory)
 
 
 def measure_full_size(task: str, steps: int) -> Rows:

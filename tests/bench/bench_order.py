@@ -92,14 +92,12 @@ def cases(setting: Sampling) -> Iterator[Case]:
     steps = setting.steps
     for mode in ("plain", "retention"):
         for n in (2, 3):
-            preview = sampling.preview_of(load(), mode, setting)
-            plan = preview.plan_speedup(sampling.config_of(mode, steps), n)
+            plan = sampling.plan(load(), sampling.config_of(mode, steps), setting).for_speedup(n)
             found, config = plan.computed_steps, plan.config
             sums = accumulate(plan, found, config.forced_steps)
             yield Case(f"{mode} 1/{n}", config, len(found), sums)
     # at a threshold that is never reached every step but the forced ones has an increment
-    preview = sampling.preview_of(load(), "plain", setting)
-    increments = preview.plan(sampling.config_of("plain", steps, 1e9))
+    increments = sampling.plan(load(), sampling.config_of("plain", steps, 1e9), setting)
     for family, first, strides in (("even", 0, (2, 4)), ("early", steps // 5, (3, 6))):
         for stride in strides:
             script = every(steps, stride, first)

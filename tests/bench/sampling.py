@@ -27,7 +27,7 @@ from teacache_generate import (  # noqa: E402
     NOISE_LEVEL,
     PROJECTION,
     RULES,
-    Preview,
+    Schedule,
     TeaCacheConfig,
     patched,
     read_rule,
@@ -121,10 +121,14 @@ def spaced(count: int, steps: int) -> list[int]:
 
 
 @functools.cache
-def preview_of(wan: WanT2V, mode: str, sampling: Sampling = Sampling()) -> Preview:
-    """Timesteps and distances of a mode, from a run that computes every step."""
+def run_of(wan: WanT2V, measure: str, sampling: Sampling) -> tuple[list[float], list[float | None]]:
+    """Timesteps and distances of a run that computes every step."""
     every = range(sampling.steps)
-    config = TeaCacheConfig(sampling.steps, 1.0, (0.0,), MEASURES[mode], forced_steps=every)
+    config = TeaCacheConfig(sampling.steps, 1.0, (0.0,), measure, forced_steps=every)
     _, cache, _ = sample(wan, "", torch.zeros(16, 5, 8, 8), config, sampling)
     decisions = cache.schedule.decisions
-    return Preview([d.timestep for d in decisions], [d.distance for d in decisions])
+    return [d.timestep for d in decisions], [d.distance for d in decisions]
+
+
+def plan(wan: WanT2V, config: TeaCacheConfig, sampling: Sampling = Sampling()) -> Schedule:
+    return Schedule.planned(config, *run_of(wan, config.measure, sampling))

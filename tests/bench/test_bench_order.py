@@ -5,7 +5,7 @@ import torch
 from bench_order import D2Cache, accumulate, cases, every
 from sampling import Sampling
 
-from teacache_generate import ComputedStep, Preview, TeaCacheConfig
+from teacache_generate import ComputedStep, Schedule, TeaCacheConfig
 
 
 def residuals(accumulated: list[float]) -> D2Cache:
@@ -27,7 +27,7 @@ def test_d2cache_predicts_what_its_formula_says(at_trigger, now, expected):
 
 def test_increments_accumulate_since_the_last_computed_step():
     config = TeaCacheConfig(6, 1e9, (1.0, 0.0), forced_steps=(0,))
-    plan = Preview([6, 5, 4, 3, 2, 1], [None, 0.1, 0.2, 0.3, 0.4, 0.5]).plan(config)
+    plan = Schedule.planned(config, [6, 5, 4, 3, 2, 1], [None, 0.1, 0.2, 0.3, 0.4, 0.5])
     found = accumulate(plan, computed=[0, 3, 5], forced=[0, 1])
     assert found == pytest.approx([0, 0, 0.2, 0.5, 0.4, 0.9])
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from teacache_generate import RULES, Preview, TeaCacheConfig
+from teacache_generate import RULES, Schedule, TeaCacheConfig
 
 NORMS = Path(__file__).resolve().parents[1] / "unit" / "wan_residual_norms.json"
 TABLES = json.loads(NORMS.read_text())["tables"]
@@ -43,8 +43,8 @@ def sigma(steps: int, shift: float, count: int) -> list[int]:
     levels = np.linspace(1, 0.001, steps + 1)[:-1]
     timesteps = (1000 * shift * levels / (1 + (shift - 1) * levels)).astype(int).tolist()
     config = TeaCacheConfig.from_rule(RULES["sigma"], steps, 0.1)
-    preview = Preview(timesteps, [None, *[0.0] * (steps - 1)])
-    return preview.plan_speedup(config, steps / count).computed_steps
+    plan = Schedule.planned(config, timesteps, [None, *[0.0] * (steps - 1)])
+    return plan.for_speedup(steps / count).computed_steps
 
 
 def test_magcache_computes_what_its_own_script_does():

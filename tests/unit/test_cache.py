@@ -137,7 +137,7 @@ def test_no_tensor_and_no_model_outlives_the_sampling(ending, guided):
     models.clear()
     gc.collect()
     assert [reference() for reference in references] == [None, None]
-    assert cache.computed_steps[:2] == [0, 2]
+    assert cache.schedule.computed_steps[:2] == [0, 2]
 
 
 # Wan2.2: a timestep a token, two models
@@ -153,7 +153,7 @@ def test_a_skipped_step_projects_one_token(measure, probe):
             for _ in (0, 1):
                 model([torch.zeros(1, 5, 3)], t=t)
             counts.append(model.time_projection.rows - before)
-    computed = cache.computed_steps
+    computed = cache.schedule.computed_steps
     assert computed == {EMBEDDING: [0, 3, 6, 7], PROJECTION: [*range(5), 7]}[measure]
     assert counts == [(64 if step in computed else 2) + probe for step in range(8)]
     assert [d.distance for d in cache.schedule.decisions] == [None, *[0.5] * 7]

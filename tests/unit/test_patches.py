@@ -44,7 +44,7 @@ def test_a_forks_loop_over_its_blocks_keeps_working(fork):
     for thresh, computed in ((0.0, range(6)), (1.5, [0, 2, 4, 5])):
         with teacache(model, config_of(6, thresh)) as cache:
             outputs = numbers(sample(model, 6))
-        assert cache.computed_steps == list(computed)
+        assert cache.schedule.computed_steps == list(computed)
         assert outputs == expected_of(model, computed)
 
 
@@ -251,7 +251,7 @@ def test_a_model_serves_one_teacache_at_a_time():
         assert state(free) == before
         sample(other, 4)
         sample(model, 2, begin=2)
-    assert (one.computed_steps, two.computed_steps) == ([0, 2, 3], [0, 1, 2, 3])
+    assert (one.schedule.computed_steps, two.schedule.computed_steps) == ([0, 2, 3], [0, 1, 2, 3])
 
 
 def test_a_patched_forward_keeps_its_signature():

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from teacache_generate import (
     NOISE_LEVEL,
     PROJECTION,
     RULES,
-    Preview,
     Schedule,
     TeaCacheConfig,
     count_guided_steps,
@@ -35,7 +33,7 @@ LINE = (1.0, 0.0)  # the increment is the distance
 def planned(distances, thresh=1.0, measure=EMBEDDING, **others) -> Schedule:
     """The plan for a first step and one more per distance, all at timestep 1."""
     config = TeaCacheConfig(len(distances) + 1, thresh, LINE, measure, **others)
-    return Preview([1.0] * config.steps, [None, *distances]).plan(config)
+    return Schedule.planned(config, [1.0] * config.steps, [None, *distances])
 
 
 def noise_levels(first: float, steps: int, shift: float) -> np.ndarray:
@@ -51,8 +49,8 @@ def wan_timesteps(steps: int, shift: float) -> list[int]:
 def sigma(timesteps, thresh=None, speedup=2.0, **others) -> Schedule:
     """The plan of "sigma" at a threshold, or else for a speed-up."""
     config = TeaCacheConfig(len(timesteps), thresh or 0.0, measure=NOISE_LEVEL, **others)
-    preview = Preview(timesteps, [None, *[0.0] * (len(timesteps) - 1)])
-    return preview.plan(config) if thresh else preview.plan_speedup(config, speedup)
+    plan = Schedule.planned(config, timesteps, [None, *[0.0] * (len(timesteps) - 1)])
+    return plan if thresh else plan.for_speedup(speedup)
 
 
 # Rules and settings
@@ -111,7 +109,7 @@ def test_a_step_counts_two_passes_only_while_guided(guided, passes):
     assert plan.computed_steps == [0, 2, 4, 5]
     assert (plan.passes, plan.speedup) == (passes, 12 / passes)
     shown = f", {passes} of 12 passes" if passes < 8 else ""
-    assert plan.summary() == f"4 of 6 steps{shown} (about {12 / passes:.1f}x)"
+    assert plan.counts() == f"4 of 6 steps{shown}"
 
 
 # The rule "sigma"
@@ -158,16 +156,17 @@ def test_sigma_reaches_every_count_its_limit_allows():
 # The threshold for a speed-up, compared with a search of all thresholds
 
 
-def all_plans(config: TeaCacheConfig, preview: Preview) -> dict[tuple[int, ...], list[float]]:
+def all_plans(stock: Schedule) -> dict[tuple[int, ...], list[float]]:
     """Each plan that some threshold gives, and the thresholds between which it does."""
-    timesteps, sums = preview.timesteps, {0.0}
+    config, sums = stock.config, {0.0}
+    timesteps, distances = zip(*((d.timestep, d.distance) for d in stock.decisions), strict=True)
     for last in range(config.steps):
-        later = zip(timesteps[last + 1 :], preview.distances[last + 1 :], strict=True)
+        later = zip(timesteps[last + 1 :], distances[last + 1 :], strict=True)
         added = [config.increment(t, distance or 0.0, timesteps[last]) for t, distance in later]
         sums.update(np.cumsum(added).tolist())
     edges, found = [*sorted(sums), 2 * max(sums)], {}
     for below, above in pairwise(edges):
-        plan = preview.plan(replace(config, thresh=(below + above) / 2))
+        plan = stock.again(thresh=(below + above) / 2)
         found.setdefault(tuple(plan.computed_steps), []).extend([below, above])
     return found
 
@@ -178,16 +177,16 @@ def all_plans(config: TeaCacheConfig, preview: Preview) -> dict[tuple[int, ...],
 def test_a_speedup_gets_the_best_of_all_thresholds(measure, guided, second_model):
     steps, rng = 20, np.random.default_rng(7)
     distances = [None if i in (0, second_model) else rng.uniform(0.02, 0.1) for i in range(steps)]
-    preview = Preview(wan_timesteps(steps, 5), distances)
     config = TeaCacheConfig(steps, 0.0, LINE, measure, guided_steps=guided)
-    plans = all_plans(config, preview)
+    stock = Schedule.planned(config, wan_timesteps(steps, 5), distances)
+    plans = all_plans(stock)
     largest = max(map(max, plans.values()))
     for speedup in (1.0, 1.3, 1.6, 2.0, 2.7, 3.5, 40.0):
-        found = preview.plan_speedup(config, speedup)
-        counts = {config.passes(plan) for plan in plans}
+        found = stock.for_speedup(speedup)
+        counts = {sum(1 + config.is_guided(step) for step in plan) for plan in plans}
         enough = [count for count in counts if count >= 2 * steps / speedup - 1e-9]
         # where guidance ends early, even all steps may have too few passes
-        assert found.passes == min(enough, default=config.passes(range(steps)))
+        assert found.passes == min(enough, default=stock.passes)
         same = plans[tuple(found.computed_steps)]
         if found.longest_skip and max(same) < largest:
             middle = (min(same) + max(same)) / 2
@@ -196,7 +195,7 @@ def test_a_speedup_gets_the_best_of_all_thresholds(measure, guided, second_model
 
 def for_speedup(distances, speedup: float, **settings) -> Schedule:
     config = TeaCacheConfig(len(distances), 0.0, **{"coefficients": LINE, **settings})
-    return Preview([1.0] * len(distances), distances).plan_speedup(config, speedup)
+    return Schedule.planned(config, [1.0] * len(distances), distances).for_speedup(speedup)
 
 
 def test_a_speedup_where_nothing_changes_skips_all_or_none():

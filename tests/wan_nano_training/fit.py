@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
-from sampling import MEASURES, NANO, Sampling, load, preview_of
+from sampling import MEASURES, NANO, Sampling, load, plan
 
-from teacache_generate import Preview, TeaCacheConfig, relative_l1
+from teacache_generate import Schedule, TeaCacheConfig, relative_l1
 
 SAMPLING, FIRST_SEED = Sampling(), 1
+MODES = ("plain", "retention")
 
 
 class Changes(list[float]):
@@ -40,15 +41,15 @@ class Changes(list[float]):
             self.append(relative_l1(self.residuals[-1], self.residuals.pop(0)).item())
 
 
-def fit(mode: str, preview: Preview, changes: np.ndarray) -> dict[str, Any]:
+def fit(mode: str, stock: Schedule, changes: np.ndarray) -> dict[str, Any]:
     """A polynomial as in teacache.json. changes: [video, step, branch]."""
-    x = np.broadcast_to(np.array(preview.distances[1:])[:, None], changes.shape).flatten()
+    distances = np.array([decision.distance for decision in stock.decisions[1:]])
+    x = np.broadcast_to(distances[:, None], changes.shape).flatten()
     y = changes.flatten()
     coefficients = np.polyfit(x, y, 4).tolist()
     r_squared = 1 - np.square(y - np.polyval(coefficients, x)).mean() / y.var()
-    config = TeaCacheConfig(SAMPLING.steps, 0.0, coefficients, MEASURES[mode])
-    half = preview.plan_speedup(config, 2.0)
-    print(f"{mode}: R squared {r_squared:.2f}, {half.summary()} at {half.config.thresh:.4g}")
+    half = stock.again(coefficients=coefficients).for_speedup(2.0)
+    print(f"{mode}: R squared {r_squared:.2f}, {half.counts()} at {half.config.thresh:.4g}")
     return {"coefficients": coefficients, "thresholds": [half.config.thresh]}
 
 
@@ -58,15 +59,16 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, default=NANO / "prompts.txt")
     args = parser.parse_args()
     pipeline, found = load(args.ckpt_dir), []
-    previews = {mode: preview_of(pipeline, mode, SAMPLING) for mode in ("plain", "retention")}
+    configs = {m: TeaCacheConfig(SAMPLING.steps, 0.0, (0.0,), MEASURES[m]) for m in MODES}
+    stock = {mode: plan(pipeline, config, SAMPLING) for mode, config in configs.items()}
     seen = Changes(pipeline.model.blocks)
     for seed, prompt in enumerate(args.prompts.read_text().splitlines(), FIRST_SEED):
         pipeline.generate(prompt, seed=seed, sampling_steps=SAMPLING.steps)
         found.append(np.reshape(seen, (SAMPLING.steps - 1, 2)))
         seen.clear(), seen.residuals.clear()
     rule = {name: getattr(SAMPLING, name) for name in ("steps", "shift", "solver")}
-    for mode, preview in previews.items():
-        rule[mode] = fit(mode, preview, np.array(found))
+    for mode in MODES:
+        rule[mode] = fit(mode, stock[mode], np.array(found))
     (args.ckpt_dir / "teacache.json").write_text(json.dumps(rule, indent=1) + "\n")
     print(f"{len(found)} videos: {args.ckpt_dir / 'teacache.json'}")
 
