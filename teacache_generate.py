@@ -49,7 +49,7 @@ import time
 import zipfile
 from argparse import Namespace
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
@@ -475,19 +475,31 @@ class ComputedStep:
     probe: dict[int, Tensor]  # every n-th token in float32, small enough to keep and measure with
 
 
+def lines_between(
+    old: dict[int, Tensor], new: dict[int, Tensor], branches: Collection[int]
+) -> list[Tensor]:
+    """The changes from old to new that order 1 continues: of the unconditional branch, and of the
+    difference of the branches; of the conditional branch where guidance has ended."""
+    lines = [new[b] - old[b] for b in (UNCONDITIONAL, CONDITIONAL) if b in branches]
+    if len(lines) == 2:
+        lines[1] -= lines[0]
+    return lines
+
+
 class ResidualCache:
     """Predicts the residual of a skipped step from the last one or two computed steps.
 
     Order 0 repeats the newest residual (TeaCache). Order 1 continues the line through the last
-    two, over the timestep:
+    two, over the timestep, for the unconditional residual and for the difference of the branches:
 
         prediction = new + gain * reach * (new - old)
         reach      = (timestep[step] - timestep[new]) / (timestep[new] - timestep[old])
 
     It follows the line for as many steps as lie between old and new; then it stays constant.
-    Each branch has a gain, at first 1. Each computed step measures it: as the factor that brings
-    reach * (new - old) nearest to (actual - new), in least squares, clipped to 0..1. D2Cache
-    published a linear prediction for Wan2.1 before this one; the measured gain is this project's.
+    Each computed step measures both gains: as the factor that brings reach * (new - old) nearest
+    to (actual - new), in least squares, clipped to 0..1. Errors of the difference count most, as
+    guidance multiplies it: a gain of its own makes them smaller than a gain of each branch does.
+    D2Cache published a linear prediction for Wan2.1 before; the gains are this project's.
 
     decisions: of each step so far, for its timestep.
     """
@@ -495,7 +507,7 @@ class ResidualCache:
     def __init__(self, decisions: Sequence[Decision]):
         self.decisions = decisions
         self.history: deque[ComputedStep] = deque(maxlen=2)  # old, new
-        self.gain: dict[int, Tensor] = {}  # by branch, on the GPU; 1 until it is measured
+        self.gains: Sequence[float] | Tensor = (1.0, 1.0)  # once measured, a tensor on the GPU
 
     def predict(self, order: int, branch: int, step: int, of: str = "residual") -> Tensor:
         """The residual of a skipped step; with of="probe", its probe."""
@@ -504,9 +516,13 @@ class ResidualCache:
             return newest
         old, new = self.history
         reach = self.reach(min(step, 2 * new.step - old.step))  # as far as old lies back
-        change = newest - getattr(old, of)[branch]
-        # in place: a residual of 14B at 720P has 1.5 GB
-        return change.mul_(self.gain.get(branch, 1.0) * reach).add_(newest)
+        branches = new.probe if branch == CONDITIONAL else (UNCONDITIONAL,)
+        prediction = newest.clone()
+        for gain, line in zip(
+            self.gains, lines_between(getattr(old, of), getattr(new, of), branches)
+        ):
+            prediction += line.mul_(gain * reach)  # in place: 1.5 GB each for 14B at 720P
+        return prediction
 
     def reach(self, step: int) -> float:
         """How far a step lies beyond the newest one, in lengths of the line; 0 without a line."""
@@ -528,19 +544,20 @@ class ResidualCache:
         if not self.history:
             self.history.append(now)
             return None
-        old, new = self.history[0], self.history[-1]  # the same if there is one: the line is 0
-        terms = []  # five for each branch
+        terms = []  # three for each branch, then two for each line
         for branch, probe in now.probe.items():
-            error_0 = probe - self.predict(0, branch, now.step, of="probe")  # actual - new
-            error_1 = probe - self.predict(1, branch, now.step, of="probe")
-            line = new.probe[branch] - old.probe[branch]
-            terms += [probe.abs(), error_0.abs(), error_1.abs(), error_0 * line, line**2]
-        sums = sum_over_ranks(terms).view(-1, 5)
+            errors = [probe - self.predict(order, branch, now.step, "probe") for order in (0, 1)]
+            terms += [size.abs() for size in (probe, *errors)]
+        old, new = self.history[0], self.history[-1]  # the same if there is one: the lines are 0
+        lines = lines_between(old.probe, new.probe, now.probe)
+        for line, actual in zip(lines, lines_between(new.probe, now.probe, now.probe), strict=True):
+            terms += [line * actual, line**2]
+        errors, products = sum_over_ranks(terms).split(3 * len(now.probe))
         if reach := self.reach(now.step):
-            for branch, (*_, along, squared) in zip(now.probe, sums, strict=True):
-                self.gain[branch] = (along / (reach * squared)).nan_to_num(0.0).clamp(0, 1)
+            along, squared = products.view(-1, 2).T
+            self.gains = (along / (reach * squared)).nan_to_num(0.0).clamp(0, 1)
         self.history.append(now)
-        return sums[:, :3].sum(0)
+        return errors.view(-1, 3).sum(0)
 
 
 class TeaCache:

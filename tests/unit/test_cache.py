@@ -30,17 +30,18 @@ def by_hand(order: int):
     return cache, outputs[::2], [output - 100 for output in outputs[1::2]]
 
 
-def test_order_1_continues_each_branch_by_its_measured_gain():
-    """Gains: 1 at first; 1/4 and 0 at step 4; 1 (clipped from 3/2) and 3/4 at step 6."""
+def test_order_1_continues_two_lines_by_their_measured_gains():
+    """Unconditional and difference: 1 at first; 0 and 5/6 at step 4; 3/4 and 1 (clipped from 1.2)
+    at step 6."""
     cache, conditional, unconditional = by_hand(order=1)
     assert cache.schedule.as_text() == "##..#.#..#"
     # at 2 one line ahead, at 3 no further: 2 steps after a line of 1; at 5 a third of a line
-    assert conditional == pytest.approx([2, 4, 6, 6, 5.5, 5.5 + 1.5 / 12, 7, 7.75, 8.5, 9])
+    assert conditional == pytest.approx([2, 4, 6, 6, 5.5, 5.5 + 2.5 * 5 / 18, 7, 7.8125, 8.625, 9])
     assert unconditional == pytest.approx([1, 2, 3, 3, 1, 1, 0.5, 0.3125, 0.125, 0])
 
 
 def test_drift_is_measured_for_both_orders_whatever_runs():
-    by_order = ([2.5 / 6.5, 2 / 7.5, 2.5 / 9], [2.5 / 6.5, 1.75 / 7.5, 0.625 / 9])
+    by_order = ([2.5 / 6.5, 2 / 7.5, 2.5 / 9], [2.5 / 6.5, 11 / 18 / 7.5, 0.5 / 9])
     means = [f"{100 * np.mean(drifts):.1f} %" for drifts in by_order]
     for order in (0, 1):
         cache, *_ = by_hand(order)
