@@ -516,12 +516,11 @@ class ResidualCache:
             return newest
         old, new = self.history
         reach = self.reach(min(step, 2 * new.step - old.step))  # as far as old lies back
-        branches = new.probe if branch == CONDITIONAL else (UNCONDITIONAL,)
+        branches = new.probe if branch == CONDITIONAL else [UNCONDITIONAL]
+        lines = lines_between(getattr(old, of), getattr(new, of), branches)
         prediction = newest.clone()
-        for gain, line in zip(
-            self.gains, lines_between(getattr(old, of), getattr(new, of), branches)
-        ):
-            prediction += line.mul_(gain * reach)  # in place: 1.5 GB each for 14B at 720P
+        for i, line in enumerate(lines):
+            prediction += line.mul_(self.gains[i] * reach)  # in place: 1.5 GB each for 14B at 720P
         return prediction
 
     def reach(self, step: int) -> float:
