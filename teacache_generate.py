@@ -38,6 +38,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import re
 import shlex
 import signal
@@ -1189,7 +1190,11 @@ def import_wan(wan_repo: str | None, generates: bool) -> Wan:
 
 
 def check_gpus() -> None:
-    """Check that each process of this machine has a GPU, where there is one."""
+    """Check that each process of this machine has a GPU, where there is one, and that torchrun's
+    variables fit each other."""
+    rank, processes = environment("RANK", 0), environment("WORLD_SIZE", 1)
+    what = f"RANK {rank}: there are {processes} processes"
+    require(rank < processes, f"{what}: start with torchrun, or unset RANK")
     rank, processes = environment("LOCAL_RANK", 0), environment("LOCAL_WORLD_SIZE", 1)
     count = torch.cuda.device_count() if torch.cuda.is_available() else math.inf
     require(processes <= count, f"--nproc_per_node {processes}: must be {count} GPUs or fewer")
@@ -1463,6 +1468,8 @@ def check_target(wan: Wan, args: Namespace) -> None:
     ):
         if target.is_dir() or not target.suffix:
             raise OSError("no file with an ending")
+        if len(os.fsencode(target.name)) > 220:
+            raise OSError("too long, for NAME.latents.pt beside it")
         if target.exists():
             target.open("r+b").close()
         if (key := (target.parent, target.suffix)) in wan.checked:
@@ -1501,6 +1508,7 @@ def warn_of_scores(wan: Wan, args: Namespace) -> None:
 # If decoding or writing fails, NAME.latents.pt is kept beside the video and NAME.json names it.
 # --teacache_decode, or a batch or comparison that is started again, then makes the video.
 
+PLAIN_ERRORS = (torch.cuda.OutOfMemoryError, OSError, FloatingPointError)  # without a traceback
 SAMPLE, DECODE, SKIP = "sample", "decode", "skip"  # what is left to do for a job
 RECORD, LATENTS = ".json", ".latents.pt"  # endings of the files beside a video
 STOCK, NOISE, NOISE_STD = "stock", "noise 1e-4", 1e-4  # labels of a comparison's first two jobs
@@ -1512,7 +1520,6 @@ class Job:
 
     args: generate.py's flags. planned: its schedule.
     settings: what makes two videos the same (``settings_of``).
-    parts: the command line that it was made from (``our_flags``), for the other processes.
     label, compared_in: of an entry of a comparison; its table is named after compared_in.
     has_seed: the user gave a seed. by_default: the user gave neither a threshold nor a speed-up.
     needs_free_name: a default name of a single video, which may be taken when sampling begins.
@@ -1522,7 +1529,6 @@ class Job:
     rule: Rule
     planned: Schedule
     settings: dict[str, Any]
-    parts: Sequence[Sequence[str]]
     label: str = ""
     compared_in: Path | None = None
     has_seed: bool = True
@@ -1607,7 +1613,8 @@ def write_whole(file: Path, text: str) -> None:
     """Write a file under a temporary name, then rename it: it is never half written."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        # a name of a file may be no UTF-8
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
@@ -1631,6 +1638,7 @@ class Video:
     failure: Exception | None = None  # of decoder or writer
     status: str = "started"
     began: float | None = None  # when sampling began
+    recorded: bool = False  # the record beside the target is this video's
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -1671,6 +1679,7 @@ class Video:
 
     def save_record(self) -> None:
         """On rank 0. What cannot be written is logged, and stops no video."""
+        self.recorded = True
         try:
             if is_rank_0():
                 write_record(self.target, self.record())
@@ -1680,7 +1689,7 @@ class Video:
     def save_end(self, status: str) -> None:
         """Record a failure or a stop, but not over the record of another run."""
         self.status = status
-        if self.cache is not None or not beside(self.target, RECORD).exists():
+        if self.recorded or not beside(self.target, RECORD).exists():
             self.save_record()
 
     def keep_latents(self, latents: Sequence[Tensor], fps: float) -> None:
@@ -1732,23 +1741,10 @@ class BatchEnds(Exception):
     """No further video can be made; the failure behind it was logged."""
 
 
-@contextmanager
-def with_noise(models: Sequence[nn.Module], std: float) -> Iterator[None]:
-    """Add noise to the latents that the model sees at the first step: the same on both branches
-    and on all ranks."""
-    calls = itertools.count()
-
-    def add(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if next(calls) >= 2:  # the first step has two calls
-            return None
-        generator = torch.Generator().manual_seed(0)
-        latents = [x + std * torch.randn(x.shape, generator=generator).to(x) for x in args[0]]
-        return (latents, *args[1:])
-
-    with ExitStack() as stack:
-        for model in models if std else ():
-            stack.enter_context(model.register_forward_pre_hook(add))
-        yield
+def with_noise(latents: Sequence[Tensor]) -> list[Tensor]:
+    """Latents with noise too small to see: the same in each call and on all ranks."""
+    generator = torch.Generator().manual_seed(0)
+    return [x + NOISE_STD * torch.randn(x.shape, generator=generator).to(x) for x in latents]
 
 
 class Session:
@@ -1806,22 +1802,23 @@ class Session:
     def sample(self, pipeline: Any, generate: Callable, *args: Any, **kwargs: Any) -> Any:
         prompt = args[0] if args else kwargs.get("input_prompt", kwargs.get("prompt"))
         video, models = self.begin_video(prompt), models_of(pipeline)
-        job, called = video.job, time.perf_counter()
+        job, called, calls = video.job, time.perf_counter(), itertools.count()
 
-        begin_hooks = ExitStack()
+        def before_call(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            call = next(calls)
+            if call == 0:
+                synchronize()
+                video.began = time.perf_counter()
+                video.seconds["encode"] = video.began - called
+            if call < 2 and job.label == NOISE:  # both branches of the first step
+                return (with_noise(args[0]), *args[1:])
+            return None
 
-        def note_begin(*_: Any) -> None:
-            synchronize()
-            video.began = time.perf_counter()
-            video.seconds["encode"] = video.began - called
-            begin_hooks.close()  # the first call alone
-
-        noise = NOISE_STD if job.label == NOISE else 0.0
-        with begin_hooks, with_noise(models, noise):
+        with ExitStack() as stack:
             for model in models:
-                begin_hooks.enter_context(model.register_forward_pre_hook(note_begin))
-            with teacache(models, job.config) as video.cache:
-                result = generate(*args, **kwargs)
+                stack.enter_context(model.register_forward_pre_hook(before_call))
+            video.cache = stack.enter_context(teacache(models, job.config))
+            result = generate(*args, **kwargs)
         if video.began is None:
             raise RuntimeError("this pipeline does not call its model, and TeaCache cannot act")
         cache = video.cache
@@ -1928,8 +1925,7 @@ class Session:
         text = f"{video.target} failed: {str(error) or type(error).__name__:.500}"
         if video.latents and video.latents.is_file():
             text += f"\n{self.how_to_finish(video)}"
-        known = isinstance(error, (torch.cuda.OutOfMemoryError, OSError, FloatingPointError))
-        log.error(text, exc_info=None if known else error)
+        log.error(text, exc_info=None if isinstance(error, PLAIN_ERRORS) else error)
 
     def how_to_finish(self, video: Video) -> str:
         wan_repo = Path(self.wan.generate_py.__file__).parent
@@ -1982,8 +1978,11 @@ def decode_latents(wan: Wan, file: Path, content: dict[str, Any], args: Namespac
     args: task, ckpt_dir, save_file.
     """
     # the record is beside the video, or beside the latents where a fork renamed it
-    targets = Path(content["save_file"]), Path(str(file).removesuffix(LATENTS) + RECORD)
-    records = {target: read_record(target) or {} for target in targets}
+    targets = {Path(content["save_file"]), Path(str(file).removesuffix(LATENTS) + RECORD)}
+    records = {}
+    for target in targets:
+        with suppress(Refused):  # another program's file
+            records[target] = read_record(target) or {}
     device = device_of_run()
     with torch.no_grad():
         frames = wan.vae(args, device).decode([u.to(device) for u in content["latents"]])[0]
@@ -1992,7 +1991,7 @@ def decode_latents(wan: Wan, file: Path, content: dict[str, Any], args: Namespac
     done = {"status": "finished", "latents": None, "frames": frames.size(1)}
     done["file"] = args.save_file
     for target, record in records.items():
-        if record.get("latents") == str(file.absolute()):
+        if Path(record.get("latents") or "").name == file.name:  # the folder may have moved
             write_record(target, record | done)
     file.unlink()
 
@@ -2008,7 +2007,8 @@ class Queue:
     """
 
     def __init__(self) -> None:
-        self.store, self.rank, self.processes = next(dist.rendezvous("env://"))
+        with refusing("WORLD_SIZE is set", "start with torchrun, or unset WORLD_SIZE"):
+            self.store, self.rank, self.processes = next(dist.rendezvous("env://"))
         local, visible = environment("LOCAL_RANK", 0), os.getenv("CUDA_VISIBLE_DEVICES")
         devices = visible.split(",") if visible is not None else [*map(str, range(local + 1))]
         own = devices[local] if local < len(devices) else ""
@@ -2402,6 +2402,8 @@ def our_flags(*parts: Sequence[str]) -> tuple[Namespace, list[str]]:
         check_named(name, value)
         if isinstance(value, str):
             setattr(ours, name, value.replace(SPACE, " "))
+    if ours.teacache_compare:
+        ours.teacache_compare = [entry.replace(SPACE, " ") for entry in ours.teacache_compare]
     return ours, left
 
 
@@ -2542,16 +2544,15 @@ def settings_of(args: Namespace, config: TeaCacheConfig, rule: Rule) -> dict[str
         return value
 
     flags = {n: resolved(n, v) for n, v in vars(args).items() if n not in NOT_IN_SETTINGS}
-    settings = flags | {"rule": rule.name, **asdict(config)}
+    settings = flags | {"teacache": {"rule": rule.name, **asdict(config)}}
     return json.loads(json.dumps(settings, default=str))  # as a record holds it
 
 
-def job_of(wan: Wan, *parts: Sequence[str], label: str = "", checked: bool = True) -> Job:
+def job_of(wan: Wan, *parts: Sequence[str], label: str = "") -> Job:
     """One video: its flags parsed and checked, its schedule planned. label: of a comparison."""
     ours, rest = our_flags(*parts)
     args = wan.parse(rest)
-    if checked:
-        check_args(wan, args, all_files=not ours.teacache_plan)
+    check_args(wan, args, all_files=not ours.teacache_plan)
     rule = choose_rule(ours, args)
     require(
         not (ours.use_ret_steps and rule.is_sigma),
@@ -2563,9 +2564,9 @@ def job_of(wan: Wan, *parts: Sequence[str], label: str = "", checked: bool = Tru
     config = config_of(ours, args, rule, steps_by_model)
     distances = distances_ahead(wan, args, config.measure, timesteps)
     planned = plan_amount(ours.amount, Schedule.planned(config, timesteps, distances), rule)
-    settings, default = settings_of(args, planned.config, rule), ours.amount is None
-    job = Job(args, rule, planned, settings, parts, label, by_default=default)
-    if checked and not ours.teacache_plan:
+    settings = settings_of(args, planned.config, rule)
+    job = Job(args, rule, planned, settings, label, by_default=ours.amount is None)
+    if not ours.teacache_plan:
         check_plan(wan, job, ours.amount or Amount(job.config.thresh))
     return job
 
@@ -2627,8 +2628,9 @@ def read_jobs(file: str) -> list[tuple[int, list[str]]]:
         line = content[: error.start].count(b"\n") + 1
         raise Refused(f"{what}: line {line}: is not UTF-8: save as UTF-8") from error
     lines = []
-    for i, line in enumerate(map(str.strip, text.split("\n")), 1):
+    for i, line in enumerate(map(str.strip, StringIO(text, newline=None)), 1):
         require("\0" not in line, f"{what}: line {i}: is not UTF-8: save as UTF-8")
+
         if line.startswith("--"):
             with refusing(f"{what}: line {i}", "close the quotes"):
                 lines.append((i, shlex.split(line)))
@@ -2704,7 +2706,7 @@ def jobs_of_line(
         try:
             jobs.append(replace(job_of(wan, *parts, flags, label=label), has_seed=has_seed))
         except Refused as error:
-            what = f"--teacache_compare {label}: " if label else ""
+            what = f"--teacache_compare {label}: " if label not in ("", STOCK, NOISE) else ""
             raise Refused(*(f"{what}{message}" for message in error.args)) from error
     name_jobs(wan, jobs, taken, continues)
     records = []
@@ -2845,8 +2847,10 @@ def run_decode(ours: Namespace, argv: Sequence[str]) -> None:
     flags, file = parser.parse_args(argv), Path(ours.teacache_decode)
     for name, value in vars(flags).items():
         check_named(name, value)
-    what = f"--teacache_decode {file}"
-    require(not ours.teacache_jobs, f"{what}, --teacache_jobs: give one of them")
+    what, unset = f"--teacache_decode {file}", vars(our_flags([])[0])
+    others = {name for name, value in vars(ours).items() if value != unset[name]}
+    cure = "leave out all flags but --save_file, --ckpt_dir and --wan_repo"
+    require(others <= {"teacache_decode", "wan_repo"}, f"{what}: needs no other flags: {cure}")
     require(environment("WORLD_SIZE", 1) == 1, f"{what}: start one process, without torchrun")
     content = read_latents(file)
     given = {name: value for name, value in vars(flags).items() if value}
@@ -2858,6 +2862,9 @@ def run_decode(ours: Namespace, argv: Sequence[str]) -> None:
     )
     check_file(args, Path(args.ckpt_dir) / wan.task_config(args.task)["vae_checkpoint"])
     check_target(wan, args)
+    target = Path(args.save_file)
+    is_other = target.exists() and is_finished(read_record(target))
+    require(not is_other, f"--save_file {target}: is a finished video: give another name")
     decode_latents(wan, file, content, args)
     log.info(f"wrote {args.save_file} and deleted {file}")
 
@@ -2887,23 +2894,20 @@ def runs_a_queue(ours: Namespace, argv: Sequence[str]) -> bool:
 
 
 def jobs_of_queue(wan: Wan, ours: Namespace, argv: Sequence[str], queue: Queue) -> list[list[Job]]:
-    """The jobs of a queue: rank 0 checks, names and seeds them; the others parse its commands."""
-    if queue.rank:
-        logging.getLogger().setLevel(logging.WARNING)
-        log.setLevel(logging.INFO)
-        queue.wait(lambda: queue.store.check(["jobs"]))
-        shared = json.loads(queue.store.get("jobs"))
-        if shared is None:
-            raise Refused()  # rank 0 says why
-        return [[replace(job_of(wan, *parts, checked=False), todo=todo)] for parts, todo in shared]
-    shared = None
-    try:
-        jobs, shared = jobs_of(wan, ours, argv), []
-        for (job,) in jobs:
-            chosen = [f"--base_seed={job.args.base_seed}", f"--save_file={job.target}"]
-            shared.append(((*job.parts, chosen), job.todo))
-    finally:
-        queue.store.set("jobs", json.dumps(shared))
+    """The jobs of a queue: rank 0 makes them, the others get them from it."""
+    jobs = None
+    if queue.rank == 0:
+        try:
+            jobs = jobs_of(wan, ours, argv)
+        finally:
+            queue.store.set("jobs", pickle.dumps(jobs))
+        return jobs
+    logging.getLogger().setLevel(logging.WARNING)
+    log.setLevel(logging.INFO)
+    queue.wait(lambda: queue.store.check(["jobs"]))
+    jobs = pickle.loads(queue.store.get("jobs"))
+    if jobs is None:
+        raise Refused()  # rank 0 says why
     return jobs
 
 
@@ -2937,33 +2941,43 @@ def command(argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command line; ``argv`` is what follows the program's name. Exits with 2 for what was
     refused, 1 for what failed, 128 + its number for a signal; returns otherwise."""
-    status, local_rank = 0, environment("LOCAL_RANK", 0)  # before the queue sets it to 0
+    # a log line to a closed pipe must not print a traceback
+    with patched(logging, raiseExceptions=False):
+        status = exit_status(sys.argv[1:] if argv is None else argv)
+    if status:
+        sys.exit(status)
+
+
+def exit_status(argv: Sequence[str]) -> int:
+    """Run a command line and log how it fails."""
+    local_rank = environment("LOCAL_RANK", 0)  # before the queue sets it to 0
     alone = environment("LOCAL_WORLD_SIZE", 1) == 1  # then LOCAL_RANK is a left-over
     try:
-        # a log line to a closed pipe must not print a traceback
-        with stopped_by_signals(), patched(logging, raiseExceptions=False):
+        with stopped_by_signals():
             try:
-                status = command(sys.argv[1:] if argv is None else argv)
+                status = command(argv)
             except SystemExit as leaving:  # of --help
                 status = leaving.code or 0
-            sys.stdout.flush()
+            if sys.stdout:  # None if it was closed before the start
+                sys.stdout.flush()
+            return status
     except Refused as error:
         lines = (f"teacache_generate.py: error: {message}\n" for message in error.args)
         sys.stderr.writelines(lines if local_rank == 0 or alone else ())  # once per machine
-        status = 2
+        return 2
     except BrokenPipeError:  # of `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT
         log.error(f"stopped by {signal.Signals(number).name}")
-        status = 128 + number
+        return 128 + number
     except BatchEnds:
-        status = 1
+        return 1
     except Exception as error:
-        log.error(f"{error!r}", exc_info=error)
-        status = 1
-    if status:
-        sys.exit(status)
+        plain = isinstance(error, PLAIN_ERRORS)
+        log.error(f"{error if plain else repr(error)}", exc_info=None if plain else error)
+        return 1
 
 
 if __name__ == "__main__":

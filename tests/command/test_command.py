@@ -1,6 +1,7 @@
 """One video on the stand-in: the main job, refusals, importing Wan, attention, files."""
 
 import json
+import logging
 import pkgutil
 import shutil
 import subprocess
@@ -8,13 +9,14 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import Mock
 
 import pytest
 import torch
 from harness import Reference
 from nano import NANO, PROMPT, RULE, SCRIPT, attempt, frames, python
 
-from teacache_generate import RULES, TeaCacheConfig, import_wan, sdpa_attention, teacache
+from teacache_generate import RULES, TeaCacheConfig, import_wan, main, sdpa_attention, teacache
 
 RECORD = """status file prompt asked_prompt seed rule thresh order frames computed steps drift
 seconds peak_bytes versions latents settings"""
@@ -111,6 +113,7 @@ REFUSED = {
     "no target": ("--save_file /none/x.mp4", "--save_file /none/x.mp4: cannot be written"),
     "read-only": ("--save_file /proc/x.mp4", "--save_file /proc/x.mp4: cannot be written"),
     "no ending": ("--save_file x", "x: cannot be written: no file with an ending: give a .mp4"),
+    "long name": (f"--save_file {'x' * 230}.mp4", "too long, for NAME.latents.pt beside it"),
     "webm": ("--save_file x.webm", "x.webm: cannot be written"),
 }
 
@@ -136,7 +139,7 @@ def test_help_has_all_flags_and_a_missing_checkpoint_is_refused(capsys):
         ("LOCAL_RANK=1", True),  # left over in a shell: one process, and nobody else speaks
         ("LOCAL_RANK= LOCAL_WORLD_SIZE=", True),
         ("LOCAL_RANK=1 LOCAL_WORLD_SIZE=2 RANK=1", False),
-        ("LOCAL_RANK=0 LOCAL_WORLD_SIZE=2 RANK=2", True),  # another machine
+        ("LOCAL_RANK=0 LOCAL_WORLD_SIZE=2 RANK=2 WORLD_SIZE=4", True),  # another machine
     ],
 )
 def test_refusal_is_printed_once_a_machine(capsys, monkeypatch, variables, speaks):
@@ -334,6 +337,7 @@ def test_old_gpu_is_warned_of_the_memory_of_scores(run, wan, monkeypatch, capabi
 @pytest.mark.parametrize(
     ("count", "variable", "expected"),
     [
+        (1, "RANK=1", "RANK 1: there are 1 processes: start with torchrun, or unset RANK"),
         (1, "LOCAL_RANK=1", "LOCAL_RANK 1: there are 1 GPUs: start with torchrun, or unset"),
         (2, "LOCAL_WORLD_SIZE=4", "--nproc_per_node 4: must be 2 GPUs or fewer"),
     ],
@@ -395,3 +399,20 @@ def test_reader_that_closes_the_pipe_leaves_no_traceback(ckpt):
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 0
+
+
+def test_last_log_line_of_a_stop_may_meet_a_closed_pipe(monkeypatch):
+    """As in ``| tee log.txt``: the terminal's Ctrl-C ends tee first."""
+    seen = []
+    monkeypatch.setattr("teacache_generate.command", Mock(side_effect=KeyboardInterrupt))
+    error = lambda *_, **__: seen.append(logging.raiseExceptions)  # noqa: E731
+    monkeypatch.setattr("teacache_generate.log.error", error)
+    with pytest.raises(SystemExit, match="130"):
+        main([])
+    assert seen == [False]
+
+
+def test_closed_stdout_is_no_failure(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    code, _, found = run("--frame_num", "5", "--sample_steps", "4", "--teacache_thresh", "0")
+    assert (code, found["status"]) == (0, "finished")

@@ -20,7 +20,14 @@ from PIL import Image
 from skimage.metrics import structural_similarity
 from stand_in import Made, out_of_memory, record, run_two, wrap
 
-from teacache_generate import Row, caption, comparison_table, main, write_side_by_side
+from teacache_generate import (
+    Row,
+    caption,
+    comparison_table,
+    main,
+    our_flags,
+    write_side_by_side,
+)
 
 FEW = ["--frame_num", "5", "--sample_steps", "10", "--teacache_rule", "sigma"]
 BALL = ["--prompt", "a red ball moves right", "--base_seed", "42"]
@@ -90,7 +97,9 @@ NAMES = ["stock", "noise-1e-4", "0.2", "0.2-0", "1.25x", "t2v-1.3B-0.08"]
 def test_entries_follow_two_stock_videos_from_one_load(whole):
     assert [row["label"] for row in whole.rows] == LABELS
     assert [video["order"] for video in whole.records] == [0, 0, 1, 0, 1, 1]
-    assert [video["settings"]["guided_steps"] for video in whole.records] == [None] * 2 + [5] * 4
+    assert [video["settings"]["teacache"]["guided_steps"] for video in whole.records] == [
+        None
+    ] * 2 + [5] * 4
     assert [video["thresh"] for video in whole.records][:4] == [0, 0, 0.2, 0.2]
     assert [video["rule"] for video in whole.records] == ["sigma"] * 5 + ["t2v-1.3B"]
     assert whole.made.sampled == [42] * 6
@@ -230,6 +239,7 @@ WRONG = {
     "": "--teacache_compare: expected at least one argument",
     "1.5x 9x": "--teacache_compare 9x: --teacache_speedup 9: no threshold reaches it",
     "t2v-14B:2x": "--teacache_compare t2v-14B:2x: --teacache_speedup 2: with rule t2v-14B",
+    "1.5x --frame_num 6": "error: --frame_num 6: must be 4n+1",
     "1.5x --teacache_thresh 0.1": "--teacache_thresh",
     "1.5x --teacache_speedup 1.5": "--teacache_speedup",
 }
@@ -240,6 +250,11 @@ def test_wrong_entries_are_refused_in_a_line(compare, made, entries):
     code, said = compare(entries)
     assert (code, said.count("error:"), made.sampled, os.listdir()) == (2, 1, [], []), said
     assert WRONG[entries] in said
+
+
+def test_entry_may_have_a_space():
+    ours, _ = our_flags(["--teacache_compare=my rule.json:0.3", "--prompt=a ball"])
+    assert ours.teacache_compare == ["my rule.json:0.3"]
 
 
 def test_old_pillow_is_found_before_loading(compare, made, monkeypatch):

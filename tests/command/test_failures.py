@@ -10,12 +10,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from nano import NANO, PROMPT, SCRIPT, frames, python
 from stand_in import RunsCode, after, first, out_of_memory, record, wrap
+
+from teacache_generate import write_record
 
 SHORT = [*PROMPT, "--teacache_rule", "sigma", "--sample_steps", "4", "--frame_num", "5"]
 DECODER, NOISE = "wan.modules.vae.WanVAE.decode", "wan.pipeline.WanPipeline.noise"
@@ -156,6 +159,17 @@ def test_latents_lost_with_their_folder_are_not_told(run, monkeypatch):
     wrap(monkeypatch, GENERATE_PY, after(lambda video: shutil.rmtree(target.parent)))
     code, said = run(target=target)
     assert (code, f"{target} failed: " in said, "--teacache_decode" in said) == (1, True, False)
+
+
+def test_record_says_that_a_model_cannot_be_patched(run, monkeypatch):
+    monkeypatch.setattr("teacache_generate.find_transformer", Mock(side_effect=TypeError("other")))
+    assert (run()[0], record()["status"]) == (1, "failed: TypeError('other')")
+
+
+def test_name_that_is_not_utf_8_has_a_record(run):
+    name = os.fsdecode(b"caf\xe9.mp4")
+    write_record(Path(name), {"file": name})
+    assert record("caf\udce9") == {"file": name}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -310,16 +324,37 @@ def test_flags_override_what_the_latents_say(run, failed, ckpt, tmp_path, undist
     assert files() == ["x.json", "y.mkv"]
 
 
+def test_decoding_after_a_move_finishes_the_record(run, failed):
+    Path("moved").mkdir()
+    for file in (failed, "x.json"):
+        shutil.move(file, "moved")
+    argv = ["--teacache_decode", "moved/../moved/x.latents.pt", "--save_file", "moved/x.mp4"]
+    assert run(*argv)[0] == 0
+    found = record("moved/x")
+    assert (found["status"], found["latents"], found["file"]) == ("finished", None, "moved/x.mp4")
+
+
+def test_another_finished_video_is_not_decoded_over(run, failed):
+    assert run("--base_seed", "1")[0] == 0
+    before = Path("x.mp4").read_bytes()
+    code, said = run("--teacache_decode", failed)
+    assert (code, Path("x.mp4").read_bytes(), failed.exists()) == (2, before, True)
+    assert "x.mp4: is a finished video: give another name" in said
+    Path("x.json").write_text("{}")  # no record, but of another target
+    assert run("--teacache_decode", failed, "--save_file", "y.mp4")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("change", "argv", "expected"),
     [
+        (None, ["--teacache_thresh", "0.1"], "needs no other flags"),
         (None, ["--save_file", "/none/x.mp4"], "--save_file /none/x.mp4: cannot be written"),
         (None, ["--save_file", "x.txt"], "x.txt: cannot be written"),
         (None, ["--ckpt_dir", "/none"], "Wan2.1_VAE_nano.pth is missing"),
         (None, ["--save_file", ""], '--save_file "": is empty'),
         (None, ["--prompt", "cats"], "--prompt cats"),
         (None, ["--base_seed", "1"], "--base_seed 1"),
-        (None, ["--teacache_jobs", "x.txt"], "--teacache_jobs: give one of them"),
+        (None, ["--teacache_jobs", "x.txt"], "needs no other flags"),
         (None, ["--teacache_decode", "none.pt"], "--teacache_decode none.pt: cannot be used"),
         (lambda kept: {**kept, "task": "t2v-14B"}, [], "--task t2v-14B"),
         (lambda kept: {**kept, "task": RunsCode(Path("ran"))}, [], "x.latents.pt: cannot be used"),
@@ -348,8 +383,9 @@ def test_latents_are_decoded_by_one_process(run, failed, monkeypatch):
 @pytest.mark.parametrize("what", ["writer", "memory in the decoder"])
 def test_latents_stay_until_their_video_is_read_back(run, failed, monkeypatch, what):
     wrap(monkeypatch, *ERRORS[what][:2])
-    assert run("--teacache_decode", failed)[0] == 1
-    assert (record()["status"][:6], failed.exists()) == ("failed", True)
+    code, said = run("--teacache_decode", failed)
+    assert (code, record()["status"][:6], failed.exists()) == (1, "failed", True)
+    assert "Traceback" not in said
 
 
 # ------------------------------------------------------------------------------ forks

@@ -56,7 +56,7 @@ def videos() -> list[str]:
 # ------------------------------------------------------------------------------ the jobs file
 
 MIXED = (
-    "# a comment\r\n"
+    "# a comment\r"
     'He said "no", it\'s $HOME & 50% off #1 \\n `ls`\r\n'
     "\r\n \t \r\n"
     "   - a cat, indented  \r\n"
@@ -373,7 +373,7 @@ def ask_another_prompt(target: Path) -> None:
 # How many videos a batch, a comparison (with its stock) and a single run then sample; None: refused
 # fmt: off
 FOUND = {
-    "finished": (lambda target: None, 0, 3, 1),
+    "finished": (lambda target: None, 0, 2, 1),
     "cut short": (lambda target: target.write_bytes(target.read_bytes()[:3000]), 1, 3, 1),
     "a frame too few": (lambda target: change(target, frames=6), 1, 3, 1),
     "latents": (keep_latents, 0, 2, 1),

@@ -299,10 +299,11 @@ class Reference:
     Of a job: ``thresh``, or the record that has it; ``method``, plain, ret or sigma, the first two
     with ``coefficients``; ``forced``, steps that are computed; ``in_a_row``, the most skipped in a
     row; ``guided_steps`` n: from step n on the unconditional call returns the conditional output.
-    ``order`` 0: r is the last residual r1. 1: r = r1 + g k (r1 - r2), with r2 the one before; k is
-    how far the noise level has moved, in gaps between the two, but for no more steps than lie
-    between them. g, one for each branch: 1, then at each computed step the least-squares factor
-    for its k and residual, clipped to 0..1.
+    ``order`` 0: r is the last residual r1. 1: u = u1 + g k (u1 - u2), with u2 the unconditional
+    one before, and the same with another g for c - u; k is how far the noise level has moved, in
+    gaps between the two, but for no more steps than lie between them. g: 1, then at each computed
+    step the least-squares factor for its k and residual, clipped to 0..1. After guidance c has the
+    first g.
 
     Two models share one schedule. The first step of each is computed; its residuals start anew.
     """
@@ -339,8 +340,8 @@ class Reference:
         self.levels.append(float(t.flatten()[-1]) / 1000)  # the first tokens of ti2v may have 0
         self.first_of_model, self.model = model is not self.model, model
         if self.first_of_model:
-            self.past: dict[int, list[tuple[int, Tensor]]] = {0: [], 1: []}
-            self.gain = {0: 1.0, 1: 1.0}
+            self.past: list[tuple[int, list[Tensor]]] = []  # step, c and u
+            self.gains = [1.0, 1.0]
         if self.method == "sigma":
             now, last = (0.33 + 0.66 * self.levels[step] for step in (-1, self.last_computed()))
             self.decide(abs(1 - now / last))
@@ -368,12 +369,15 @@ class Reference:
         self.h = args[0]
 
     def leave(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
-        past = self.past[self.branch]
         if not self.computed[-1]:
-            return (self.h + self.predicted(past), *args[1:])
-        past.append((self.step, args[0] - self.h))
-        if len(past) > 2:
-            self.measure(*past[-3:])
+            return (self.h + self.predicted(), *args[1:])
+        guided = self.step < self.guided_steps
+        if self.branch == 0:
+            self.past.append((self.step, []))
+        if self.branch == 0 or guided:
+            self.past[-1][1].append(args[0] - self.h)
+        if self.branch == guided and len(self.past) > 2:
+            self.measure(*self.past[-3:])
         return None
 
     def gaps(self, step: int, last: int, before: int) -> float:
@@ -381,31 +385,43 @@ class Reference:
         s2, s1, s = (self.levels[i] for i in (before, last, step))
         return (s - s1) / (s1 - s2) if s1 != s2 else 0.0
 
-    def predicted(self, past: list[tuple[int, Tensor]]) -> Tensor:
-        last, r1 = past[-1]
-        if self.order == 0 or len(past) < 2:
+    def predicted(self) -> Tensor:
+        last, newest = self.past[-1]
+        r1 = newest[self.branch % len(newest)]
+        if self.order == 0 or len(self.past) < 2:
             return r1
-        before, r2 = past[-2]
+        before, older = self.past[-2]
         k = self.gaps(min(self.step, 2 * last - before), last, before)
-        return r1 + self.gain[self.branch] * k * (r1 - r2)
+        moved = [self.gains[i] * k * x for i, x in enumerate(u_and_difference(newest, older))]
+        return r1 + (moved[0] if self.branch == 1 else sum(moved))
 
-    def measure(self, *last_three: tuple[int, Tensor]) -> None:
-        """The gain of a branch, from a part of the tokens of all ranks."""
+    def measure(self, *last_three: tuple[int, list[Tensor]]) -> None:
+        """The gains, from a part of the tokens of all ranks."""
         (before, r2), (last, r1), (now, r) = (
-            (step, x[:, :: math.ceil(x.size(1) / 1024)]) for step, x in last_three
+            (step, [x[:, :: math.ceil(x.size(1) / 1024)] for x in both])
+            for step, both in last_three
         )
-        k, line = self.gaps(now, last, before), r1 - r2
-        sums = torch.stack([(a * line).double().sum() for a in (r - r1, line)])
+        r1, r2, k = r1[: len(r)], r2[: len(r)], self.gaps(now, last, before)
+        lines, actual = u_and_difference(r1, r2), u_and_difference(r, r1)
+        pairs = [(a, line) for a, line in zip(actual, lines, strict=True)]
+        sums = torch.stack([(x * line).double().sum() for a, line in pairs for x in (a, line)])
         if dist.is_initialized():
             dist.all_reduce(sums)
-        along, length = sums.tolist()
         if k:
-            self.gain[self.branch] = min(max(along / (k * length), 0.0), 1.0) if length else 0.0
+            products = sums.view(-1, 2).tolist()
+            self.gains = [min(max(a / (k * b), 0.0), 1.0) if b else 0.0 for a, b in products]
 
     def returned(self, module: nn.Module, args: Any, output: list[Tensor]) -> list[Tensor] | None:
         if self.branch == 0:
             self.conditional = output
         return self.conditional if self.step >= self.guided_steps else None
+
+
+def u_and_difference(new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
+    """Changes of u and of c - u; of c where there is no u."""
+    if len(new) == 1:
+        return [new[0] - old[0]]
+    return [new[1] - old[1], (new[0] - new[1]) - (old[0] - old[1])]
 
 
 def inner(model: nn.Module) -> nn.Module:
