@@ -16,9 +16,12 @@ Sections; each uses only those above it:
   command line  flags, jobs, main
 
 The method is TeaCacheConfig, Schedule.decide, ResidualCache and TeaCache. A command runs through
-command, jobs_of, job_of (the plan), make_batch, Session.make, sample (the decisions), decode and
-write. To add a fitted model, add a Rule to RULES; to add a kind of task, add a Kind to KINDS and
-see check_inputs.
+
+    command > jobs_of > job_of (parses the flags, plans the schedule)
+            > make_batch > Session.make > sample (decides step by step) > decode > write
+
+To add a fitted model, add a Rule to RULES; to add a kind of task, add a Kind to KINDS, and see
+check_numbers, check_input and SIGMA_FOR_TWO_MODELS.
 
 TeaCache: Liu et al., "Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model",
 arXiv 2411.19108. Wan: https://github.com/Wan-Video/Wan2.1 and Wan2.2.
@@ -1529,10 +1532,10 @@ class Job:
     rule: Rule
     planned: Schedule
     settings: dict[str, Any]
-    label: str = ""
+    label: str
+    has_seed: bool
+    by_default: bool
     compared_in: Path | None = None
-    has_seed: bool = True
-    by_default: bool = False
     needs_free_name: bool = False
     todo: str = SAMPLE
 
@@ -1543,24 +1546,6 @@ class Job:
     @property
     def target(self) -> Path:
         return Path(self.args.save_file)
-
-
-@contextmanager
-def stopped_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a run as Ctrl-C does. Ignored ones (nohup) stay ignored."""
-
-    def stop(number: int, frame: Any) -> NoReturn:
-        raise KeyboardInterrupt(number)
-
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    defaults = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
-    for number in defaults:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number in defaults:
-            signal.signal(number, signal.SIG_DFL)
 
 
 # Files beside a video
@@ -1772,12 +1757,14 @@ class Session:
         once = functools.cache  # each video asks for the same
         for name in {"DashScopePromptExpander", "QwenPromptExpander"} & vars(generate_py).keys():
             replaced[name] = once(getattr(generate_py, name))
-        init, keep = once(dist.init_process_group), lambda *args: None
+        group = {
+            "init_process_group": once(dist.init_process_group),
+            "destroy_process_group": lambda *args: None,
+        }
         with ExitStack() as stack:
             stack.enter_context(patched(self.wan.package, **loaders))
             stack.enter_context(patched(generate_py, **replaced))
-            group = patched(dist, init_process_group=init, destroy_process_group=keep)
-            stack.enter_context(group)
+            stack.enter_context(patched(dist, **group))
             if with_xfuser:
                 xfuser = importlib.import_module("xfuser.core.distributed")
                 names = ("init_distributed_environment", "initialize_model_parallel")
@@ -1896,26 +1883,33 @@ class Session:
             self.wan.generate_py.generate(copy.copy(job.args))
             self.check_made()
         except Exception as error:
-            of_command = isinstance(error, (AssertionError, ValueError, ImportError, OSError))
-            if of_command and not (self.loading or self.pipelines):  # nothing is loaded
-                raise Refused(f"{type(error).__name__}: {error} (see --help)") from error
-            undecoded = [video for video in self.videos if video.failure]  # or unwritten
-            for video in undecoded or self.videos[-1:]:
-                self.tell_failure(video, video.failure or error)
-            # without a model, or with ranks that may wait at another place, nothing can follow
-            if self.loading or (is_distributed() and not undecoded):
-                raise BatchEnds from error
-        except BaseException:
-            video = self.videos[-1]
-            video.save_end("stopped")
-            if video.latents:
-                log.error(f"{video.target} is not finished: {self.how_to_finish(video)}")
+            self.fail(error)
+        except BaseException:  # a signal
+            self.stop()
             raise
         finally:
             logging.disable(logging.NOTSET)
             job.args.save_file = str(self.videos[0].target)  # the name may have been taken
-            self.recover(job)
+            self.clean_up(job)
         return self.videos[0]
+
+    def fail(self, error: Exception) -> None:
+        """Tell the failures of the job's videos: of their decoding or writing, else ``error``."""
+        of_command = isinstance(error, (AssertionError, ValueError, ImportError, OSError))
+        if of_command and not (self.loading or self.pipelines):  # nothing is loaded
+            raise Refused(f"{type(error).__name__}: {error} (see --help)") from error
+        sampled = [video for video in self.videos if video.failure]
+        for video in sampled or self.videos[-1:]:
+            self.tell_failure(video, video.failure or error)
+        # without a model, or with ranks that may wait at another place, nothing can follow
+        if self.loading or (is_distributed() and not sampled):
+            raise BatchEnds from error
+
+    def stop(self) -> None:
+        video = self.videos[-1]
+        video.save_end("stopped")
+        if video.latents:
+            log.error(f"{video.target} is not finished: {self.how_to_finish(video)}")
 
     def tell_failure(self, video: Video, error: Exception) -> None:
         """Log what failed, where the latents are, and the command that finishes the video."""
@@ -1944,7 +1938,7 @@ class Session:
             if is_rank_0() and video.status != "finished":
                 raise RuntimeError(f"generate.py did not write {video.target} with its own writer")
 
-    def recover(self, job: Job) -> None:
+    def clean_up(self, job: Job) -> None:
         """Free memory; after a failure, bring the pipeline to the state in which a video begins."""
         failed = any(video.status.startswith("failed") for video in self.videos)
         for pipeline in self.pipelines.values() if failed else ():
@@ -2565,7 +2559,7 @@ def job_of(wan: Wan, *parts: Sequence[str], label: str = "") -> Job:
     distances = distances_ahead(wan, args, config.measure, timesteps)
     planned = plan_amount(ours.amount, Schedule.planned(config, timesteps, distances), rule)
     settings = settings_of(args, planned.config, rule)
-    job = Job(args, rule, planned, settings, label, by_default=ours.amount is None)
+    job = Job(args, rule, planned, settings, label, gives_seed(rest), ours.amount is None)
     if not ours.teacache_plan:
         check_plan(wan, job, ours.amount or Amount(job.config.thresh))
     return job
@@ -2696,20 +2690,9 @@ def jobs_of_line(
 
     taken: targets of the command so far, without endings, and what has them.
     """
-    # generate.py draws a seed where none is given, at each parse: so look before
-    parser = Parser(add_help=False)  # abbreviates flags as generate.py does
-    parser.add_argument("--base_seed", type=int, default=-1)
-    has_seed = parser.parse_known_args(our_flags(*parts)[1])[0].base_seed >= 0
     continues = bool(ours.teacache_jobs or ours.teacache_compare)
-    jobs = []
-    for label, flags in entries_of(ours):
-        try:
-            jobs.append(replace(job_of(wan, *parts, flags, label=label), has_seed=has_seed))
-        except Refused as error:
-            what = f"--teacache_compare {label}: " if label not in ("", STOCK, NOISE) else ""
-            raise Refused(*(f"{what}{message}" for message in error.args)) from error
+    jobs = [job_of_entry(wan, parts, *entry) for entry in entries_of(ours)]
     name_jobs(wan, jobs, taken, continues)
-    records = []
     for job in jobs:
         key = job.target.resolve().with_suffix("")
         other = taken.get(key)
@@ -2717,13 +2700,27 @@ def jobs_of_line(
         taken[key] = f"line {line}" if line else f"entry {job.label}"
         if is_rank_0():
             check_target(wan, job.args)
-        if not job.needs_free_name:
-            records.append(decide_todo(job, continues))
-    if not has_seed:  # all entries have the recorded seed, or that of the first
+    records = [decide_todo(job, continues) for job in jobs if not job.needs_free_name]
+    if not jobs[0].has_seed:  # all entries have the recorded seed, or that of the first
         seeds = [record["seed"] for record in records if record] or [jobs[0].args.base_seed]
         for job in jobs:
             job.args.base_seed = seeds[0]
     return jobs
+
+
+def job_of_entry(wan: Wan, parts: Sequence[Sequence[str]], label: str, flags: Sequence[str]) -> Job:
+    try:
+        return job_of(wan, *parts, flags, label=label)
+    except Refused as error:
+        what = f"--teacache_compare {label}: " if label not in ("", STOCK, NOISE) else ""
+        raise Refused(*(f"{what}{message}" for message in error.args)) from error
+
+
+def gives_seed(argv: Sequence[str]) -> bool:
+    """Whether flags for generate.py have a seed. At each parse generate.py draws one otherwise."""
+    parser = Parser(add_help=False)  # abbreviates flags as generate.py does
+    parser.add_argument("--base_seed", type=int, default=-1)
+    return parser.parse_known_args(argv)[0].base_seed >= 0
 
 
 def name_jobs(wan: Wan, jobs: Sequence[Job], taken: dict[Path, str], continues: bool) -> None:
@@ -2936,6 +2933,24 @@ def command(argv: Sequence[str]) -> int:
         if ours.teacache_compare:
             return run_comparisons(session, jobs_by_line)
         return make_batch(session, jobs, queue)
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a run as Ctrl-C does. Ignored ones (nohup) stay ignored."""
+
+    def stop(number: int, frame: Any) -> NoReturn:
+        raise KeyboardInterrupt(number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    defaults = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in defaults:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in defaults:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
