@@ -1797,14 +1797,13 @@ class Session:
                 synchronize()
                 video.began = time.perf_counter()
                 video.seconds["encode"] = video.began - called
-            if call < 2 and job.label == NOISE:  # both branches of the first step
-                return (with_noise(args[0]), *args[1:])
-            return None
+            if call == 1:  # the last one of the first step
+                hooks.close()
+            return (with_noise(args[0]), *args[1:]) if job.label == NOISE else None
 
-        with ExitStack() as stack:
+        with ExitStack() as hooks, teacache(models, job.config) as video.cache:
             for model in models:
-                stack.enter_context(model.register_forward_pre_hook(before_call))
-            video.cache = stack.enter_context(teacache(models, job.config))
+                hooks.enter_context(model.register_forward_pre_hook(before_call))
             result = generate(*args, **kwargs)
         if video.began is None:
             raise RuntimeError("this pipeline does not call its model, and TeaCache cannot act")

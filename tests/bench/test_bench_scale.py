@@ -43,7 +43,7 @@ def measured(repo: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("case", CASES)
 def test_each_case_is_within_its_bounds(case, order):
     found = measured(WAN22 if case in WAN22_CASES else WAN21)["figures"][case]
-    share = 1.3 if case in WAN22_CASES else 0.3
+    share = 1.4 if case in WAN22_CASES else 0.3
     assert found[f"{order}: skipped/computed pass, %"] <= share
     *waits, last_waits = found[f"{order}: host syncs above stock"]
     assert max(waits) <= 1

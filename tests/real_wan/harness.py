@@ -392,8 +392,8 @@ class Reference:
             return r1
         before, older = self.past[-2]
         k = self.gaps(min(self.step, 2 * last - before), last, before)
-        moved = [self.gains[i] * k * x for i, x in enumerate(u_and_difference(newest, older))]
-        return r1 + (moved[0] if self.branch == 1 else sum(moved))
+        changes = u_and_difference(newest, older)[: 2 - self.branch]
+        return sum((self.gains[i] * k * x for i, x in enumerate(changes)), r1)
 
     def measure(self, *last_three: tuple[int, list[Tensor]]) -> None:
         """The gains, from a part of the tokens of all ranks."""
@@ -421,7 +421,7 @@ def u_and_difference(new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
     """Changes of u and of c - u; of c where there is no u."""
     if len(new) == 1:
         return [new[0] - old[0]]
-    return [new[1] - old[1], (new[0] - new[1]) - (old[0] - old[1])]
+    return [new[1] - old[1], (new[0] - old[0]) - (new[1] - old[1])]
 
 
 def inner(model: nn.Module) -> nn.Module:
