@@ -18,10 +18,10 @@ Sections; each uses only those above it:
 The method is TeaCacheConfig, Schedule.decide, ResidualCache and TeaCache. A command runs through
 
     command > jobs_of > job_of (parses the flags, plans the schedule)
-            > make_batch > Session.make > sample (decides step by step) > decode > write
+            > make_batch > Session.make > sample (TeaCache.decide, each step) > decode > write
 
-To add a fitted model, add a Rule to RULES; to add a kind of task, add a Kind to KINDS, and see
-check_numbers, check_input and SIGMA_FOR_TWO_MODELS.
+To add a fitted model, add a Rule to RULES, or put teacache.json into its checkpoint (read_rule); to
+add a kind of task, add a Kind to KINDS, and see check_numbers and check_input.
 
 TeaCache: Liu et al., "Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model",
 arXiv 2411.19108. Wan: https://github.com/Wan-Video/Wan2.1 and Wan2.2.
@@ -85,7 +85,8 @@ log = Log(logging.getLogger("teacache"), {})
 # TeaCache published the polynomials and their thresholds. Rule "sigma" is based on MagCache. New
 # here: the straight line of residual_norm, order 1, and choosing a threshold for a speed-up.
 
-EMBEDDING, PROJECTION, NOISE_LEVEL = "embedding", "projection", "noise level"  # measures
+# TeaCacheConfig.measure: what increments are computed from
+EMBEDDING, PROJECTION, NOISE_LEVEL = "embedding", "projection", "noise level"
 RETENTION_STEPS = 5  # the first steps, always computed with PROJECTION (--use_ret_steps)
 TRAIN_TIMESTEPS = 1000  # a timestep is 1000 times the noise level
 LARGE_THRESH = 1e9  # in place of infinity: only forced steps are computed
@@ -118,8 +119,8 @@ class Rule:
     steps, shift, solver: the sampling settings of the fit.
     tasks: Wan's tasks that use this rule by default.
     area: pixels of a frame in the fit, where several rules have one task.
-    Of the choice for a run: why it was chosen; forced: the user named it, so that check_plan warns
-    where it would refuse.
+    why, named: set by choose_rule for one run; named: the user gave this name, so that check_plan
+        warns where it would refuse.
     """
 
     name: str
@@ -131,7 +132,7 @@ class Rule:
     tasks: Sequence[str] = ()
     area: int = 0
     why: str = ""
-    forced: bool = False
+    named: bool = False
 
     @property
     def is_sigma(self) -> bool:
@@ -227,7 +228,7 @@ class TeaCacheConfig:
         default_forced, default_max = {
             EMBEDDING: ((0, self.steps - 1), self.steps),
             PROJECTION: (tuple(range(RETENTION_STEPS)), self.steps),
-            NOISE_LEVEL: (first_steps([self.steps], [0.2]), math.ceil(self.steps / 10)),
+            NOISE_LEVEL: (first_and_last_steps([self.steps], [0.2]), math.ceil(self.steps / 10)),
         }[self.measure]
         if self.forced_steps is None:  # the dataclass is frozen
             object.__setattr__(self, "forced_steps", default_forced)
@@ -255,7 +256,8 @@ class TeaCacheConfig:
 
         TeaCache (arXiv 2411.19108, section 3): the rescaled distance of the embedding to that of
         the step before. "sigma", after MagCache (arXiv 2506.09045): the relative change of the
-        residual's norm since the last computed step.
+        residual's norm since the last computed step, which is the whole error of one skipped step;
+        the accumulated value sums these errors.
         """
         if self.measure == NOISE_LEVEL:
             return abs(1 - residual_norm(timestep) / residual_norm(last_computed_timestep))
@@ -266,7 +268,7 @@ class TeaCacheConfig:
         return self.guided_steps is None or step < self.guided_steps
 
 
-def first_steps(steps_by_model: Sequence[int], shares: Sequence[float]) -> tuple[int, ...]:
+def first_and_last_steps(steps_by_model: Sequence[int], shares: Sequence[float]) -> tuple[int, ...]:
     """The first steps of each model, each share rounded up, and the last step of all."""
     found, begin = set[int](), 0
     for steps, share in zip(steps_by_model, shares, strict=True):
@@ -372,11 +374,12 @@ class Schedule:
         return Schedule.planned(config, timesteps, [decision.distance for decision in decisions])
 
     def for_speedup(self, speedup: float) -> Schedule:
-        """The plan at the highest threshold that keeps at least 2 * steps / speedup passes.
+        """The plan with the fewest passes, but at least 2 * steps / speedup.
 
-        A higher threshold never adds passes, so bisection finds it. Of the thresholds that give
-        this plan the middle one is taken: so rounding, on another machine or in bfloat16, seldom
-        changes a decision. No threshold removes the passes of forced steps: there may be more.
+        Passes never increase with the threshold, which delays computed steps: bisection finds it.
+        Of the thresholds that give this plan the middle one is taken: so rounding, on another
+        machine or in bfloat16, seldom changes a decision. No threshold removes the passes of
+        forced steps: there may be more than wanted.
         ValueError: an increment is negative; no threshold can be trusted.
         """
         wanted = 2 * self.config.steps / speedup - 1e-9
@@ -395,15 +398,15 @@ class Schedule:
         return rounded if rounded.as_text() == best.as_text() else self.again(thresh=exact)
 
     def middle_threshold(self) -> float:
-        """The middle of the thresholds that give this schedule. They are above the sum of each
-        skipped step, and not above that of a computed one. 0 if no step is skipped."""
+        """The middle of the thresholds that give this schedule, which are those with
+        max(sums of skipped steps) < threshold <= min(sums of computed steps). 0 if none skips."""
         free = [decision for decision in self.decisions if decision.increment is not None]
         skipped = [decision.accumulated for decision in free if not decision.computed]
         reached = [d.accumulated for d in free if d.computed and math.isfinite(d.accumulated)]
         if not skipped:
             return 0.0
         if not reached:
-            return 2 * max(skipped) or 1.0
+            return 2 * max(skipped) or 1.0  # any will do; 1 if no embedding changes
         return (max(skipped) + min(reached)) / 2
 
 
@@ -476,7 +479,7 @@ class ComputedStep:
 
     step: int
     residual: dict[int, Tensor]  # [1, tokens, dim]
-    probe: dict[int, Tensor]  # every n-th token in float32, small enough to keep and measure with
+    probe: dict[int, Tensor]  # at most PROBE_TOKENS of the tokens in float32, to measure with
 
 
 def lines_between(
@@ -529,7 +532,9 @@ class ResidualCache:
 
     def reach(self, step: int) -> float:
         """How far a step lies beyond the newest one, in lengths of the line; 0 without a line."""
-        old, new = self.history[0], self.history[-1]  # the same one if there is only one
+        if len(self.history) < 2:
+            return 0.0
+        old, new = self.history
         begin, end, now = (self.decisions[i].timestep for i in (old.step, new.step, step))
         return (now - end) / (end - begin) if end != begin else 0.0
 
@@ -539,7 +544,7 @@ class ResidualCache:
             computed.residual.clear()
 
     def add(self, now: ComputedStep) -> Tensor | None:
-        """Take a computed step; measure the predictions that it replaces, and the gains.
+        """Take a computed step; measure the predictions for it, and the gains.
 
         Returns [sum|R|, sum|R - prediction of order 0|, sum|R - prediction of order 1|] over the
         probes R of both branches and all ranks; None for a model's first step.
@@ -547,20 +552,23 @@ class ResidualCache:
         if not self.history:
             self.history.append(now)
             return None
-        terms = []  # three for each branch, then two for each line
+        sizes = []  # three of each branch
         for branch, probe in now.probe.items():
             errors = [probe - self.predict(order, branch, now.step, "probe") for order in (0, 1)]
-            terms += [size.abs() for size in (probe, *errors)]
-        old, new = self.history[0], self.history[-1]  # the same if there is one: the lines are 0
-        lines = lines_between(old.probe, new.probe, now.probe)
-        for line, actual in zip(lines, lines_between(new.probe, now.probe, now.probe), strict=True):
-            terms += [line * actual, line**2]
-        errors, products = sum_over_ranks(terms).split(3 * len(now.probe))
+            sizes += [size.abs() for size in (probe, *errors)]
         if reach := self.reach(now.step):
-            along, squared = products.view(-1, 2).T
-            self.gains = (along / (reach * squared)).nan_to_num(0.0).clamp(0, 1)
+            self.measure_gains(now, reach)
         self.history.append(now)
-        return errors.view(-1, 3).sum(0)
+        return sum_over_ranks(sizes).view(-1, 3).sum(0)
+
+    def measure_gains(self, now: ComputedStep, reach: float) -> None:
+        """Measure over the whole gap, also where the prediction stopped earlier."""
+        old, new = self.history
+        lines = lines_between(old.probe, new.probe, now.probe)
+        actual = lines_between(new.probe, now.probe, now.probe)
+        along = sum_over_ranks([a * line for a, line in zip(actual, lines, strict=True)])
+        squared = sum_over_ranks([line**2 for line in lines])
+        self.gains = (along / (reach * squared)).nan_to_num(0.0).clamp(0, 1)
 
 
 class TeaCache:
@@ -587,7 +595,7 @@ class TeaCache:
         self.config, self.schedule = config, Schedule(config)
         if config.thresh == 0:  # stock: nothing is decided later
             self.schedule.decisions += [Decision(math.nan, None, None, 0.0, True)] * config.steps
-        self.thread = threading.get_ident()
+        self.thread = threading.get_ident()  # step and branch are counted for one thread
         self.drifts: list[tuple[int, tuple[float, float]]] = []  # step, relative error by order
         self.unread: list[tuple[int, Tensor]] = []  # step, sums of ResidualCache.add
         # while one model samples
@@ -621,9 +629,9 @@ class TeaCache:
             output = self.output
         else:
             output = forward(x, t, *args, **kwargs)
-            # time_projection must have decided the step, and the head have taken block_input
-            patches_ran = len(self.schedule.decisions) > self.step and self.block_input is None
-            if self.config.thresh > 0 and not patches_ran:
+            decided = len(self.schedule.decisions) > self.step  # by time_projection
+            head_ran = self.block_input is None
+            if self.config.thresh > 0 and not (decided and head_ran):
                 raise RuntimeError(
                     f"step {self.step}: this model's forward does not call time_projection, blocks "
                     "and head in this order, which TeaCache needs: use --teacache_thresh 0"
@@ -746,7 +754,7 @@ class TeaCache:
         for (step, _), (size, error_0, error_1) in zip(self.unread, read, strict=True):
             if size > 0 and math.isfinite(size + error_0 + error_1):
                 self.drifts.append((step, (error_0 / size, error_1 / size)))
-        self.branch = UNCONDITIONAL
+        self.branch = UNCONDITIONAL  # the step is complete
         self.release()
 
     def release(self) -> None:
@@ -845,7 +853,7 @@ def patched_model(cache: TeaCache, model: nn.Module, inner: nn.Module) -> Iterat
     if "teacache" in vars(inner):
         raise RuntimeError("this model is patched by another teacache(): leave that one first")
     with ExitStack() as stack:
-        # the wrapper's: FSDP's mixed precision casts t before it calls the transformer
+        # the wrapper's: FSDP's mixed precision casts t, which begin_call compares, on its way in
         forward = functools.partial(cache.forward, inner, model.forward)
         forward = functools.wraps(model.forward)(forward)  # keeps its signature
         stack.enter_context(patched(inner, teacache=cache))
@@ -862,7 +870,7 @@ def patched_model(cache: TeaCache, model: nn.Module, inner: nn.Module) -> Iterat
 
 
 def patched_call(module: nn.Module, replacement: Callable) -> Any:
-    """Patch what calling a module runs: its forward, or the result of ``module.compile()``."""
+    """Patch what calling a module runs: the result of ``module.compile()``, else its forward."""
     compiled = getattr(module, "_compiled_call_impl", None) is not None
     name = "_compiled_call_impl" if compiled else "forward"
     return patched(module, **{name: functools.partial(replacement, getattr(module, name))})
@@ -904,32 +912,32 @@ def prepare_flash_attention() -> None:
     Wan expects ModuleNotFoundError; a package built for another torch raises anything. Newer
     versions of flash-attn 3 return a tensor where Wan takes the first of a tuple.
     """
-    for name in ("flash_attn", "flash_attn_interface"):
+    found = {}
+    for name in ("flash_attn", "flash_attn_interface"):  # flash-attn 2 and 3
         try:
-            varlen = importlib.import_module(name).flash_attn_varlen_func
+            found[name] = importlib.import_module(name).flash_attn_varlen_func
         except Exception:
-            sys.modules[name] = varlen = None  # type: ignore[assignment]
-    if varlen:  # of flash_attn_interface, which is flash-attn 3
+            sys.modules[name] = None  # type: ignore[assignment]
+    if varlen := found.get("flash_attn_interface"):
 
         @functools.wraps(varlen)
         def in_tuple(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
             out = varlen(*args, **kwargs)
             return out if isinstance(out, tuple) else (out,)
 
-        sys.modules[name].flash_attn_varlen_func = in_tuple
+        sys.modules["flash_attn_interface"].flash_attn_varlen_func = in_tuple
 
 
 def install_attention(device: torch.device) -> None:
     """Replace Wan's ``flash_attention`` where it cannot run on a device; call after ``import wan``.
 
-    Calls each module's function once with 16 tokens. Leaves an attention of the user's own, which
-    does not look whether flash-attn 2 was imported.
+    Calls each module's function once with 16 tokens. Leaves an attention of the user's own.
     """
     reasons = {}
     for name, module in list(sys.modules.items()):
         attend = getattr(module, "flash_attention", None) if name.startswith("wan.") else None
         names_used = getattr(getattr(attend, "__code__", None), "co_names", ())
-        if "FLASH_ATTN_2_AVAILABLE" not in names_used:
+        if "FLASH_ATTN_2_AVAILABLE" not in names_used:  # a global that Wan's own reads
             continue
         version = {"version": 2} if name.endswith(".clip") else {}  # as CLIP calls it
         q = torch.zeros(1, 16, 1, 128, dtype=torch.bfloat16, device=device)
@@ -1091,7 +1099,7 @@ class Wan:
         """A task's VAE alone."""
         file = self.task_config(args.task)["vae_checkpoint"]  # Wan2.1_VAE.pth, Wan2.2_VAE.pth
         module, vae_class = "vae", "WanVAE"  # of Wan2.1
-        if importlib.util.find_spec(f"wan.modules.{module}") is None:
+        if importlib.util.find_spec(f"wan.modules.{module}") is None:  # vae2_2, Wan2_2_VAE
             version = file.split("_")[0].removeprefix("Wan").replace(".", "_")
             module, vae_class = f"vae{version}", f"Wan{version}_VAE"
         make = getattr(importlib.import_module(f"wan.modules.{module}"), vae_class)
@@ -1292,7 +1300,7 @@ def write_frames(wan: Wan, frames: Tensor, file: str | Path, fps: float | None) 
 
     OSError: read back, the file does not hold all frames.
     """
-    if fps is None:  # Wan's writer for images hides its errors
+    if fps is None:  # Wan's writer hides its errors: check_written finds them
         options = {"nrow": 1, "normalize": True, "value_range": (-1, 1)}
         wan.writers[IMAGE_WRITER](tensor=frames.squeeze(1)[None], save_file=str(file), **options)
     else:
@@ -1330,8 +1338,8 @@ def check_numbers(wan: Wan, args: Namespace) -> None:
     frames, kind = args.frame_num, kind_of(args)
     below = max((frames - 1) // 4, 0) * 4 + 1
     require(frames == below, f"--frame_num {frames}: must be 4n+1, such as {below} or {below + 4}")
-    without_flf2v = IMAGE_WRITER in wan.writers and "WanFLF2V" not in wan.pipelines()
-    only_81 = kind == "flf2v" or (kind == "i2v" and without_flf2v)  # hard-coded in Wan2.1
+    early = IMAGE_WRITER in wan.writers and "WanFLF2V" not in wan.pipelines()  # Wan2.1
+    only_81 = kind == "flf2v" or (kind == "i2v" and early)  # hard-coded there
     what = f"--frame_num {frames}: must be 81 for {args.task}, as Wan2.1 has it"
     require(frames == 81 or not only_81, what)
     steps, shift, scale = args.sample_steps, args.sample_shift, args.sample_guide_scale
@@ -1412,16 +1420,18 @@ def find_damage(file: Path) -> str | None:
     """What is wrong with a file of weights, from its size and its ends; None if nothing is."""
     with file.open("rb") as opened:
         head = opened.read(64)
+    if not head:
+        return "is empty"
     if head.startswith(b"version https://git-lfs"):
         return "is a git-lfs pointer, which git lfs pull replaces"
-    if file.suffix == ".safetensors" and head:
+    if file.suffix == ".safetensors":
         with safetensors.safe_open(file, "pt"):  # raises if the file is cut short
             return None
     if head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(file):
         return "is cut short"  # an older pickle shows no such sign
     if file.suffix in (".pth", ".bin") and head[:1] not in (b"P", b"\x80"):
         return "holds no weights"  # but perhaps an error's web page
-    return None if head else "is empty"
+    return None
 
 
 def check_named(flag: str, value: Any) -> None:
@@ -1431,16 +1441,18 @@ def check_named(flag: str, value: Any) -> None:
 
 def check_inputs(wan: Wan, args: Namespace) -> None:
     """Check that every image and video that generate.py will open exists and can be read."""
-    kind, has_prompt = kind_of(args), args.prompt is not None
+    kind, examples = kind_of(args), wan.examples(args.task)
     both = kind != "flf2v" or bool(args.first_frame) == bool(args.last_frame)
     require(both, "--first_frame, --last_frame: give both, or Wan2.1 uses its example for both")
-    # with a prompt VACE uses no input of its example
-    examples = {} if kind == "vace" and has_prompt else wan.examples(args.task)
+    # VACE takes its whole example if there is no prompt, else nothing of it
+    whole_example = kind == "vace" and args.prompt is None
+    if kind == "vace" and args.prompt is not None:
+        examples = {}
     for name in KINDS[kind].inputs if kind in KINDS else ():
-        value = getattr(args, name)
-        ignored = kind == "vace" and not has_prompt and value is not None
-        require(not ignored, f"--{name} {value}: needs --prompt, or Wan2.1 uses its own example")
-        value = examples.get(name) if value is None else value
+        given = getattr(args, name)
+        what = f"--{name} {given}: needs --prompt, or Wan2.1 uses its own example"
+        require(given is None or not whole_example, what)
+        value = examples.get(name) if given is None else given
         files = (value or "").split(",") if name == "src_ref_images" else [value]
         for file in filter(None, files):
             check_input(name, file)
@@ -1481,27 +1493,6 @@ def check_target(wan: Wan, args: Namespace) -> None:
         ramp = torch.linspace(-1, 1, 2).view(1, 2, 1, 1).expand(3, 2, 64, 64)
         write_frames(wan, ramp[:, :1] if image else ramp, probe, None if image else 16)
     wan.checked.add(key)
-
-
-def warn_of_scores(wan: Wan, args: Namespace) -> None:
-    """Warn where PyTorch's attention stores the whole score matrix: on GPUs before Ampere."""
-    uses_ours = sys.modules["wan.modules.model"].flash_attention is sdpa_attention
-    if not (uses_ours and torch.cuda.is_available()):
-        return
-    capability = torch.cuda.get_device_capability(device_of_run())
-    if capability >= (8, 0):
-        return
-    config = wan.task_config(args.task)
-    width, height = map(int, args.size.split("*"))
-    stride, patch = config["vae_stride"], config["patch_size"]
-    frames = (args.frame_num - 1) // stride[0] + 1
-    tokens = frames * (width // stride[2] // patch[2]) * (height // stride[1] // patch[1])
-    gib = tokens**2 * config["num_heads"] * 2 / 2**30
-    wan.warn(
-        f"attention on this GPU (capability {'.'.join(map(str, capability))}) stores all scores in "
-        f"bfloat16: about {gib:,.0f} GiB for {tokens:,} tokens: use a smaller --size or "
-        "--frame_num, or a newer GPU"
-    )
 
 
 # --------------------------------------------------------------------------------------- session
@@ -1858,11 +1849,11 @@ class Session:
         video, args, is_image = self.videos[-1], self.job.args, name == IMAGE_WRITER
         if video.failure:
             return None
-        if save_file is not None and str(save_file) != args.save_file:  # a fork's own name
-            video.rename(Path(save_file))
         frames = tensor[0].unsqueeze(1) if is_image else tensor[0]  # [3, F, H, W]
         rate = None if is_image else fps or self.wan.fps(args)
         with video.phase("write"):
+            if save_file is not None and str(save_file) != args.save_file:  # a fork's own name
+                video.rename(Path(save_file))
             write_frames(self.wan, frames, video.target, rate)
         if video.failure:
             return None
@@ -1893,15 +1884,19 @@ class Session:
         return self.videos[0]
 
     def fail(self, error: Exception) -> None:
-        """Tell the failures of the job's videos: of their decoding or writing, else ``error``."""
+        """Tell the failures of the job's videos; ``error`` may be one, or follow from one."""
         of_command = isinstance(error, (AssertionError, ValueError, ImportError, OSError))
         if of_command and not (self.loading or self.pipelines):  # nothing is loaded
             raise Refused(f"{type(error).__name__}: {error} (see --help)") from error
-        sampled = [video for video in self.videos if video.failure]
-        for video in sampled or self.videos[-1:]:
-            self.tell_failure(video, video.failure or error)
+        last, failures = self.videos[-1], [video.failure for video in self.videos]
+        elsewhere = last.failure is None and error not in failures
+        if elsewhere:  # in the sampling of the last video, say
+            last.failure = error
+        for video in self.videos:
+            if video.failure:
+                self.tell_failure(video, video.failure)
         # without a model, or with ranks that may wait at another place, nothing can follow
-        if self.loading or (is_distributed() and not sampled):
+        if self.loading or (is_distributed() and elsewhere):
             raise BatchEnds from error
 
     def stop(self) -> None:
@@ -2240,8 +2235,9 @@ def make_entries(session: Session, jobs: Sequence[Job]) -> None:
     for job in jobs:
         log.info(f"comparison {job.compared_in}: {job.label}")
         prompt = make_one(session, job).prompt
-        for other in jobs if prompt is not None else ():
-            other.args.prompt, other.args.use_prompt_extend = prompt, False
+        if job.args.use_prompt_extend and prompt is not None:
+            for other in jobs:
+                other.args.prompt, other.args.use_prompt_extend = prompt, False
 
 
 def run_comparisons(session: Session, jobs_by_line: Sequence[Sequence[Job]]) -> int:
@@ -2320,8 +2316,12 @@ class Amount(NamedTuple):
     value: float
     is_speedup: bool = False
 
+    @property
+    def flag(self) -> str:
+        return f"--teacache_{'speedup' if self.is_speedup else 'thresh'}"
+
     def __str__(self) -> str:
-        return f"--teacache_{'speedup' if self.is_speedup else 'thresh'} {self.value:g}"
+        return f"{self.flag} {self.value:g}"
 
 
 def number_from(low: float, allowed: str, high: float = math.inf) -> Callable[[str], float]:
@@ -2347,31 +2347,38 @@ def as_speedup(text: str) -> Amount:
 def our_parser() -> Parser:
     """The flags that generate.py does not have."""
     parser = Parser(allow_abbrev=False, add_help=False, description="TeaCache for generate.py")
-    group = parser.add_argument_group("which steps are computed")
-    amounts = group.add_mutually_exclusive_group()
+    which = parser.add_argument_group("which steps are computed")
+    amounts = which.add_mutually_exclusive_group()
     amount = {"dest": "amount", "metavar": "X"}
     thresh, fewer = "higher skips more; 0 is stock", "or: find a threshold that runs 1/X of passes"
     amounts.add_argument("--teacache_thresh", type=as_threshold, help=thresh, **amount)
     amounts.add_argument("--teacache_speedup", type=as_speedup, help=fewer, **amount)
-    add = group.add_argument
     names = f"{', '.join(RULES)}, or a JSON file; default: teacache.json in --ckpt_dir, or by task"
-    add("--teacache_rule", metavar="NAME|FILE", help=names)
-    add("--use_ret_steps", action="store_true", help="the rule's polynomial for retention steps")
-    add = parser.add_argument_group("what the other steps do").add_argument
+    which.add_argument("--teacache_rule", metavar="NAME|FILE", help=names)
+    retention = "the rule's polynomial for retention steps"
+    which.add_argument("--use_ret_steps", action="store_true", help=retention)
+
+    others = parser.add_argument_group("what the other steps do")
     order = {"type": int, "choices": (0, 1), "default": 0}
-    add("--teacache_order", **order, help="1: extrapolate the residual; default: 0, repeat it")
+    extrapolate = "1: extrapolate the residual; default: 0, repeat it"
+    others.add_argument("--teacache_order", **order, help=extrapolate)
     share = {"type": number_from(0, "from 0 to 1, such as 0.6", high=1), "default": 1.0}
     guide = "guide the first SHARE of the steps only; default: 1"
-    add("--teacache_guide_until", **share, metavar="SHARE", help=guide)
-    instead = parser.add_argument_group("instead of one video")
-    add = instead.add_mutually_exclusive_group().add_argument
-    add("--teacache_plan", action="store_true", help="print which steps thresholds compute")
+    others.add_argument("--teacache_guide_until", **share, metavar="SHARE", help=guide)
+
+    instead = parser.add_argument_group("instead of one video").add_mutually_exclusive_group()
+    plan = "print which steps thresholds compute"
+    instead.add_argument("--teacache_plan", action="store_true", help=plan)
     entries = "stock and each entry: 0.08, 2x, sigma:2x, or 2x@1 for order 1"
-    add("--teacache_compare", nargs="+", metavar="ENTRY", help=entries)
-    add("--teacache_decode", metavar="FILE", help="make the video from kept latents")
-    add = parser.add_argument_group("files").add_argument
-    add("--teacache_jobs", metavar="FILE", help="one video per line: a prompt, or flags")
-    add("--wan_repo", metavar="DIR", help="Wan's folder; default: this script's, else the current")
+    instead.add_argument("--teacache_compare", nargs="+", metavar="ENTRY", help=entries)
+    decode = "make the video from kept latents"
+    instead.add_argument("--teacache_decode", metavar="FILE", help=decode)
+
+    files = parser.add_argument_group("files")
+    jobs = "one video per line: a prompt, or flags"
+    files.add_argument("--teacache_jobs", metavar="FILE", help=jobs)
+    folder = "Wan's folder; default: this script's, else the current"
+    files.add_argument("--wan_repo", metavar="DIR", help=folder)
     return parser
 
 
@@ -2407,7 +2414,7 @@ def choose_rule(ours: Namespace, args: Namespace) -> Rule:
     """As asked, the checkpoint's teacache.json, the task's published rule, or "sigma"."""
     asked, own_file = ours.teacache_rule, Path(args.ckpt_dir) / "teacache.json"
     if asked in RULES:
-        return replace(RULES[asked], why="as asked", forced=True)
+        return replace(RULES[asked], why="as asked", named=True)
     if asked or own_file.is_file():
         return read_rule(Path(asked or own_file))
     rules = [rule for rule in RULES.values() if args.task in rule.tasks]
@@ -2462,7 +2469,7 @@ def config_of(
     amount, forced, max_skipped = ours.amount, None, None
     if rule.is_sigma and args.task in SIGMA_FOR_TWO_MODELS:
         shares, max_skipped = SIGMA_FOR_TWO_MODELS[args.task]
-        forced = first_steps(steps_by_model, shares)
+        forced = first_and_last_steps(steps_by_model, shares)
     thresh = amount.value if amount and not amount.is_speedup else None
     if thresh is None and rule.is_sigma:
         thresh = 0.0  # until plan_amount finds one
@@ -2515,11 +2522,11 @@ def check_plan(wan: Wan, job: Job, amount: Amount) -> None:
         notes.append(f"increments are negative at steps {ranges(planned.negative_steps)}")
     if planned.longest_skip > max(6, len(planned.decisions) / 4):
         notes.append(f"{planned.longest_skip} steps in a row are skipped")
-        cures = f"use a lower {str(amount).split()[0]}, --teacache_thresh 0, --teacache_rule sigma"
+        cures = f"use a lower {amount.flag}, --teacache_thresh 0, --teacache_rule sigma"
         if rule.name in RULES:
             cures += f", or --teacache_rule {rule.name} to run it all the same"
         what = f"{amount}: {rule} would compute {planned.counts()}: {'; '.join(notes)}"
-        require(rule.forced or not away, f"{what}: {cures}")
+        require(rule.named or not away, f"{what}: {cures}")
     if notes:
         wan.warn(f"{rule}: {'; '.join(notes)}: check the video")
 
@@ -2572,7 +2579,6 @@ def check_args(wan: Wan, args: Namespace, all_files: bool) -> None:
     check_checkpoint(wan, args, all_files)
     if all_files:
         check_inputs(wan, args)
-        warn_of_scores(wan, args)
     if args.prompt and os.path.isfile(args.prompt):
         wan.warn(f"--prompt {args.prompt}: is a file: --teacache_jobs reads its lines")
 
@@ -2662,7 +2668,7 @@ def jobs_of(wan: Wan, ours: Namespace, argv: Sequence[str]) -> list[list[Job]]:
     for i, flags in lines:
         try:
             check_line(flags)
-            jobs.append(jobs_of_line(wan, ours, [argv, flags], taken, i))
+            jobs.append(jobs_of_line(wan, [argv, flags], taken, i))
             check_same_model(jobs[-1][0].args, jobs[0][0].args)
         except Refused as error:
             for message in error.args:
@@ -2670,7 +2676,7 @@ def jobs_of(wan: Wan, ours: Namespace, argv: Sequence[str]) -> list[list[Job]]:
 
     messages = []
     for message, found in errors.items():
-        of_all = len(found) == len(lines) and (len(lines) > 1 or found == [0])  # 0: no file
+        of_all = not ours.teacache_jobs or 1 < len(lines) == len(found)
         where = "" if of_all else f"--teacache_jobs {ours.teacache_jobs}: line {ranges(found)}: "
         messages.append(f"{where}{message}")
     if messages:
@@ -2679,16 +2685,14 @@ def jobs_of(wan: Wan, ours: Namespace, argv: Sequence[str]) -> list[list[Job]]:
 
 
 def jobs_of_line(
-    wan: Wan,
-    ours: Namespace,
-    parts: Sequence[Sequence[str]],
-    taken: dict[Path, str],
-    line: int,
+    wan: Wan, parts: Sequence[Sequence[str]], taken: dict[Path, str], line: int
 ) -> list[Job]:
     """The videos of one prompt and seed: one, or a comparison.
 
+    parts: the command line, and a line of the jobs file.
     taken: targets of the command so far, without endings, and what has them.
     """
+    ours, _ = our_flags(*parts)
     continues = bool(ours.teacache_jobs or ours.teacache_compare)
     jobs = [job_of_entry(wan, parts, *entry) for entry in entries_of(ours)]
     name_jobs(wan, jobs, taken, continues)
@@ -2745,8 +2749,9 @@ def default_name(wan: Wan, job: Job, with_digest: bool) -> str:
     again, a digest of the settings as given."""
     args, example = job.args, wan.examples(job.args.task).get("prompt", "")
     words = "_".join(re.findall(r"\w+", example if args.prompt is None else args.prompt))[:50]
-    mark = f"{job.config.thresh:.4g}_{args.base_seed}_{time.strftime('%Y%m%d_%H%M%S')}"
-    if with_digest:
+    if not with_digest:
+        mark = f"{job.config.thresh:.4g}_{args.base_seed}_{time.strftime('%Y%m%d_%H%M%S')}"
+    else:
         settings = job.settings | {"seed": args.base_seed if job.has_seed else None}
         mark = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     ending = ".png" if makes_image(args) else ".mp4"

@@ -19,7 +19,7 @@ NANO = ASSETS / "wan_nano"
 sys.path[:0] = [str(TESTS.parent), str(TESTS / "wan_nano"), str(TESTS / "wan_nano_training")]
 
 from clips import Scene, pick, seen  # noqa: E402, F401  (imported from here)
-from wan import WanT2V, pipeline  # noqa: E402
+from wan import WanT2V, text2video  # noqa: E402
 from wan.configs import WAN_CONFIGS  # noqa: E402
 
 from teacache_generate import (  # noqa: E402
@@ -76,7 +76,7 @@ def sample(
 
     dtype = torch.bfloat16 if bfloat16 else torch.float32
     with (
-        patched(pipeline, tqdm=iter),
+        patched(text2video, tqdm=iter),
         patched(wan, noise=lambda *_: noise, param_dtype=dtype),
         patched(wan.vae, decode=timed_decode),
         teacache(wan.model, config) as cache,

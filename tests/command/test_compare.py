@@ -284,6 +284,8 @@ def test_each_line_is_compared_with_its_own_stock(compare, made):
     assert re.search(f"\n1.5x .* {(a + b) / 2:.1f} ", said)
     for name in ("a.stock.b.1.5x", "a.stock.b.stock", "b.noise-1e-4", "b.compare"):
         assert len(frames(Path(f"{name}.mp4"))) == 5, name
+    code, said = compare("1.5x", lines=["--teacache_thresh 0.1"])
+    assert (code, "--teacache_thresh 0.1 beside --teacache_compare" in said) == (2, True)
     code, said = compare("1.5x", lines=["--save_file c.mp4", "--save_file c.mov"])
     assert (code, len(made.sampled)) == (2, 6)
     assert "line 2: --save_file c" in said
@@ -329,9 +331,12 @@ def test_stopped_comparison_continues_where_it_was(compare, made):
     assert (compare(" ".join(names))[0], len(made.sampled), rows()) == (0, 6, before)
 
 
-def test_comparison_without_a_seed_keeps_its_seed(compare, made):
-    assert compare("1.5x", one=["--prompt", "a ball"])[0] == 0
-    assert compare("1.5x 1.25x", one=["--prompt", "a ball"])[0] == 0
+def test_comparison_without_a_seed_keeps_its_seed(compare, made, monkeypatch):
+    prompts = []  # not the example's, given to the others
+    wrap(monkeypatch, "generate.generate", lambda go, args: go(prompts.append(args.prompt) or args))
+    assert compare("1.5x", one=[])[0] == 0
+    assert compare("1.5x 1.25x", one=[])[0] == 0
+    assert prompts == [None] * 4
     assert len(made.sampled) == 4
     assert len(set(made.sampled)) == 1
 
@@ -375,7 +380,7 @@ def test_comparison_needs_stock_and_does_without_noise(compare, made):
 
 def test_model_that_cannot_be_loaded_ends_the_comparison(compare, monkeypatch):
     load = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
-    monkeypatch.setattr("wan.pipeline.WanModel.from_pretrained", load)
+    monkeypatch.setattr("wan.text2video.WanModel.from_pretrained", load)
     code, said = compare("1.5x", lines=["--save_file a.mp4", "--save_file b.mp4"])
     assert (code, load.call_count, said.count("failed: CUDA out of memory")) == (1, 1, 1)
 

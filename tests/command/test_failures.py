@@ -21,7 +21,7 @@ from stand_in import RunsCode, after, first, out_of_memory, record, wrap
 from teacache_generate import write_record
 
 SHORT = [*PROMPT, "--teacache_rule", "sigma", "--sample_steps", "4", "--frame_num", "5"]
-DECODER, NOISE = "wan.modules.vae.WanVAE.decode", "wan.pipeline.WanPipeline.noise"
+DECODER, NOISE = "wan.modules.vae.WanVAE.decode", "wan.text2video.WanT2V.noise"
 PIPELINE, GENERATE_PY = "wan.text2video.WanT2V.generate", "generate._run_pipeline"
 WRITER, PREDICT = "imageio.get_writer", "wan.modules.model.WanModel.predict"
 STATE = ("wan.WanT2V", "generate.cache_video", "generate.cache_image", "generate.argparse",

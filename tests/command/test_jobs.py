@@ -197,7 +197,7 @@ def test_default_name_is_taken_when_sampling_begins(batch, made, monkeypatch):
     name, seen = "t2v-nano_64x64_a_ball_0.3_5_now", []
     other = '{"status": "started", "settings": {}}'  # of another run, meanwhile
     begin = first(lambda: Path(f"{name}.json").write_text(other))
-    wrap(monkeypatch, "wan.pipeline.WanPipeline.__init__", begin)
+    wrap(monkeypatch, "wan.text2video.WanT2V.__init__", begin)
     made.then = {0: lambda: seen.extend(path.name for path in Path().iterdir())}
     argv = ["--prompt", "a ball", "--base_seed", "5", "--teacache_thresh"]
     assert batch(None, *argv, "0.3")[0] == 0
@@ -234,7 +234,7 @@ def test_failing_line_is_told_and_the_batch_goes_on(batch, made, monkeypatch):
     """In the decoder, then before the sampling."""
     calls = itertools.count()
     begin = first(lambda: next(calls) == 2 and out_of_memory())
-    wrap(monkeypatch, "wan.pipeline.WanPipeline.noise", begin)
+    wrap(monkeypatch, "wan.text2video.WanT2V.noise", begin)
     made.then = {1: out_of_memory}
     last = '--prompt "a cube" --save_file last.mp4 --teacache_thresh 0'
     code, said = batch([*THREE, last])
@@ -261,7 +261,7 @@ def test_failing_line_is_told_and_the_batch_goes_on(batch, made, monkeypatch):
 
 def test_model_that_cannot_be_loaded_ends_the_batch(batch, wan, monkeypatch):
     load = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
-    monkeypatch.setattr("wan.pipeline.WanModel.from_pretrained", load)
+    monkeypatch.setattr("wan.text2video.WanModel.from_pretrained", load)
     code, said = batch(THREE)
     assert (code, load.call_count, said.count("not made")) == (1, 1, 2)
     assert said.count("failed: CUDA out of memory") == 1

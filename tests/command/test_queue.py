@@ -22,7 +22,7 @@ LINES = [
 FORK = """
 import json, os, time
 from pathlib import Path
-from wan.pipeline import WanModel
+from wan.text2video import WanModel
 from wan.text2video import WanT2V
 from wan.modules.vae import WanVAE
 
