@@ -20,14 +20,7 @@ from PIL import Image
 from skimage.metrics import structural_similarity
 from stand_in import Made, out_of_memory, record, run_two, wrap
 
-from teacache_generate import (
-    Row,
-    caption,
-    comparison_table,
-    main,
-    our_flags,
-    write_side_by_side,
-)
+from teacache_generate import Row, caption, comparison_table, main, write_side_by_side
 
 FEW = ["--frame_num", "5", "--sample_steps", "10", "--teacache_rule", "sigma"]
 BALL = ["--prompt", "a red ball moves right", "--base_seed", "42"]
@@ -250,11 +243,6 @@ def test_wrong_entries_are_refused_in_a_line(compare, made, entries):
     code, said = compare(entries)
     assert (code, said.count("error:"), made.sampled, os.listdir()) == (2, 1, [], []), said
     assert WRONG[entries] in said
-
-
-def test_entry_may_have_a_space():
-    ours, _ = our_flags(["--teacache_compare=my rule.json:0.3", "--prompt=a ball"])
-    assert ours.teacache_compare == ["my rule.json:0.3"]
 
 
 def test_old_pillow_is_found_before_loading(compare, made, monkeypatch):

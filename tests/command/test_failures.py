@@ -418,6 +418,14 @@ def test_failure_belongs_to_its_video(run, monkeypatch, number):
         assert (f"{name}.mp4 failed: CUDA out of memory" in said) == (i == number)
 
 
+def test_failed_sampling_after_a_failed_decode_is_told_too(run, monkeypatch):
+    two_videos(monkeypatch)
+    wrap(monkeypatch, DECODER, first(out_of_memory))
+    wrap(monkeypatch, NOISE, first(Mock(side_effect=[None, ZeroDivisionError])))
+    code, said = run()
+    assert (code, said.count("failed: "), record("x.2")["status"][:6]) == (1, 2, "failed")
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_fork_that_renames_moves_record_and_latents(run, monkeypatch, fails):
     two_videos(monkeypatch, names=("fork-0.mp4", "fork-1.mp4"))

@@ -18,7 +18,7 @@ import torch
 from nano import NANO, frames
 from stand_in import Made, first, out_of_memory, record, run_two, wrap
 
-from teacache_generate import main
+from teacache_generate import main, our_flags
 
 FEW = ["--sample_steps", "5", "--frame_num", "5", "--teacache_rule", "sigma"]
 THREE = [
@@ -161,6 +161,11 @@ def test_flags_of_the_loaded_model_cannot_differ(batch, asked, ckpt, wan, monkey
     assert (code, asked, said.count("must be the same in all lines")) == (2, [], len(MODEL_FLAGS))
     for line, flag in enumerate(MODEL_FLAGS, 2):
         assert f"jobs.txt: line {line}: {flag.split()[0]} " in said
+
+
+def test_entry_of_a_comparison_may_have_a_space():
+    ours, _ = our_flags(["--teacache_compare=my rule.json:0.3", "--prompt=a ball"])
+    assert ours.teacache_compare == ["my rule.json:0.3"]
 
 
 def test_equal_plans_are_announced_once(batch, asked):

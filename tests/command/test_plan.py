@@ -362,8 +362,7 @@ def test_t2v_14b_at_100_steps_is_refused(run, plan, no_loading, monkeypatch):
     monkeypatch.setitem(RULES, "t2v-14B", replace(RULES["t2v-14B"], tasks=("t2v-nano",)))
     code, said, _ = run("--sample_steps", "100")
     (error,) = [line for line in said.splitlines() if "error" in line]
-    assert code == 2
-    assert "rule t2v-14B (task t2v-nano) would compute 2 of 100 steps" in error
+    assert (code, "rule t2v-14B (task t2v-nano) would compute 2 of 100" in error) == (2, True)
     assert "steps 100 (fitted at 50)" in error
     assert "increments are negative at steps 1-98" in error
     assert "98 steps in a row are skipped" in error
@@ -373,8 +372,7 @@ def test_t2v_14b_at_100_steps_is_refused(run, plan, no_loading, monkeypatch):
         assert code == 1
     assert "98 steps in a row are skipped" in log
     code, said = plan("--sample_steps", "100")
-    assert code == 0
-    assert "a run would be refused: --teacache_thresh 0.2: " in said
+    assert (code, "a run would be refused: --teacache_thresh 0.2: " in said) == (0, True)
 
 
 def test_negative_increments_are_named_by_step(run, no_loading, tmp_path):

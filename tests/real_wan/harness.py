@@ -403,7 +403,7 @@ class Reference:
         )
         r1, r2, k = r1[: len(r)], r2[: len(r)], self.gaps(now, last, before)
         lines, actual = u_and_difference(r1, r2), u_and_difference(r, r1)
-        pairs = [(a, line) for a, line in zip(actual, lines, strict=True)]
+        pairs = zip(actual, lines, strict=True)
         sums = torch.stack([(x * line).double().sum() for a, line in pairs for x in (a, line)])
         if dist.is_initialized():
             dist.all_reduce(sums)

@@ -10,13 +10,13 @@ import torch.distributed as dist
 from toys import Block, Toy, sample
 
 import teacache_generate
-from teacache_generate import Decision, TeaCache, TeaCacheConfig, teacache
+from teacache_generate import Schedule, TeaCache, TeaCacheConfig, teacache
 
 STEPS = 12
 COMPUTED, COMPUTED_BY_1 = [0, 1, 4, 5, 8, 11], [0, 2, 3, 4, 9, 10, 11]
 
 
-def run(computed: list[int]) -> list[Decision]:
+def run(computed: list[int]) -> Schedule:
     """Sample with an embedding that grows before ``computed`` steps."""
     growth = torch.tensor([1.6 if step in computed else 1.05 for step in range(STEPS)]).cumprod(0)
     model = Toy()
@@ -30,7 +30,7 @@ def run(computed: list[int]) -> list[Decision]:
     model.blocks[0].forward = waiting
     with teacache(model, TeaCacheConfig(STEPS, 0.5, (1.0, 0.0))) as cache:
         sample(model, STEPS)
-    return cache.schedule.decisions
+    return cache.schedule
 
 
 def process(rank: int, folder: Path) -> None:
@@ -41,16 +41,12 @@ def process(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def steps_of(decisions: list[Decision]) -> list[int]:
-    return [step for step, decision in enumerate(decisions) if decision.computed]
-
-
 def test_both_ranks_compute_the_steps_of_rank_0(tmp_path):
     torch.multiprocessing.spawn(process, (tmp_path,), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
-    assert steps_of(run(COMPUTED_BY_1)) == COMPUTED_BY_1
-    assert list(map(steps_of, ranks)) == [COMPUTED, COMPUTED]
-    assert ranks[1] == ranks[0]  # timesteps and distances too
+    assert run(COMPUTED_BY_1).computed_steps == COMPUTED_BY_1
+    assert ranks[0].computed_steps == COMPUTED
+    assert ranks[1].decisions == ranks[0].decisions  # timesteps and distances too
 
 
 def test_rank_0s_numbers_are_broadcast_on_the_models_device(monkeypatch):
