@@ -361,7 +361,7 @@ class Schedule:
     def planned(
         cls, config: TeaCacheConfig, timesteps: Sequence[float], distances: Sequence[float | None]
     ) -> Schedule:
-        """The schedule of a run, decided ahead of it."""
+        """The schedule of a run, decided before the run."""
         schedule = cls(config)
         for timestep, distance in zip(timesteps, distances, strict=True):
             schedule.decide(timestep, distance)
@@ -398,7 +398,7 @@ class Schedule:
         return rounded if rounded.as_text() == best.as_text() else self.again(thresh=exact)
 
     def middle_threshold(self) -> float:
-        """The middle of the thresholds that give this schedule, which are those with
+        """The middle of the thresholds that give this schedule:
         max(sums of skipped steps) < threshold <= min(sums of computed steps). 0 if none skips."""
         free = [decision for decision in self.decisions if decision.increment is not None]
         skipped = [decision.accumulated for decision in free if not decision.computed]
@@ -544,7 +544,7 @@ class ResidualCache:
             computed.residual.clear()
 
     def add(self, now: ComputedStep) -> Tensor | None:
-        """Take a computed step; measure the predictions for it, and the gains.
+        """Take a computed step; measure its predictions, and the gains.
 
         Returns [sum|R|, sum|R - prediction of order 0|, sum|R - prediction of order 1|] over the
         probes R of both branches and all ranks; None for a model's first step.
@@ -2045,7 +2045,7 @@ def make_batch(session: Session, jobs: Sequence[Job], queue: Queue | None) -> in
 
 
 def make_one(session: Session, job: Job) -> Video:
-    """Make a video, decode what an earlier run has kept of it, or skip it."""
+    """Make a video, decode the latents that an earlier run has kept, or skip it."""
     record = read_record(job.target) if job.todo != SAMPLE else None
     if record is None:
         return session.make(job)
@@ -2895,7 +2895,7 @@ def runs_a_queue(ours: Namespace, argv: Sequence[str]) -> bool:
 
 
 def jobs_of_queue(wan: Wan, ours: Namespace, argv: Sequence[str], queue: Queue) -> list[list[Job]]:
-    """The jobs of a queue: rank 0 makes them, the others get them from it."""
+    """The jobs of a queue: rank 0 makes them and hands them to the others."""
     jobs = None
     if queue.rank == 0:
         try:

@@ -20,12 +20,7 @@ from .distributed.fsdp import shard_model
 from .modules.model import WanModel
 from .modules.t5 import T5EncoderModel
 from .modules.vae import WanVAE
-from .utils.fm_solvers import (
-    FlowDPMSolverMultistepScheduler,
-    get_sampling_sigmas,
-    retrieve_timesteps,
-)
-from .utils.fm_solvers_unipc import FlowUniPCMultistepScheduler
+from .utils import fm_solvers, fm_solvers_unipc
 
 
 class WanT2V:
@@ -126,11 +121,12 @@ class WanT2V:
         """A flow-matching scheduler with its timesteps set."""
         common = {"num_train_timesteps": self.num_train_timesteps, "shift": 1}
         if solver == "unipc":
-            scheduler = FlowUniPCMultistepScheduler(**common)
+            scheduler = fm_solvers_unipc.FlowUniPCMultistepScheduler(**common)
             scheduler.set_timesteps(steps, device=self.device, shift=shift)
         elif solver == "dpm++":
-            scheduler = FlowDPMSolverMultistepScheduler(**common)
-            retrieve_timesteps(scheduler, self.device, get_sampling_sigmas(steps, shift))
+            scheduler = fm_solvers.FlowDPMSolverMultistepScheduler(**common)
+            sigmas = fm_solvers.get_sampling_sigmas(steps, shift)
+            fm_solvers.retrieve_timesteps(scheduler, self.device, sigmas)
         else:
             raise NotImplementedError(f"Unsupported solver {solver}: unipc or dpm++")
         scheduler.set_begin_index(0)  # where timesteps repeat, they do not tell where to begin
