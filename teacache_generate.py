@@ -1516,7 +1516,8 @@ class Job:
     settings: what makes two videos the same (``settings_of``).
     label, compared_in: of an entry of a comparison; its table is named after compared_in.
     has_seed: the user gave a seed. by_default: the user gave neither a threshold nor a speed-up.
-    needs_free_name: a default name of a single video, which may be taken when sampling begins.
+    needs_free_name: a default name of a single video, which may be taken when sampling begins:
+        begin_video reserves a free one by creating its record.
     """
 
     args: Namespace
@@ -1832,7 +1833,8 @@ class Session:
         synchronize()
         if video.began is not None:
             video.seconds["sampling"] = time.perf_counter() - video.began
-        # after a failure too Wan must reach the barrier where all ranks wait: write ignores this
+        # returned after a failure, since Wan must reach the barrier where all ranks wait; write
+        # ignores it
         decoded = [torch.zeros(3, 1, 16, 16)]
         with video.phase("decode"):
             if not all(latent.isfinite().all() for latent in latents):
@@ -2301,7 +2303,7 @@ NOT_IN_SETTINGS = (
 NOT_IN_A_LINE = (
     "teacache_plan", "teacache_compare", "teacache_decode", "teacache_jobs", "wan_repo",
 )  # fmt: skip
-SPACE = "\x1f"  # stands for a space, see our_flags
+SPACE = "\x1f"  # stands for a space, see hide_spaces
 OLD_FLAGS = {
     "--teacache_model": "use --teacache_rule NAME",
     "--teacache_coefficients": "use --teacache_rule FILE",
@@ -2393,18 +2395,24 @@ def our_flags(*parts: Sequence[str]) -> tuple[Namespace, list[str]]:
         name = flag.split("=")[0]
         require(name not in OLD_FLAGS, f"{name}: is gone: {OLD_FLAGS.get(name)}")
     for part in parts:
-        # argparse would take "--prompt=a b", unknown here, for another entry of --teacache_compare:
-        # because of the space it does not look like a flag. So spaces are hidden while it parses.
-        hidden = [flag.replace(" ", SPACE) if flag.startswith("--") else flag for flag in part]
-        ours, rest = parser.parse_known_args(hidden, ours)
-        left += [flag.replace(SPACE, " ") for flag in rest]
+        ours, rest = parser.parse_known_args(hide_spaces(part), ours)
+        left += show_spaces(rest)
     for name, value in vars(ours).items():
         check_named(name, value)
-        if isinstance(value, str):
-            setattr(ours, name, value.replace(SPACE, " "))
-    if ours.teacache_compare:
-        ours.teacache_compare = [entry.replace(SPACE, " ") for entry in ours.teacache_compare]
+        setattr(ours, name, show_spaces(value))
     return ours, left
+
+
+def hide_spaces(flags: Sequence[str]) -> list[str]:
+    """Hide the spaces of flags from argparse. It would take "--prompt=a b", which is not ours, for
+    another entry of --teacache_compare: because of the space it does not look like a flag."""
+    return [flag.replace(" ", SPACE) if flag.startswith("--") else flag for flag in flags]
+
+
+def show_spaces(value: Any) -> Any:
+    if isinstance(value, list):
+        return [show_spaces(entry) for entry in value]
+    return value.replace(SPACE, " ") if isinstance(value, str) else value
 
 
 # The rule of a run

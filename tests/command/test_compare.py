@@ -314,6 +314,10 @@ def test_stopped_comparison_continues_where_it_was(compare, made):
     assert [row["label"] for row in rows()] == ["stock", "noise 1e-4", *names]
     expected = [psnr_of(f"x.{name}.mp4", "x.stock.mp4") for name in names]
     assert [row["psnr"] for row in rows()[2:]] == pytest.approx(expected)
+    stock = record("x.stock")  # the faster one of two
+    Path("x.stock.json").write_text(json.dumps(stock | {"seconds": {"sampling": 1e-9}}))
+    assert compare(" ".join(names))[0] == 0
+    assert [row["speedup"] * row["seconds"] for row in rows()] == pytest.approx([1e-9] * 5)
     before = rows()
     Path("x.compare.json").unlink()  # as if killed before it was written
     assert (compare(" ".join(names))[0], len(made.sampled), rows()) == (0, 6, before)
