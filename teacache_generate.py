@@ -2129,24 +2129,25 @@ def compare(jobs: Sequence[Job], fps: float) -> list[Row]:
 
     jobs: stock, noise, then the entries. FileNotFoundError: there is no video of stock.
     """
-    records = {job.label: (job.target, read_record(job.target)) for job in jobs}
-    finished = {label: found for label, found in records.items() if is_finished(found[1])}
-    if STOCK not in finished:
+    finished = [(job, r) for job in jobs if is_finished(r := read_record(job.target))]
+    if not finished or finished[0][0].label != STOCK:
         raise FileNotFoundError("without stock nothing can be compared")
-    videos = [read_frames(target) for target, _ in finished.values()]
-    seconds = {label: record["seconds"]["sampling"] for label, (_, record) in finished.items()}
+    videos = [read_frames(job.target) for job, _ in finished]
+    seconds = {job.label: record["seconds"]["sampling"] for job, record in finished}
     # the first run of a process also warms up
-    stock_seconds = min(seconds[label] for label in (STOCK, NOISE) if label in seconds)
+    fastest = min(seconds[label] for label in (STOCK, NOISE) if label in seconds)
     rows = [
         Row(
-            label,
-            seconds[label],
-            stock_seconds / seconds[label],
-            **{name: record[name] for name in ("computed", "steps", "drift")},
+            label=job.label,
+            seconds=seconds[job.label],
+            speedup=fastest / seconds[job.label],
+            computed=record["computed"],
+            steps=record["steps"],
+            drift=record["drift"],
             psnr=psnr(video, videos[0]),
             ssim=ssim(video, videos[0]),
         )
-        for (label, (_, record)), video in zip(finished.items(), videos, strict=True)
+        for (job, record), video in zip(finished, videos, strict=True)
     ]
     write_comparison(jobs[0].compared_in, rows, videos, fps)
     return rows
