@@ -58,7 +58,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType, NoneType, SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 
 import imageio
@@ -1311,15 +1311,20 @@ def write_frames(wan: Wan, frames: Tensor, file: str | Path, fps: float | None) 
     check_written(file, frames.size(1))
 
 
+def is_image_file(file: str | Path) -> bool:
+    """Whether Pillow writes a file, such as a GIF: animations lose frames that repeat."""
+    image_format = Image.registered_extensions().get(Path(file).suffix.lower())
+    return image_format not in (None, "MPEG")  # Pillow knows MPEG by name only
+
+
 def check_written(file: str | Path, frames: int) -> None:
     """OSError: the file does not hold the frames."""
     try:
-        image_format = Image.registered_extensions().get(Path(file).suffix.lower())
-        if image_format not in (None, "MPEG"):  # Pillow knows MPEG by name only
+        if is_image_file(file):
             with Image.open(file) as picture:
                 for frame in ImageSequence.Iterator(picture):
                     frame.load()
-            return  # an image, or a GIF, which merges equal frames
+            return
         with imageio.get_reader(file) as reader:
             found = sum(1 for _ in reader)
     except Exception as error:  # each decoder has its own
@@ -1518,6 +1523,7 @@ class Job:
     has_seed: the user gave a seed. by_default: the user gave neither a threshold nor a speed-up.
     needs_free_name: a default name of a single video, which may be taken when sampling begins:
         begin_video reserves a free one by creating its record.
+    has_record: the record beside the target is of an earlier run of this job.
     """
 
     args: Namespace
@@ -1529,6 +1535,7 @@ class Job:
     by_default: bool
     compared_in: Path | None = None
     needs_free_name: bool = False
+    has_record: bool = False
     todo: str = SAMPLE
 
     @property
@@ -1570,8 +1577,11 @@ def read_record(target: Path) -> dict[str, Any] | None:
         return None
     with refusing(f"--save_file {target}: {file} exists", "give another --save_file"):
         record = json.loads(file.read_text(encoding="utf-8"))
-        keys = {"status", "prompt", "seed", "frames", "computed", "steps", "drift", "seconds"}
-        if not isinstance(record, dict) or not {*keys, "latents", "settings"} <= record.keys():
+        text, number = (str, NoneType), (int, NoneType)
+        kinds = {"status": str, "prompt": text, "seed": int, "frames": number, "computed": list}
+        kinds |= {"steps": int, "seconds": dict, "latents": text, "settings": dict}
+        values = record if isinstance(record, dict) else {}
+        if not all(isinstance(values.get(name), kind) for name, kind in kinds.items()):
             raise ValueError("it is not a record of this script")
     return record
 
@@ -1870,7 +1880,7 @@ class Session:
         BatchEnds: the model cannot be loaded, or other ranks may wait elsewhere. Refused: Wan
         objects to the flags before it loads.
         """
-        self.job, self.videos = job, [Video(job, job.target)]
+        self.job, self.videos = job, [Video(job, job.target, recorded=job.has_record)]
         try:
             self.wan.generate_py.generate(copy.copy(job.args))
             self.check_made()
@@ -1903,7 +1913,8 @@ class Session:
 
     def stop(self) -> None:
         video = self.videos[-1]
-        video.save_end("stopped")
+        if video.status != "finished":
+            video.save_end("stopped")
         if video.latents:
             log.error(f"{video.target} is not finished: {self.how_to_finish(video)}")
 
@@ -2039,7 +2050,13 @@ def make_batch(session: Session, jobs: Sequence[Job], queue: Queue | None) -> in
         for i in queue.turns(len(jobs)) if queue else range(len(jobs)):
             if len(jobs) > 1 and jobs[i].todo != SKIP:
                 log.info(f"video {i + 1} of {len(jobs)}: {jobs[i].target}")
-            video = make_one(session, jobs[i])
+            try:
+                video = make_one(session, jobs[i])
+            except Refused as error:  # by Wan, of this line
+                if len(jobs) == 1:
+                    raise
+                session.tell_failure(session.videos[-1], error)
+                continue
             if queue and queue.rank:
                 log.info(f"{video.target}: {video.status}")
     end = functools.partial(end_batch, session, jobs)
@@ -2230,6 +2247,12 @@ def write_side_by_side(
     check_written(file, len(videos[0]))
 
 
+def give_prompt(jobs: Sequence[Job], extended: str) -> None:
+    """Let jobs have a prompt that was extended for one of them."""
+    for job in jobs:
+        job.args.prompt, job.args.use_prompt_extend = extended, False
+
+
 def make_entries(session: Session, jobs: Sequence[Job]) -> None:
     """Make the videos of one prompt; --use_prompt_extend runs once, for all.
 
@@ -2239,8 +2262,7 @@ def make_entries(session: Session, jobs: Sequence[Job]) -> None:
         log.info(f"comparison {job.compared_in}: {job.label}")
         prompt = make_one(session, job).prompt
         if job.args.use_prompt_extend and prompt is not None:
-            for other in jobs:
-                other.args.prompt, other.args.use_prompt_extend = prompt, False
+            give_prompt(jobs, prompt)
 
 
 def run_comparisons(session: Session, jobs_by_line: Sequence[Sequence[Job]]) -> int:
@@ -2705,6 +2727,9 @@ def jobs_of_line(
     continues = bool(ours.teacache_jobs or ours.teacache_compare)
     jobs = [job_of_entry(wan, parts, *entry) for entry in entries_of(ours)]
     name_jobs(wan, jobs, taken, continues)
+    loses_frames = is_image_file(jobs[0].target) and not makes_image(jobs[0].args)
+    what = f"--save_file {jobs[0].compared_in}: loses frames that repeat"
+    require(not (jobs[0].label and loses_frames), f"{what}: compare .mp4 files")
     for job in jobs:
         key = job.target.resolve().with_suffix("")
         other = taken.get(key)
@@ -2712,11 +2737,17 @@ def jobs_of_line(
         taken[key] = f"line {line}" if line else f"entry {job.label}"
         if is_rank_0():
             check_target(wan, job.args)
-    records = [decide_todo(job, continues) for job in jobs if not job.needs_free_name]
+    found = [decide_todo(job, continues) for job in jobs if not job.needs_free_name]
+    records = [record for record in found if record]
     if not jobs[0].has_seed:  # all entries have the recorded seed, or that of the first
-        seeds = [record["seed"] for record in records if record] or [jobs[0].args.base_seed]
+        seeds = {record["seed"] for record in records} or {jobs[0].args.base_seed}
+        what = f"--save_file {jobs[0].target}: it and its entries have several seeds"
+        require(len(seeds) == 1, f"{what}: give --base_seed or another name")
         for job in jobs:
-            job.args.base_seed = seeds[0]
+            (job.args.base_seed,) = seeds
+    extended = [record["prompt"] for record in records if record["prompt"] is not None]
+    if jobs[0].args.use_prompt_extend and extended:
+        give_prompt(jobs, extended[0])
     return jobs
 
 
@@ -2768,7 +2799,7 @@ def default_name(wan: Wan, job: Job, with_digest: bool) -> str:
 
 
 def decide_todo(job: Job, continues: bool) -> dict[str, Any] | None:
-    """Set job.todo from the record beside its target; return the record if the job continues it.
+    """Set what is left to do from the record beside the target; return it if the job continues it.
 
     continues: a batch or a comparison, which resumes; a single video is made again, as by
     generate.py.
@@ -2786,6 +2817,7 @@ def decide_todo(job: Job, continues: bool) -> dict[str, Any] | None:
         return None
     what = f"--save_file {target}: exists, made with other settings, see its {RECORD}"
     require(same, f"{what}: give another name")
+    job.has_record = True
     if is_finished(record):
         with suppress(OSError):
             check_written(target, record["frames"])

@@ -28,7 +28,6 @@ import sampling
 import torch
 from common import machine, scripted, table
 from sampling import ASSETS, Sampling, Scene, load, plan
-from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm import tqdm
 
@@ -159,16 +158,6 @@ def row(setting: Setting, measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def drift_against_psnr(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Spearman's rank correlation over the settings that reuse residuals and change nothing else.
-
-    -1: the larger the mean drift of a setting, the lower its PSNR, without an exception.
-    """
-    found = [u for u in rows if u["drift"] is not None and u["method"] != GUIDED_SIGMA]
-    correlation = spearmanr([u["drift"] for u in found], [u["psnr"] for u in found]).statistic
-    return {"settings": len(found), "spearman": round(float(correlation), 3)}
-
-
 def bench(pair_count: int, checked: int) -> dict[str, Any]:
     """All measurements. checked: pairs for less guidance."""
     cached = [setting for mode in METHODS for setting in cached_settings(mode)]
@@ -185,7 +174,6 @@ def bench(pair_count: int, checked: int) -> dict[str, Any]:
     return {
         "machine": machine(),
         "rows": rows,
-        "drift_against_psnr": drift_against_psnr(rows),
         "schedules": {"plain": {"thresh": plain.config.thresh, "steps": steps}},
     }
 
@@ -203,7 +191,6 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(found["rows"])
     print(f"{found['machine']}\n{table(found['rows'])}")
-    print(f"drift against PSNR, rank correlation: {found['drift_against_psnr']}")
 
 
 if __name__ == "__main__":

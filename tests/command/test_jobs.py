@@ -273,6 +273,18 @@ def test_model_that_cannot_be_loaded_ends_the_batch(batch, wan, monkeypatch):
     assert (record("one")["status"][:7], Path("two.json").exists()) == ("failed:", False)
 
 
+def test_record_of_a_lost_video_says_how_the_next_run_failed(batch, made, monkeypatch):
+    assert batch(THREE[:1])[0] == 0
+    Path("one.mp4").unlink()
+    monkeypatch.setattr("generate.generate", Mock(side_effect=RuntimeError("down")))
+    assert (batch(THREE[:1])[0], record("one")["status"][:6]) == (1, "failed")
+
+
+def test_line_that_wan_refuses_ends_no_batch(batch, made):
+    code, said = batch(["--use_prompt_extend --save_file x.mp4", *THREE[:1]])
+    assert (code, record("one")["status"], "x.mp4 failed: " in said) == (1, "finished", True)
+
+
 def test_failure_frees_its_tensors_before_the_next_line(batch, made, monkeypatch):
     held, alive = [], []
 
@@ -386,6 +398,7 @@ FOUND = {
     "other settings": (ask_another_prompt, None, None, 1),
     "another seed": (lambda target: change(target, seed=2), None, None, 1),
     "no record": (lambda target: target.with_suffix(".json").unlink(), None, None, 1),
+    "nonsense": (lambda target: change(target, frames="five"), None, None, None),
     "foreign": (lambda target: target.with_suffix(".json").write_text("{}"), None, None, None),
 }
 # fmt: on

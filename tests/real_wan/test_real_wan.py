@@ -198,6 +198,7 @@ def test_comparison_measures_its_videos_after_one_load(done, run, name):
     seen, table = did.succeeded(files), json.loads((did.out / f"{files}.compare.json").read_text())
     assert (seen["constructed"], seen["patched"][0], seen["patched"][2]) == (1, False, True)
     assert [row["label"] for row in table] == ["stock", "noise 1e-4", "2x"]
+    assert did.printed(files).count("The floor is the PSNR") == 1  # by rank 0
     assert [len(row["computed"]) for row in table] == [20, 20, 10]
     ending = ".png" if "t2i" in name else ".mp4"
     stock, *others = [
