@@ -2248,7 +2248,7 @@ def write_side_by_side(
 
 
 def give_prompt(jobs: Sequence[Job], extended: str) -> None:
-    """Let jobs have a prompt that was extended for one of them."""
+    """Give jobs the prompt that was extended for one."""
     for job in jobs:
         job.args.prompt, job.args.use_prompt_extend = extended, False
 
