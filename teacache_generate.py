@@ -307,7 +307,7 @@ class Schedule:
     def decide(self, timestep: float, distance: float | None) -> bool:
         """Decide the next step: True to compute it, False to reuse the last residual.
 
-        distance: None at the first step of a model, which is always computed; not used by "sigma".
+        distance: None at the first step of a model, which is always computed. "sigma" uses no more.
         """
         config, step, done = self.config, len(self.decisions), self.computed_steps
         forced = config.thresh == 0 or step in config.forced_steps or distance is None
@@ -556,19 +556,17 @@ class ResidualCache:
         for branch, probe in now.probe.items():
             errors = [probe - self.predict(order, branch, now.step, "probe") for order in (0, 1)]
             sizes += [size.abs() for size in (probe, *errors)]
-        if reach := self.reach(now.step):
-            self.measure_gains(now, reach)
-        self.history.append(now)
-        return sum_over_ranks(sizes).view(-1, 3).sum(0)
-
-    def measure_gains(self, now: ComputedStep, reach: float) -> None:
-        """Measure over the whole gap, also where the prediction stopped earlier."""
-        old, new = self.history
+        old, new = self.history[0], self.history[-1]  # the same if there is one: lines are 0
         lines = lines_between(old.probe, new.probe, now.probe)
         actual = lines_between(new.probe, now.probe, now.probe)
-        along = sum_over_ranks([a * line for a, line in zip(actual, lines, strict=True)])
-        squared = sum_over_ranks([line**2 for line in lines])
-        self.gains = (along / (reach * squared)).nan_to_num(0.0).clamp(0, 1)
+        along = [a * line for a, line in zip(actual, lines, strict=True)]
+        squared = [line**2 for line in lines]
+        counts = [len(sizes), len(along), len(squared)]
+        sizes, along, squared = sum_over_ranks([*sizes, *along, *squared]).split(counts)
+        if reach := self.reach(now.step):  # over the whole gap, beyond where predictions stop
+            self.gains = (along / (reach * squared)).nan_to_num(0.0).clamp(0, 1)
+        self.history.append(now)
+        return sizes.view(-1, 3).sum(0)
 
 
 class TeaCache:
@@ -1451,7 +1449,7 @@ def check_inputs(wan: Wan, args: Namespace) -> None:
     require(both, "--first_frame, --last_frame: give both, or Wan2.1 uses its example for both")
     # VACE takes its whole example if there is no prompt, else nothing of it
     whole_example = kind == "vace" and args.prompt is None
-    if kind == "vace" and args.prompt is not None:
+    if kind == "vace" and not whole_example:
         examples = {}
     for name in KINDS[kind].inputs if kind in KINDS else ():
         given = getattr(args, name)
@@ -1507,7 +1505,8 @@ def check_target(wan: Wan, args: Namespace) -> None:
 # If decoding or writing fails, NAME.latents.pt is kept beside the video and NAME.json names it.
 # --teacache_decode, or a batch or comparison that is started again, then makes the video.
 
-PLAIN_ERRORS = (torch.cuda.OutOfMemoryError, OSError, FloatingPointError)  # without a traceback
+# errors that need no traceback
+PLAIN_ERRORS = (Refused, torch.cuda.OutOfMemoryError, OSError, FloatingPointError)
 SAMPLE, DECODE, SKIP = "sample", "decode", "skip"  # what is left to do for a job
 RECORD, LATENTS = ".json", ".latents.pt"  # endings of the files beside a video
 STOCK, NOISE, NOISE_STD = "stock", "noise 1e-4", 1e-4  # labels of a comparison's first two jobs
@@ -1742,8 +1741,8 @@ class Session:
     generate(args) may make several videos: each call of pipeline.generate is one.
     """
 
-    def __init__(self, wan: Wan):
-        self.wan = wan
+    def __init__(self, wan: Wan, several_lines: bool = False):
+        self.wan, self.several_lines = wan, several_lines
         self.pipelines: dict[str, Any] = {}
         self.loading, self.load_seconds = False, 0.0
         self.failed = False  # a video, or the files of a comparison
@@ -1878,7 +1877,7 @@ class Session:
         """Make a job's video, and tell a failure once.
 
         BatchEnds: the model cannot be loaded, or other ranks may wait elsewhere. Refused: Wan
-        objects to the flags before it loads.
+        objects to the flags before it loads, and there is no other line to go on with.
         """
         self.job, self.videos = job, [Video(job, job.target, recorded=job.has_record)]
         try:
@@ -1899,7 +1898,10 @@ class Session:
         """Tell the failures of the job's videos; ``error`` may be one, or follow from one."""
         of_command = isinstance(error, (AssertionError, ValueError, ImportError, OSError))
         if of_command and not (self.loading or self.pipelines):  # nothing is loaded
-            raise Refused(f"{type(error).__name__}: {error} (see --help)") from error
+            refused = Refused(f"{type(error).__name__}: {error} (see --help)")
+            if not self.several_lines:
+                raise refused from error
+            error = refused
         last, failures = self.videos[-1], [video.failure for video in self.videos]
         elsewhere = last.failure is None and error not in failures
         if elsewhere:  # in the sampling of the last video, say
@@ -1912,6 +1914,7 @@ class Session:
             raise BatchEnds from error
 
     def stop(self) -> None:
+        """Record that a signal stopped the video; log how to finish it."""
         video = self.videos[-1]
         if video.status != "finished":
             video.save_end("stopped")
@@ -1989,8 +1992,8 @@ def decode_latents(wan: Wan, file: Path, content: dict[str, Any], args: Namespac
         frames = wan.vae(args, device).decode([u.to(device) for u in content["latents"]])[0]
     fps = None if makes_image(args) else content["fps"]
     write_frames(wan, frames, args.save_file, fps)
-    done = {"status": "finished", "latents": None, "frames": frames.size(1)}
-    done["file"] = args.save_file
+    done = {"status": "finished", "latents": None}
+    done |= {"frames": frames.size(1), "file": args.save_file}
     for target, record in records.items():
         if Path(record.get("latents") or "").name == file.name:  # the folder may have moved
             write_record(target, record | done)
@@ -2050,13 +2053,7 @@ def make_batch(session: Session, jobs: Sequence[Job], queue: Queue | None) -> in
         for i in queue.turns(len(jobs)) if queue else range(len(jobs)):
             if len(jobs) > 1 and jobs[i].todo != SKIP:
                 log.info(f"video {i + 1} of {len(jobs)}: {jobs[i].target}")
-            try:
-                video = make_one(session, jobs[i])
-            except Refused as error:  # by Wan, of this line
-                if len(jobs) == 1:
-                    raise
-                session.tell_failure(session.videos[-1], error)
-                continue
+            video = make_one(session, jobs[i])
             if queue and queue.rank:
                 log.info(f"{video.target}: {video.status}")
     end = functools.partial(end_batch, session, jobs)
@@ -2065,14 +2062,13 @@ def make_batch(session: Session, jobs: Sequence[Job], queue: Queue | None) -> in
 
 def make_one(session: Session, job: Job) -> Video:
     """Make a video, decode the latents that an earlier run has kept, or skip it."""
-    record = read_record(job.target) if job.todo != SAMPLE else None
-    if record is None:
-        return session.make(job)
-    video = Video(job, job.target, record["prompt"], status="finished")
     if job.todo == SKIP:
         log.info(f"{job.target} is finished: skipped")
-        return video
-    video.latents = Path(record["latents"])
+        return Video(job, job.target, status="finished")
+    record = read_record(job.target) if job.todo == DECODE else None
+    if record is None:
+        return session.make(job)
+    video = Video(job, job.target, latents=Path(record["latents"]), status="finished")
     session.videos = [video]  # end_batch asks whether a video was made
     try:
         if is_rank_0():
@@ -2727,9 +2723,6 @@ def jobs_of_line(
     continues = bool(ours.teacache_jobs or ours.teacache_compare)
     jobs = [job_of_entry(wan, parts, *entry) for entry in entries_of(ours)]
     name_jobs(wan, jobs, taken, continues)
-    loses_frames = is_image_file(jobs[0].target) and not makes_image(jobs[0].args)
-    what = f"--save_file {jobs[0].compared_in}: loses frames that repeat"
-    require(not (jobs[0].label and loses_frames), f"{what}: compare .mp4 files")
     for job in jobs:
         key = job.target.resolve().with_suffix("")
         other = taken.get(key)
@@ -2774,6 +2767,9 @@ def name_jobs(wan: Wan, jobs: Sequence[Job], taken: dict[Path, str], continues: 
         names = numbered(target)
         target = next(name for name in names if name.resolve().with_suffix("") not in taken)
     first.needs_free_name = not given and not continues
+    loses_frames = is_image_file(target) and not makes_image(first.args)
+    what = f"--save_file {target}: loses frames that repeat"
+    require(not (first.label and loses_frames), f"{what}: compare .mp4 files")
     for job in jobs:
         if job.label:
             taken[target.resolve().with_suffix("")] = "a comparison"
@@ -2973,7 +2969,7 @@ def command(argv: Sequence[str]) -> int:
     jobs = [job for line in jobs_by_line for job in line]
     if queue is None or queue.rank == 0:
         announce(jobs)
-    session = Session(wan)
+    session = Session(wan, several_lines=len(jobs_by_line) > 1)
     with session.patches(uses_xfuser(jobs[0].args)):
         if ours.teacache_compare:
             return run_comparisons(session, jobs_by_line)

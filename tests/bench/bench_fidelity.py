@@ -120,7 +120,7 @@ def measure(settings: Sequence[Setting], pair: tuple[Scene, int]) -> list[dict[s
         measured.append(
             {
                 "computed": len(cache.schedule.computed_steps),
-                "passes": sum(1 + config.is_guided(step) for step in cache.schedule.computed_steps),
+                "passes": cache.schedule.passes,
                 "seconds": seconds,
                 "speedup": stock_seconds / seconds,
                 "drift": cache.drift(config.order),

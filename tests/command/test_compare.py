@@ -384,7 +384,6 @@ def test_model_that_cannot_be_loaded_ends_the_comparison(compare, monkeypatch):
 
 
 def test_failure_is_in_the_exit_status_behind_a_closed_pipe(compare, made, monkeypatch):
-    """As with ``| head``."""
     made.then = {2: out_of_memory}
     closed = Mock(side_effect=BrokenPipeError)
     monkeypatch.setattr("teacache_generate.print", closed, raising=False)

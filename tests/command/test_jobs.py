@@ -281,8 +281,12 @@ def test_record_of_a_lost_video_says_how_the_next_run_failed(batch, made, monkey
 
 
 def test_line_that_wan_refuses_ends_no_batch(batch, made):
-    code, said = batch(["--use_prompt_extend --save_file x.mp4", *THREE[:1]])
+    code, said = batch(["--use_prompt_extend --save_file x.mp4", THREE[0]])
     assert (code, record("one")["status"], "x.mp4 failed: " in said) == (1, "finished", True)
+    assert not re.search("Traceback|Refused: ", said)
+    lines = ["--use_prompt_extend --save_file y.mp4", "--save_file z.mp4"]
+    code, _ = batch(lines, "--teacache_compare", "1x")
+    assert (code, record("z.1x")["status"]) == (1, "finished")
 
 
 def test_failure_frees_its_tensors_before_the_next_line(batch, made, monkeypatch):
